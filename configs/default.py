@@ -1,0 +1,104 @@
+"""Every field of a run, with its default: the paper's CIFAR-10 recipe.
+
+Mo et al., "When Adversarial Training Meets Vision Transformers", NeurIPS 2022 (arXiv 2210.07540).
+A recipe is this file plus a few overrides; a flag such as ``--config.threat.eps=0.0157`` overrides
+any field of either. Sizes of perturbations are in pixel units, images being in [0, 1]. Durations
+are in epochs unless the name says otherwise. A 0 or '' that means "derive it" says so.
+"""
+
+from ml_collections import ConfigDict
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def get_config() -> ConfigDict:
+    """Returns the default configuration, locked: unknown fields are refused."""
+    config = ConfigDict()
+    config.name = "default"  # names the work directory runs/<name>
+    config.seed = 0  # of everything random: weights, data order, augmentation, masks, attacks
+    config.dtype = "auto"  # of matrix products in training; auto: bfloat16 on TPU/GPU, else float32
+    config.objective = "at"  # natural, at, trades or mart
+    config.beta = 6.0  # weight of the robust term of TRADES and MART
+    config.label_smoothing = 0.0  # mass moved from the label to all classes, in [0, 1)
+    config.epochs = 40
+    config.batch_size = 64  # images per update, over all devices
+    config.accumulate_steps = 1  # micro-batches per update; the result does not depend on it
+    config.ema_decay = 0.0  # of the averaged weights that are evaluated; 0: no averaging
+
+    config.model = model = ConfigDict()
+    model.name = "vit_base_patch16_224"  # timm's name; see vit_at.models.NAMES
+    model.patch_size = 4  # 0: the one in the name
+    model.embed_dim = 0  # 0: the architecture's own; likewise the next three
+    model.depth = 0
+    model.num_heads = 0
+    model.mlp_ratio = 0.0
+    model.qk_scale = 0.0  # of the attention logits; 0: head_dim ** -0.5
+    model.drop_path = 0.0  # stochastic depth of the last block's attention; linear from 0
+    model.pretrained = ""  # weights to start from; '': from scratch
+    model.allow_few_tokens = False  # permit a patch that leaves fewer than 16 tokens
+
+    config.data = data = ConfigDict()
+    data.name = "cifar10"  # 'digits', a TFDS name, or 'folder:PATH' of PATH/<split>/<class>/<image>
+    data.dir = ""  # TFDS data directory; '': $TFDS_DATA_DIR or ~/tensorflow_datasets
+    data.train_split = "train"
+    data.test_split = "test"
+    data.validation_examples = 1000  # held out of the training split to choose the best checkpoint
+    data.image_size = 32  # images are resized (squashed) to this square
+    data.mean = CIFAR_MEAN  # per channel, in pixel units; as many channels are fed to the model
+    data.std = CIFAR_STD
+    data.crop_padding = 4  # black pixels around an image before the random crop; 0: no crop
+    data.flip = True  # random horizontal flip
+    data.cache_gib = 4.0  # decoded sets up to this size stay in memory, larger ones are streamed
+    data.threads = 0  # that read and decode; 0: one per core
+
+    config.mixing = mixing = (
+        ConfigDict()
+    )  # mixup and CutMix, before the attack; natural and AT only
+    mixing.probability = 0.3  # that a batch is mixed at all
+    mixing.mixup_alpha = 0.8  # Beta(alpha, alpha) of mixup; 0: never
+    mixing.cutmix_alpha = 1.0  # likewise of CutMix
+    mixing.cutmix_probability = 0.5  # that a mixed batch uses CutMix, where both are on
+
+    config.threat = threat = ConfigDict()
+    threat.norm = "linf"  # linf or l2
+    threat.eps = 8 / 255  # radius of the ball
+    threat.step_size = 2 / 255
+    threat.steps = 10  # of the training attack
+    threat.start = "random"  # random (AT: uniform; TRADES, MART: tiny Gaussian) or zero
+    threat.eps_warmup_epochs = 0.0  # eps and step size grow linearly from 0 over these
+
+    config.masking = masking = ConfigDict()
+    masking.ard = False  # attention random dropping
+    masking.prm = False  # perturbation random masking
+    masking.warmup_epochs = 10.0  # over which the keep probability grows from 0 to keep_max
+    masking.keep_max = 1.0  # keep probability after the warm-up
+    masking.patch_size = 0  # side of PRM's patches in pixels; 0: the model's
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.name = "sgd"  # sgd or adamw
+    optimizer.learning_rate = 0.1
+    optimizer.momentum = 0.9  # of SGD
+    optimizer.b1 = 0.9  # of AdamW, with b2
+    optimizer.b2 = 0.999
+    optimizer.weight_decay = 1e-4  # on all parameters
+    optimizer.clip_norm = 1.0  # global gradient norm, before weight decay; 0: no clipping
+    optimizer.schedule = "step"  # step, cosine, cyclic or constant
+    optimizer.drop_before_end = (5.0, 2.0)  # step: the rate falls this many epochs before the end
+    optimizer.drop_factor = 0.1  # step: by this factor each time
+    optimizer.warmup_epochs = 0.0  # linear warm-up from 0; cyclic: where the peak is
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.every_epochs = 1  # between robust validations, also at the end; 0: never
+    evaluation.validation_attack = "pgd-10"  # what validation runs beside clean accuracy
+    evaluation.attacks = "clean,cw-20,pgd-20,pgd-100"  # on the test split at the end
+    evaluation.num_examples = 0  # test images used; 0: all
+    evaluation.batch_size = 256  # over all devices
+    evaluation.checkpoint = "best"  # which weights are tested: best (on validation) or last
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every_minutes = 10.0  # besides one at each end of an epoch; 0: only those
+    checkpoint.keep = 2  # checkpoints kept beside the best one
+
+    config.log_every_steps = 10  # steps between two lines of metrics.jsonl
+    return config.lock()

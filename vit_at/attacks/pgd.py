@@ -1,0 +1,148 @@
+"""Projected gradient descent, twice: the attack that trains and the attack that judges.
+
+training_attack   a fixed number of steps with the paper's two maskings: ARD stops the gradient
+                  through chosen attention blocks, PRM zeroes the perturbation on chosen patches
+pgd_attack        PGD and CW evaluation: an example stops moving once it is misclassified
+
+Both are plain per-device functions of one shard of a batch, without any collective.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vit_at.attacks import losses
+from vit_at.attacks.threat import Threat, ascend, into_image_range, random_start
+
+Array = jax.Array
+LOSSES = ("ce", "cw")
+
+
+def training_attack(
+    loss: Callable[[Array, Array | None], Array],
+    images: Array,
+    delta: Array,
+    attn_keep: Array | None,
+    patch_keep: Array | None,
+    threat: Threat,
+) -> Array:
+    """Maximises ``loss`` over the perturbation, as the paper's Algorithm 1 does.
+
+    In each step the perturbation is masked, the gradient taken at the masked perturbation, and all
+    patches moved; a masked patch so restarts from 0. The last perturbation is not masked.
+
+    Args:
+      loss: (images [b, H, W, C], block mask [num_blocks] or None) -> scalar.
+      images: in [0, 1].
+      delta: start of the perturbation; brought into the image range first.
+      attn_keep: [steps, num_blocks] bool, ARD; None: off.
+      patch_keep: [steps, H/p, W/p] bool, PRM; None: off.
+
+    Returns:
+      Adversarial images in [0, 1].
+    """
+
+    def attack_step(delta, masks):
+        attn_keep, patch_keep = masks
+        if patch_keep is not None:
+            delta = delta * _to_pixels(patch_keep, images.shape, delta.dtype)
+        gradient = jax.grad(lambda d: loss(images + d, attn_keep))(delta)
+        return ascend(delta, gradient, images, threat), None
+
+    delta = into_image_range(delta, images)
+    delta, _ = lax.scan(attack_step, delta, (attn_keep, patch_keep), length=threat.steps)
+    return into_unit_range(images + delta)
+
+
+def _to_pixels(patch_keep: Array, image_shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """[H/p, W/p] -> [H, W, 1]: every patch's value at each of its pixels."""
+    _, height, width, _ = image_shape
+    rows, columns = patch_keep.shape
+    mask = jnp.repeat(jnp.repeat(patch_keep, height // rows, 0), width // columns, 1)
+    return mask[..., None].astype(dtype)
+
+
+def into_unit_range(images: Array) -> Array:
+    """Takes off the rounding error of images + delta."""
+    return jnp.clip(images, 0, 1)
+
+
+def pgd_attack(
+    logits_fn: Callable[[Array], Array],
+    images: Array,
+    labels: Array,
+    key: Array | None,
+    threat: Threat,
+    *,
+    loss: str = "ce",
+    restarts: int = 1,
+    init: Array | None = None,
+) -> Array:
+    """PGD (loss "ce") or CW (loss "cw") for evaluation.
+
+    An example is moved only while it is classified correctly. Among restarts a success is kept;
+    without one, the point of highest loss.
+
+    Args:
+      logits_fn: images [b, H, W, C] in [0, 1] -> logits [b, K].
+      labels: [b] integers.
+      key: of the uniform random starts; unused where ``init`` is given.
+      init: [restarts, b, H, W, C] starting perturbations in pixel units, to fix the randomness.
+
+    Returns:
+      Adversarial images in [0, 1], as near as the threat allows.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss '{loss}' is unknown; use one of {', '.join(LOSSES)}")
+    if init is None:
+        starts = [random_start(k, images.shape, threat) for k in jax.random.split(key, restarts)]
+        init = jnp.stack(starts)
+    attack = functools.partial(_one_restart, logits_fn, images, labels, threat, loss)
+
+    def restart(best, start):
+        best_delta, best_score = best
+        delta, score = attack(start.astype(images.dtype))
+        better = score > best_score
+        best_delta = jnp.where(better[:, None, None, None], delta, best_delta)
+        return (best_delta, jnp.where(better, score, best_score)), None
+
+    nothing = (jnp.zeros_like(images), jnp.full(labels.shape, -jnp.inf, images.dtype))
+    (delta, _), _ = lax.scan(restart, nothing, init)
+    return into_unit_range(images + delta)
+
+
+def _one_restart(logits_fn, images, labels, threat, loss, start):
+    """(delta, score [b]) of one run; the score is the loss, above any loss for a success."""
+    targets = jax.nn.one_hot(labels, jax.eval_shape(logits_fn, images).shape[-1])
+
+    def losses_at(delta):
+        logits = logits_fn(images + delta)
+        if loss == "cw":
+            values = losses.cw_margin(logits, labels)
+        else:
+            values = losses.cross_entropy(logits, targets)
+        return values, jnp.argmax(logits, -1) == labels
+
+    def total_loss(delta):
+        values, correct = losses_at(delta)
+        return values.sum(), correct
+
+    def unfinished(carry):
+        step, _, active = carry
+        return (step < threat.steps) & active.any()
+
+    def attack_step(carry):
+        step, delta, active = carry
+        gradient, correct = jax.grad(total_loss, has_aux=True)(delta)
+        active &= correct
+        moved = ascend(delta, gradient, images, threat)
+        return step + 1, jnp.where(active[:, None, None, None], moved, delta), active
+
+    delta = into_image_range(start, images)
+    carry = (jnp.zeros((), jnp.int32), delta, jnp.ones_like(labels, bool))
+    _, delta, _ = lax.while_loop(unfinished, attack_step, carry)
+    values, correct = losses_at(delta)
+    return delta, jnp.where(correct, values, jnp.inf)

@@ -1,0 +1,262 @@
+"""What a configuration may hold.
+
+``validate`` checks a configuration before anything is created: a value that is unknown, out of
+range, or at odds with another is refused in one sentence that names the field, the value, what is
+allowed and what to do.
+"""
+
+import contextlib
+import difflib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+CHOICES = {
+    "dtype": ("auto", "bfloat16", "float32"),
+    "objective": ("natural", "at", "trades", "mart"),
+    "threat.norm": ("linf", "l2"),
+    "threat.start": ("random", "zero"),
+    "optimizer.name": ("sgd", "adamw"),
+    "optimizer.schedule": ("step", "cosine", "cyclic", "constant"),
+    "eval.checkpoint": ("best", "last"),
+}
+
+_COUNTS = "a whole number, 1 or more"
+_INDEXES = "a whole number, 0 or more"
+_RATES = "0 or more"
+_SHARES = "from 0 to 1"
+_RANGES: dict[str, tuple[str, ...]] = {
+    _COUNTS: (
+        "epochs",
+        "batch_size",
+        "accumulate_steps",
+        "data.image_size",
+        "threat.steps",
+        "eval.batch_size",
+        "checkpoint.keep",
+        "log_every_steps",
+    ),
+    _INDEXES: (
+        "seed",
+        "model.patch_size",
+        "model.embed_dim",
+        "model.depth",
+        "model.num_heads",
+        "data.validation_examples",
+        "data.crop_padding",
+        "data.threads",
+        "masking.patch_size",
+        "eval.every_epochs",
+        "eval.num_examples",
+    ),
+    _RATES: (
+        "beta",
+        "model.mlp_ratio",
+        "model.qk_scale",
+        "data.cache_gib",
+        "mixing.mixup_alpha",
+        "mixing.cutmix_alpha",
+        "threat.eps_warmup_epochs",
+        "masking.warmup_epochs",
+        "optimizer.learning_rate",
+        "optimizer.weight_decay",
+        "optimizer.clip_norm",
+        "optimizer.warmup_epochs",
+        "checkpoint.every_minutes",
+    ),
+    _SHARES: (
+        "mixing.probability",
+        "mixing.cutmix_probability",
+        "masking.keep_max",
+        "optimizer.drop_factor",
+    ),
+    "from 0 up to but not including 1": (
+        "label_smoothing",
+        "ema_decay",
+        "model.drop_path",
+        "optimizer.momentum",
+        "optimizer.b1",
+        "optimizer.b2",
+    ),
+}
+_TESTS: dict[str, Callable[[float], bool]] = {
+    _COUNTS: lambda v: v >= 1,
+    _INDEXES: lambda v: v >= 0,
+    _RATES: lambda v: v >= 0 and np.isfinite(v),
+    _SHARES: lambda v: 0 <= v <= 1,
+    "from 0 up to but not including 1": lambda v: 0 <= v < 1,
+}
+
+
+class UserError(ValueError):
+    """Something the user can put right; its text is one sentence that says what and how."""
+
+
+@contextlib.contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """Ends the program with status 2 and the sentence of a UserError, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
+    """The choices most like ``word``, or all of a short list, as text."""
+    choices = list(choices)
+    near = difflib.get_close_matches(word, choices, n=count, cutoff=0.4)
+    return ", ".join(near or choices[:12])
+
+
+def get(config: ConfigDict, field: str) -> Any:
+    """The value of a dotted field."""
+    for part in field.split("."):
+        config = config[part]
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError for the first field whose value is not allowed."""
+    for field, choices in CHOICES.items():
+        value = get(config, field)
+        if value not in choices:
+            raise UserError(
+                f"{field} is '{value}', which is unknown; allowed are {', '.join(choices)} "
+                f"(nearest: {nearest(str(value), choices, 1)})"
+            )
+    for allowed, fields in _RANGES.items():
+        for field in fields:
+            value = get(config, field)
+            if not _TESTS[allowed](value):
+                raise UserError(f"{field} is {value}; it must be {allowed}")
+    _validate_threat(config)
+    _validate_data(config)
+    _validate_schedule(config)
+    _validate_combinations(config)
+
+
+def _validate_threat(config: ConfigDict) -> None:
+    threat = config.threat
+    if threat.norm == "linf" and not 0 < threat.eps <= 1:
+        raise UserError(
+            f"threat.eps is {threat.eps:g}; eps is in pixel units of images in [0, 1], so it must "
+            f"be over 0 and at most 1: for {threat.eps:g}/255 write {threat.eps:g}/255"
+        )
+    if threat.norm == "l2" and not 0 < threat.eps <= 100:
+        raise UserError(
+            f"threat.eps is {threat.eps:g}; an L2 eps is a length in pixel units of images in "
+            "[0, 1] and must be over 0 and at most 100, for example 0.5"
+        )
+    if not 0 < threat.step_size <= 2 * threat.eps:
+        raise UserError(
+            f"threat.step_size is {threat.step_size:g}; it must be over 0 and at most twice "
+            f"threat.eps ({threat.eps:g}), both in pixel units: the recipe's is a quarter of eps"
+        )
+    if config.objective == "trades" and threat.start == "zero":
+        raise UserError(
+            "threat.start is 'zero', where the loss of the TRADES attack has no gradient; use "
+            "'random' with objective 'trades'"
+        )
+
+
+def _validate_data(config: ConfigDict) -> None:
+    data = config.data
+    if len(data.mean) != len(data.std) or len(data.mean) not in (1, 3):
+        raise UserError(
+            f"data.mean has {len(data.mean)} channels and data.std {len(data.std)}; both must have "
+            "1 (grey) or 3 (colour)"
+        )
+    if min(data.std) <= 0:
+        raise UserError(f"data.std is {data.std}; every channel must be over 0")
+    patch = config.masking.patch_size
+    if config.masking.prm and patch and data.image_size % patch:
+        raise UserError(
+            f"masking.patch_size {patch} does not divide data.image_size {data.image_size}; "
+            "choose one that does, or 0 for the model's"
+        )
+    if config.eval.checkpoint == "best" and not (
+        data.validation_examples and config.eval.every_epochs
+    ):
+        raise UserError(
+            "eval.checkpoint is 'best', which needs validation, but data.validation_examples is "
+            f"{data.validation_examples} and eval.every_epochs {config.eval.every_epochs}; set "
+            "both above 0 or use eval.checkpoint=last"
+        )
+
+
+def _validate_schedule(config: ConfigDict) -> None:
+    options = config.optimizer
+    if options.warmup_epochs >= config.epochs:
+        raise UserError(
+            f"optimizer.warmup_epochs is {options.warmup_epochs:g}; it must be less than epochs "
+            f"({config.epochs})"
+        )
+    if options.schedule == "cyclic" and not options.warmup_epochs:
+        raise UserError(
+            "optimizer.schedule is 'cyclic', whose peak is at optimizer.warmup_epochs; set that "
+            "above 0"
+        )
+
+
+def _validate_combinations(config: ConfigDict) -> None:
+    if config.objective in ("trades", "mart") and config.mixing.probability:
+        raise UserError(
+            f"mixing.probability is {config.mixing.probability:g}, but {config.objective} needs "
+            "plain labels; set it to 0 or use objective 'at'"
+        )
+    mixing = config.mixing
+    if mixing.probability and not (mixing.mixup_alpha or mixing.cutmix_alpha):
+        raise UserError(
+            f"mixing.probability is {mixing.probability:g}, but mixing.mixup_alpha and "
+            "mixing.cutmix_alpha are both 0; set one above 0 or the probability to 0"
+        )
+    if config.objective == "natural" and (config.masking.ard or config.masking.prm):
+        raise UserError(
+            "masking.ard or masking.prm is on, but objective 'natural' has no attack to mask; "
+            "turn them off or choose another objective"
+        )
+    if config.batch_size % config.accumulate_steps:
+        raise UserError(
+            f"accumulate_steps {config.accumulate_steps} does not divide batch_size "
+            f"{config.batch_size}; choose one that does"
+        )
+
+
+def check_tokens(config: ConfigDict, num_tokens: int) -> None:
+    """Refuses a patch that leaves a model too few tokens to learn from."""
+    if num_tokens < 16 and not config.model.allow_few_tokens:
+        raise UserError(
+            f"model.patch_size leaves {num_tokens} tokens of a {config.data.image_size}-pixel "
+            "image, and with fewer than 16 a transformer hardly learns; choose a smaller patch, "
+            "or set model.allow_few_tokens=True"
+        )
+
+
+def to_json(config: ConfigDict) -> str:
+    """The configuration as text for ``config.json``."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted fields in which two JSON configurations differ, as 'field old -> new'."""
+    old, new = _flat(old), _flat(new)
+    return [
+        f"{field} {old.get(field)!r} -> {new.get(field)!r}"
+        for field in sorted(old.keys() | new.keys())
+        if old.get(field) != new.get(field)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,155 @@
+"""From step number to batch: order, prefetching, and each process's part of a global batch.
+
+The batch of step s is a pure function of (seed, s): epoch s // S shuffles the data set with a seed
+of its own and step s reads the (s mod S)-th slice, S being the steps of an epoch. So a run resumes
+exactly from its step number, and any number of processes sees the same global batches, of which
+each reads its own contiguous part. What the last full batch of an epoch leaves over is dropped, and
+is different examples every epoch. Evaluation instead goes through every example exactly once, and
+marks with a mask the rows that fill up the last batch.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+
+from vit_at.config import UserError
+from vit_at.data.sources import Examples
+
+Batch = dict[str, np.ndarray]
+
+# A batch is read in parts of about this many images, by as many threads: large enough that the cost
+# of a call vanishes, small enough that the threads share even the first batch.
+PART = 32
+PREFETCHED_BATCHES = 2
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the permutation [n] by which an epoch goes through n examples; read-only."""
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch))))
+    order = rng.permutation(n)
+    order.flags.writeable = False
+    return order
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Returns how many full batches n examples make; UserError if not even one."""
+    if n < batch_size:
+        raise UserError(
+            f"batch_size={batch_size} is more than the {n} training examples; make it smaller."
+        )
+    return n // batch_size
+
+
+def train_batches(
+    examples: Examples,
+    *,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    last_step: int,
+    threads: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Yields the batches of steps first_step to last_step - 1, read ahead by background threads.
+
+    Args:
+      batch_size: images of a global batch, over all processes.
+      seed: of the order, see `epoch_order`.
+      threads: that read and decode; 0: one per core.
+
+    Returns:
+      An iterator over {"image": [b, S, S, C] uint8, "label": [b] int32}, this process's contiguous
+      part of each batch, b = batch_size // process_count.
+
+    Raises:
+      UserError: a batch size that is too large or not a multiple of process_count; and, from the
+        iterator, an image that cannot be read.
+    """
+    steps = steps_per_epoch(len(examples), batch_size)
+    mine = _process_part(batch_size, process_index, process_count, "batch_size")
+
+    def indices(step: int) -> np.ndarray:
+        epoch, start = step // steps, step % steps * batch_size
+        return epoch_order(len(examples), seed, epoch)[start : start + batch_size][mine]
+
+    size = mine.stop - mine.start
+    batches = _prefetched(examples, indices, first_step, last_step, threads, size)
+    return ({"image": batch["image"], "label": batch["label"]} for batch in batches)
+
+
+def eval_batches(
+    examples: Examples,
+    *,
+    batch_size: int,
+    threads: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Yields every example exactly once, in order; all processes yield equally many batches.
+
+    Returns:
+      An iterator over {"image": [b, S, S, C] uint8, "label": [b] int32, "mask": [b] bool, "index":
+      [b] int64}: this process's contiguous part of each global batch. index is the position in
+      `examples`; rows that fill up the last batch have mask False, index -1, label 0 and a black
+      image.
+
+    Raises:
+      UserError: a batch size that is no multiple of process_count; and, from the iterator, an image
+        that cannot be read.
+    """
+    mine = _process_part(batch_size, process_index, process_count, "eval.batch_size")
+    batches = -(-len(examples) // batch_size)
+
+    def indices(batch: int) -> np.ndarray:
+        index = np.arange(batch * batch_size, (batch + 1) * batch_size)[mine]
+        return np.where(index < len(examples), index, -1)
+
+    parts = _prefetched(examples, indices, 0, batches, threads, mine.stop - mine.start)
+    return ({**part, "mask": part["index"] >= 0} for part in parts)
+
+
+def _process_part(batch_size: int, index: int, count: int, field: str) -> slice:
+    if batch_size < 1 or batch_size % count:
+        raise UserError(f"{field}={batch_size} must be a multiple of the {count} processes.")
+    size = batch_size // count
+    return slice(index * size, (index + 1) * size)
+
+
+def _prefetched(
+    examples: Examples,
+    indices: Callable[[int], np.ndarray],
+    first: int,
+    last: int,
+    threads: int,
+    size: int,
+) -> Iterator[Batch]:
+    """Reads the batches first..last-1 of `indices(number)`, in order and a few ahead."""
+    parts = -(-size // PART)  # of a batch
+
+    def read(part: int) -> Batch:
+        return _read(examples, np.array_split(indices(part // parts), parts)[part % parts])
+
+    ahead = grain.ReadOptions(
+        num_threads=threads or os.cpu_count(), prefetch_buffer_size=PREFETCHED_BATCHES * parts
+    )
+    numbers = grain.MapDataset.range(first * parts, last * parts)
+    return iter(numbers.map(read).to_iter_dataset(ahead).batch(parts, batch_fn=_concatenate))
+
+
+def _read(examples: Examples, index: np.ndarray) -> Batch:
+    """Reads these positions; -1 stands for padding."""
+    present = index >= 0
+    images = np.zeros((len(index), *examples.image_shape), np.uint8)
+    labels = np.zeros(len(index), np.int32)
+    if present.any():
+        images[present], labels[present] = examples.read(index[present])
+    return {"image": images, "label": labels, "index": index}
+
+
+def _concatenate(parts: list[Batch]) -> Batch:
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}

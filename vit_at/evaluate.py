@@ -1,0 +1,380 @@
+"""Clean, PGD-n and CW-n accuracy: the same code during training, at its end, and on its own.
+
+    python -m vit_at.evaluate runs/cifar10_sgd --attacks=clean,pgd-20,cw-20
+
+Attacks run in float32 with full-precision matrix products. The random start of an image is drawn
+from the seed and the image's place in its split, so results do not depend on batch or devices. Each
+result is stored with its protocol in ``results.json``, the outcome of each image in
+``per_example.npz``.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import vit_at
+from vit_at import models, sharding
+from vit_at.attacks import Threat, pgd_attack
+from vit_at.attacks.threat import random_start
+from vit_at.checkpoint import load_trained, write_atomically
+from vit_at.config import UserError, one_sentence_errors, validate
+from vit_at.data import augment, pipeline, sources
+from vit_at.data.sources import Examples
+from vit_at.metrics import Progress
+
+Array = jax.Array
+RESULTS_FILE, PER_EXAMPLE_FILE = "results.json", "per_example.npz"
+_LOSSES = {"pgd": "ce", "cw": "cw"}
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """One evaluation. loss: 'ce', 'cw', or None for clean images."""
+
+    name: str
+    loss: str | None
+    threat: Threat
+    restarts: int = 1
+
+
+def parse_attacks(names: str, threat: Threat, restarts: int = 1) -> list[Attack]:
+    """'clean,pgd-20,cw-20': the numbers are those of the steps.
+
+    Raises:
+      UserError: a name of another form.
+    """
+    return [_parse_attack(name.strip(), threat, restarts) for name in names.split(",")]
+
+
+def _parse_attack(name: str, threat: Threat, restarts: int) -> Attack:
+    if name == "clean":
+        return Attack(name, None, threat)
+    kind, _, steps = name.partition("-")
+    if kind not in _LOSSES or not steps.isdigit() or int(steps) < 1:
+        raise UserError(
+            f"attack '{name}' is unknown; write clean, pgd-N or cw-N with N steps, such as pgd-20"
+        )
+    return Attack(name, _LOSSES[kind], dataclasses.replace(threat, steps=int(steps)), restarts)
+
+
+def make_outcome_fn(
+    apply: Callable[..., Array], attack: Attack, mesh: Mesh, seed: int
+) -> Callable[[Any, dict[str, Array]], Array]:
+    """A compiled (params, batch) -> correct [B] bool: still classified correctly after the attack."""
+
+    def starts(indices, shape):
+        def of_image(index):
+            key = jax.random.fold_in(jax.random.key(seed), index)
+            keys = jax.random.split(key, attack.restarts)
+            return jax.vmap(lambda k: random_start(k, (1, *shape), attack.threat)[0])(keys)
+
+        return jnp.swapaxes(jax.vmap(of_image)(indices), 0, 1)
+
+    def outcome(params, batch):
+        images, labels = augment.to_float(batch["image"]), batch["label"]
+
+        def logits_fn(x):
+            return apply(params, x)
+
+        if attack.loss is not None:
+            init = starts(batch["index"], images.shape[1:])
+            options = {"loss": attack.loss, "init": init}
+            images = pgd_attack(logits_fn, images, labels, None, attack.threat, **options)
+        return jnp.argmax(logits_fn(images), axis=-1) == labels
+
+    specs = (sharding.WHOLE, sharding.SPLIT)
+    compiled = jax.jit(sharding.map_shards(outcome, mesh, specs))
+
+    def full_precision(params, batch):
+        with jax.default_matmul_precision("highest"):
+            return compiled(params, batch)
+
+    return full_precision
+
+
+class Evaluator:
+    """Evaluates parameters on fixed examples; compiled once, used every epoch."""
+
+    def __init__(
+        self,
+        apply: Callable[..., Array],
+        examples: Examples,
+        attacks: Sequence[Attack],
+        mesh: Mesh,
+        *,
+        batch_size: int,
+        seed: int,
+        threads: int = 0,
+    ):
+        self.attacks = tuple(attacks)
+        self._examples, self._mesh = examples, mesh
+        self._batches = {"batch_size": batch_size, "threads": threads}
+        self._outcomes = {a.name: make_outcome_fn(apply, a, mesh, seed) for a in attacks}
+
+    def __call__(self, params: Any, *, progress: bool = False) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (attack name, correct [N] bool), images in the order of the examples."""
+        for attack in self.attacks:
+            yield attack.name, self.run(attack, params, progress=progress)
+
+    def run(self, attack: Attack, params: Any, *, progress: bool = False) -> np.ndarray:
+        """The outcomes of one of the attacks, correct [N] bool."""
+        batch_size = self._batches["batch_size"]
+        total = -(-len(self._examples) // batch_size)
+        bar = Progress(total, 0, "batch") if progress else None
+        correct = np.zeros(len(self._examples), bool)
+        for batch in pipeline.eval_batches(self._examples, **self._batches):
+            where, real = batch["index"], batch.pop("mask")
+            batch["index"] = np.where(real, self._examples.indices[where], 0).astype(np.uint32)
+            outcome = self._outcomes[attack.name](params, sharding.split_batch(batch, self._mesh))
+            correct[where[real]] = np.asarray(outcome)[real]
+            if bar is not None:
+                seen = correct[: where[real][-1] + 1]
+                bar.update(f"{attack.name} {seen.mean():.1%} correct")
+        if bar is not None:
+            bar.close()
+        return correct
+
+
+def weights_digest(params: Any) -> str:
+    """First 16 hex digits of the SHA-256 over all parameters: which weights a number belongs to."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def record(
+    attack: Attack, correct: np.ndarray, *, examples: Examples, seed: int, weights: dict[str, Any]
+) -> dict[str, Any]:
+    """One result with the protocol it was measured under: an entry of ``results.json``."""
+    protocol = {
+        "data": examples.name,
+        "num_examples": len(correct),
+        "resolution": examples.image_shape[0],
+        "seed": seed,
+        "dtype": "float32",
+        "weights": weights,
+        "packages": {"vit_at": vit_at.__version__}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+    if attack.loss is not None:
+        threat = attack.threat
+        protocol |= {
+            "norm": threat.norm,
+            "eps": float(threat.eps),
+            "step_size": float(threat.step_size),
+            "steps": threat.steps,
+            "restarts": attack.restarts,
+            "loss": attack.loss,
+        }
+    accuracy = float(correct.mean())
+    return {
+        "attack": attack.name,
+        "accuracy": accuracy,
+        "correct": int(correct.sum()),
+        "standard_error": float(np.sqrt(accuracy * (1 - accuracy) / len(correct))),
+        "protocol": protocol,
+    }
+
+
+class Results:
+    """``results.json`` and ``per_example.npz`` of a work directory; rewritten atomically."""
+
+    def __init__(self, workdir: epath.Path):
+        self._json, self._npz = workdir / RESULTS_FILE, workdir / PER_EXAMPLE_FILE
+        self.records: list[dict[str, Any]] = []
+        if self._json.exists():
+            self.records = json.loads(self._json.read_text())
+
+    def find(self, entry: dict[str, Any]) -> dict[str, Any] | None:
+        """The stored record of the same attack and protocol."""
+        same = [r for r in self.records if _identity(r) == _identity(entry)]
+        return same[0] if same else None
+
+    def add(self, entry: dict[str, Any], correct: np.ndarray, examples: Examples) -> None:
+        """Stores a record, in place of an earlier one of the same protocol, and its outcomes."""
+        if jax.process_index():
+            return
+        self.records = [r for r in self.records if _identity(r) != _identity(entry)] + [entry]
+        table = {}
+        if self._npz.exists():
+            with np.load(self._npz.open("rb")) as archive:
+                table = dict(archive)
+        key = f"{entry['protocol']['weights']['digest']}/{examples.name}/{_short(entry)}"
+        table |= {f"{key}/index": examples.indices, f"{key}/correct": correct}
+        partial = self._npz.parent / f".{self._npz.name}.partial"
+        with partial.open("wb") as file:
+            np.savez_compressed(file, **table)
+        partial.replace(self._npz)
+        write_atomically(self._json, json.dumps(self.records, indent=2) + "\n")
+
+
+def _identity(entry: dict[str, Any]) -> str:
+    protocol = {k: v for k, v in entry["protocol"].items() if k != "packages"}
+    return json.dumps([entry["attack"], protocol], sort_keys=True)
+
+
+def _short(entry: dict[str, Any]) -> str:
+    """'pgd-20 linf 0.03137 x1': enough to tell the attacks of one model and data set apart."""
+    protocol = entry["protocol"]
+    if "norm" not in protocol:
+        return entry["attack"]
+    return (
+        f"{entry['attack']} {protocol['norm']} {protocol['eps']:.4g} "
+        f"x{protocol['restarts']} seed {protocol['seed']}"
+    )
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Results as aligned text, one line each."""
+    lines = [f"{'attack':<10} {'accuracy':>9}   images  protocol"]
+    for entry in records:
+        protocol = entry["protocol"]
+        threat = ""
+        if "norm" in protocol:
+            threat = (
+                f"{protocol['norm']} eps {in_255ths(protocol['eps'])}, "
+                f"step {in_255ths(protocol['step_size'])}, {protocol['restarts']} restart(s), "
+            )
+        error = 100 * entry["standard_error"]
+        lines.append(
+            f"{entry['attack']:<10} {100 * entry['accuracy']:6.2f} %   {protocol['num_examples']:>6}"
+            f"  {threat}{protocol['data']} (s.e. {error:.2f})"
+        )
+    return "\n".join(lines)
+
+
+def in_255ths(value: float) -> str:
+    """0.03137 -> '8/255'; other values as decimals."""
+    scaled = value * 255
+    return f"{round(scaled)}/255" if abs(scaled - round(scaled)) < 1e-6 else f"{value:.4g}"
+
+
+def evaluate_and_store(
+    evaluator: Evaluator,
+    params: Any,
+    examples: Examples,
+    results: Results,
+    *,
+    seed: int,
+    weights: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Runs an evaluator's attacks and stores each as it ends; what is stored is not run again.
+
+    weights: what to say of them besides their digest: their source and step.
+    """
+    weights = {"digest": weights_digest(params), **weights}
+    describe = {"examples": examples, "seed": seed, "weights": weights}
+    records = []
+    for attack in evaluator.attacks:
+        placeholder = record(attack, np.zeros(len(examples), bool), **describe)
+        entry = results.find(placeholder)
+        if entry is None:
+            correct = evaluator.run(attack, params, progress=True)
+            entry = record(attack, correct, **describe)
+            results.add(entry, correct, examples)
+        records.append(entry)
+    return records
+
+
+def select(examples: Examples, count: int) -> Examples:
+    """The first ``count`` examples; 0: all.
+
+    Raises:
+      UserError: more than there are.
+    """
+    if count > len(examples):
+        raise UserError(
+            f"{count} examples are asked for, but {examples.name} has {len(examples)}; "
+            "ask for fewer, or for 0 to use all"
+        )
+    return examples.take(np.arange(count)) if count else examples
+
+
+def fraction(text: str) -> float:
+    """'8/255' or '0.03' as a number: how perturbation sizes are written on the command line."""
+    top, slash, bottom = text.partition("/")
+    return float(top) / float(bottom) if slash else float(text)
+
+
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m vit_at.evaluate",
+        description="Evaluates the weights of a work directory; adds to its results.json.",
+    )
+    add = parser.add_argument
+    add("workdir", help="a directory that python -m vit_at.main has written")
+    add("--attacks", default="clean,pgd-20", help="comma-separated: clean, pgd-N, cw-N")
+    add("--checkpoint", default="best", choices=("best", "last"))
+    add("--split", default="", help="such as test or test[:1000]; default: the configuration's")
+    add("--num_examples", type=int, default=0, help="the first so many images; 0: all")
+    add("--norm", default="", choices=("linf", "l2"), help="default: as trained, likewise below")
+    add("--eps", type=fraction, help="in pixel units of images in [0, 1], such as 8/255")
+    add("--step_size", type=fraction, help="likewise")
+    add("--restarts", type=int, default=1)
+    add("--batch_size", type=int, default=0, help="over all devices")
+    add("--seed", type=int, default=0, help="of the random starts")
+    add("--data_dir", default="", help="TFDS data directory")
+    return parser.parse_args(arguments)
+
+
+def evaluate_workdir(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Evaluates a work directory as the command line says; returns the records."""
+    trained = load_trained(options.workdir, options.checkpoint)
+    config = ConfigDict(trained.config).unlock()
+    config.data.dir = options.data_dir or config.data.dir
+    config.threat.norm = options.norm or config.threat.norm
+    for name in ("eps", "step_size"):
+        if getattr(options, name) is not None:
+            config.threat[name] = getattr(options, name)
+    config.eval.batch_size = options.batch_size or config.eval.batch_size
+    validate(config)
+    if options.restarts < 1:
+        raise UserError(f"--restarts is {options.restarts}; it must be 1 or more")
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size("--batch_size", config.eval.batch_size, mesh)
+    threat = Threat.of(config.threat)
+    attacks = parse_attacks(options.attacks, threat, options.restarts)
+    split = options.split or config.data.test_split
+    examples = sources.load(config.data, split, threads=config.data.threads)
+    examples = select(examples, options.num_examples)
+    apply = models.classifier(trained.model, config.data.mean, config.data.std)
+    evaluator = Evaluator(
+        apply,
+        examples,
+        attacks,
+        mesh,
+        batch_size=config.eval.batch_size,
+        seed=options.seed,
+        threads=config.data.threads,
+    )
+    weights = {"checkpoint": options.checkpoint, "step": trained.values["step"]}
+    results = Results(epath.Path(options.workdir))
+    return evaluate_and_store(
+        evaluator, trained.params, examples, results, seed=options.seed, weights=weights
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status, 2 for a mistake of the user's."""
+    with one_sentence_errors():
+        print(table(evaluate_workdir(_parse_arguments(arguments))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

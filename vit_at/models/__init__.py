@@ -1,0 +1,101 @@
+"""Vision transformers as pure functions of their parameters.
+
+create(name, ...)    a Flax module by timm's name
+NAMES                every name create() knows
+classifier(model)    images in [0, 1] -> logits: normalisation is the first thing inside
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_at.config import UserError
+from vit_at.models import convit, swin, vit
+
+_FAMILIES = (
+    (vit.VisionTransformer, vit.SIZES),
+    (convit.ConViT, convit.SIZES),
+    (swin.SwinTransformer, swin.SIZES),
+)
+NAMES = tuple(sorted(name for _, sizes in _FAMILIES for name in sizes))
+
+Apply = Callable[..., jax.Array]
+
+
+def create(
+    name: str,
+    *,
+    num_classes: int,
+    image_size: int = 224,
+    patch_size: int | None = None,
+    in_channels: int = 3,
+    dtype: str = "float32",
+    **overrides: Any,
+) -> nn.Module:
+    """Builds a model by timm's name.
+
+    Args:
+      patch_size: side of a patch in pixels; None: the one in the name.
+      dtype: of the matrix products: bfloat16, float32, or float64 for exact checks.
+      **overrides: fields of the architecture: embed_dim, depth, num_heads, mlp_ratio, qk_scale, ...
+
+    Returns:
+      A module with ``apply({"params": p}, images, attn_grad_keep=None, train=False, rngs=None)``
+      that maps normalised images [B, H, W, C] to float32 logits [B, num_classes];
+      ``num_blocks`` is the length of ``attn_grad_keep``.
+
+    Raises:
+      UserError: the name or a field is unknown, or a size does not suit the architecture.
+    """
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=3) or NAMES
+        raise UserError(f"model.name '{name}' is unknown; the nearest are {', '.join(near)}")
+    family, sizes = next(f for f in _FAMILIES if name in f[1])
+    unknown = sorted(overrides.keys() - {field.name for field in dataclasses.fields(family)})
+    if unknown:
+        raise UserError(f"{name} has no field {', '.join(unknown)}; remove it from the overrides")
+    shape = sizes[name] | overrides
+    if patch_size is not None:
+        shape["patch_size"] = patch_size
+    if image_size % shape["patch_size"]:
+        raise UserError(
+            f"model.patch_size {shape['patch_size']} does not divide data.image_size {image_size}; "
+            "choose a patch that does"
+        )
+    if shape["embed_dim"] % shape["num_heads"]:
+        raise UserError(
+            f"model.num_heads {shape['num_heads']} does not divide model.embed_dim "
+            f"{shape['embed_dim']}; choose a number of heads that does"
+        )
+    return family(
+        num_classes=num_classes,
+        image_size=image_size,
+        in_channels=in_channels,
+        dtype=dtype,
+        **shape,
+    )
+
+
+def init_params(model: nn.Module, key: jax.Array) -> Any:
+    """Freshly initialised parameters, the same for the same key on any number of devices."""
+    images = jnp.zeros((1, model.image_size, model.image_size, model.in_channels))
+    return model.init(key, images)["params"]
+
+
+def classifier(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Apply:
+    """Pixels to logits: ``apply(params, images01, attn_grad_keep=None, train=False, rngs=None)``.
+
+    images01 [B, H, W, C] in [0, 1]; mean, std: per channel, in the same units.
+    """
+
+    def apply(params, images01, attn_grad_keep=None, train=False, rngs=None):
+        shift, scale = jnp.asarray(mean, images01.dtype), jnp.asarray(std, images01.dtype)
+        images = (images01 - shift) / scale
+        return model.apply({"params": params}, images, attn_grad_keep, train, rngs=rngs)
+
+    return apply

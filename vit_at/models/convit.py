@@ -1,0 +1,175 @@
+"""ConViT: d'Ascoli et al. 2021, "ConViT: Improving Vision Transformers with Soft Convolutional
+Inductive Biases" (arXiv 2103.10697), in the shapes of timm.
+
+The first blocks use gated positional self-attention (GPSA) among the patches alone; the class
+token, which has no position, joins them before the last ones, which are ordinary blocks.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_at.config import UserError
+from vit_at.models import layers
+
+_CONVIT = {"depth": 12, "mlp_ratio": 4.0, "norm_eps": 1e-6, "patch_size": 16}
+
+SIZES = {
+    "convit_tiny": dict(_CONVIT, embed_dim=192, num_heads=4),
+    "convit_small": dict(_CONVIT, embed_dim=432, num_heads=9),
+    "convit_base": dict(_CONVIT, embed_dim=768, num_heads=16),
+}
+MAX_LOCAL_BLOCKS = 10  # blocks with GPSA; a shallower model has one ordinary block at its end
+
+
+def relative_positions(num_tokens: int, dtype: jnp.dtype) -> jax.Array:
+    """[query, key, 3]: dx, dy, dx² + dy² in patches, from query to key, on a square grid."""
+    side = round(num_tokens**0.5)
+    row, column = jnp.divmod(jnp.arange(num_tokens), side)
+    dx, dy = (c[None, :] - c[:, None] for c in (column, row))
+    return jnp.stack([dx, dy, dx**2 + dy**2], axis=-1).astype(dtype)
+
+
+def _identity_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    del key
+    return jnp.eye(*shape, dtype=dtype)
+
+
+def _local_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+    """Each head of [3, heads] looks at another neighbour, as a convolution's tap (eq. 7 there).
+
+    With k² the largest square number of heads, the heads form a k x k kernel around the query; a
+    head beyond them starts without a preferred direction.
+    """
+    heads = shape[1]
+    side = int(heads**0.5)
+    dy, dx = jnp.divmod(jnp.arange(side**2), side)
+    centre = (side - 1) / 2
+    taps = jnp.stack([2 * (dx - centre), 2 * (dy - centre), -jnp.ones(side**2)])
+    return layers.KERNEL_INIT(key, shape, dtype).at[:, : side**2].set(taps.astype(dtype))
+
+
+class GatedPositionalAttention(nn.Module):
+    """Attention that a learnt gate per head mixes from content and relative position."""
+
+    num_heads: int
+    qk_scale: float  # of the content logits; 0: head_dim ** -0.5
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, n, d] -> [b, n, d]; the n tokens are a square grid in row-major order."""
+        b, n, d = x.shape
+        heads, weights = self.num_heads, layers.param_dtype(self.dtype)
+        linear = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=weights)
+        qk = linear(2 * d, use_bias=False, kernel_init=layers.KERNEL_INIT, name="qk")(x)
+        v = linear(d, use_bias=False, kernel_init=_identity_init, name="v")(x)
+        q, k = jnp.moveaxis(qk.reshape(b, n, 2, heads, d // heads), 2, 0)
+        scale = self.qk_scale or (d // heads) ** -0.5
+        content = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=weights) * scale
+
+        to_heads = nn.Dense(
+            heads, dtype=weights, param_dtype=weights, kernel_init=_local_init, name="pos_proj"
+        )
+        position = jnp.moveaxis(to_heads(relative_positions(n, weights)), -1, 0)  # [h, n, n]
+        gate = self.param("gating_param", nn.initializers.ones, (heads,), weights)
+        gate = jax.nn.sigmoid(gate)[:, None, None]
+        attention = (1 - gate) * jax.nn.softmax(content) + gate * jax.nn.softmax(position)
+        out = jnp.einsum(
+            "bhqk,bkhc->bqhc", attention.astype(self.dtype), v.reshape(b, n, heads, -1)
+        )
+        return layers.dense(d, self.dtype, name="proj")(out.reshape(b, n, d))
+
+
+class ConViT(nn.Module):
+    """Patches with learnt positions, GPSA blocks, then the class token and ordinary blocks."""
+
+    num_classes: int
+    image_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    norm_eps: float
+    in_channels: int = 3
+    qk_scale: float = 0.0
+    drop_path: float = 0.0
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.depth < 2:
+            raise UserError(
+                f"model.depth {self.depth} is too small for ConViT, which needs a block without "
+                "the class token and one with it; choose at least 2"
+            )
+        super().__post_init__()
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of attention blocks: the length of ``attn_grad_keep``."""
+        return self.depth
+
+    @property
+    def local_blocks(self) -> int:
+        """Number of blocks with gated positional attention, before the class token joins."""
+        return min(MAX_LOCAL_BLOCKS, self.depth - 1)
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        """timm's name of each row of the parameters that are stacked along axis 0."""
+        names = tuple(f"blocks.{i}" for i in range(self.depth))
+        return {"local_blocks": names[: self.local_blocks], "blocks": names[self.local_blocks :]}
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of patches."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, attn_grad_keep: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """Logits [b, num_classes] of normalised images [b, H, W, C].
+
+        attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
+        train: stochastic depth, if an rng 'drop_path' is given.
+        """
+        b, d, split = images.shape[0], self.embed_dim, self.local_blocks
+        weights = layers.param_dtype(self.dtype)
+        x = layers.PatchEmbed(self.patch_size, d, self.dtype, name="patch_embed")(images)
+        pos_embed = self.param("pos_embed", layers.KERNEL_INIT, (1, self.num_tokens, d), weights)
+        x = x + pos_embed.astype(x.dtype)
+
+        gpsa = functools.partial(
+            GatedPositionalAttention, self.num_heads, self.qk_scale, self.dtype
+        )
+        attention = functools.partial(
+            layers.Attention, self.num_heads, False, self.qk_scale, self.dtype
+        )
+        rates = jnp.linspace(0.0, self.drop_path, self.depth)
+        keep = attn_grad_keep
+        first, last = (None, None) if keep is None else (keep[:split], keep[split:])
+        block = (self.mlp_ratio, self.norm_eps, self.dtype)
+        x, _ = layers.scan_blocks(layers.Block, split)(gpsa, *block, name="local_blocks")(
+            x, first, rates[:split], train
+        )
+        cls_token = self.param("cls_token", layers.KERNEL_INIT, (1, 1, d), weights)
+        cls_token = jnp.broadcast_to(cls_token, (b, 1, d))
+        x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1)
+        blocks = layers.scan_blocks(layers.Block, self.depth - split)
+        x, _ = blocks(attention, *block, name="blocks")(x, last, rates[split:], train)
+        x = layers.layer_norm(self.norm_eps, weights, "norm")(x[:, 0])
+        return layers.dense(self.num_classes, weights, name="head")(x)
+
+    def forward_flops(self) -> float:
+        """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
+        n, d = self.num_tokens, self.embed_dim
+        patch = n * self.patch_size**2 * self.in_channels * d
+        total = patch + d * self.num_classes
+        for tokens, count in ((n, self.local_blocks), (n + 1, self.depth - self.local_blocks)):
+            block = tokens * d * d * (4 + 2 * self.mlp_ratio) + 2 * tokens * tokens * d
+            total += count * block
+        return 2.0 * (total + self.local_blocks * 3 * n * n * self.num_heads)

@@ -1,0 +1,224 @@
+"""The parts of a vision transformer, and the gate that ARD needs.
+
+PatchEmbed     images -> patch tokens
+Attention      multi-head self-attention over all tokens
+Mlp            the two-layer perceptron of a block
+Block          x + attention(norm(x)), then x + mlp(norm(x)), with any attention
+scan_blocks    equal blocks as one scanned module
+drop_path      stochastic depth, per example
+gate_gradient  a branch whose backward pass a Boolean switches off (ARD)
+
+Shapes: b batch, n tokens, d width, h heads. Matrix products run in ``dtype``; parameters, softmax
+and LayerNorm statistics stay in float32 (float64 where ``dtype`` is float64).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+KERNEL_INIT = nn.initializers.truncated_normal(0.02)  # as timm's ViT
+
+
+def param_dtype(dtype: str) -> jnp.dtype:
+    """float32, or float64 for the exact checks."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class PatchEmbed(nn.Module):
+    """Cuts [b, H, W, C] images into patches in row-major order and projects each to width d.
+
+    The kernel has the layout of a Flax convolution, [patch, patch, C, d]. With the stride equal to
+    the kernel the convolution is one matrix product over the flattened patches.
+    """
+
+    patch_size: int
+    embed_dim: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        b, height, width, channels = images.shape
+        p = self.patch_size
+        kernel = self.param(
+            "kernel",
+            nn.initializers.lecun_normal(in_axis=(0, 1, 2)),
+            (p, p, channels, self.embed_dim),
+            param_dtype(self.dtype),
+        )
+        bias = self.param("bias", nn.initializers.zeros, (self.embed_dim,), param_dtype(self.dtype))
+        patches = images.reshape(b, height // p, p, width // p, p, channels)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * channels)
+        tokens = patches.astype(self.dtype) @ kernel.reshape(-1, self.embed_dim).astype(self.dtype)
+        return tokens + bias.astype(self.dtype)
+
+
+def dense(features: int, dtype: str, *, use_bias: bool = True, name: str | None = None) -> nn.Dense:
+    """A linear layer with this project's initialisation and precision."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype(dtype),
+        kernel_init=KERNEL_INIT,
+        name=name,
+    )
+
+
+def layer_norm(epsilon: float, dtype: str, name: str) -> nn.LayerNorm:
+    """LayerNorm with float32 statistics, in the two-pass form that PyTorch uses."""
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        dtype=dtype,
+        param_dtype=param_dtype(dtype),
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+def dot_product_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, bias: jax.Array | None = None
+) -> jax.Array:
+    """softmax(scale * q k + bias) v for q, k, v [b, n, h, head_dim], bias [..., h, n, n].
+
+    The softmax is in float32 at least. (jax.nn's own is in float32 always, too coarse for the
+    float64 checks.)
+    """
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide) * scale
+    if bias is not None:
+        logits = logits + bias.astype(wide)
+    weights = jax.nn.softmax(logits).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the qkv features are [q | k | v], each heads x head_dim."""
+
+    num_heads: int
+    qkv_bias: bool
+    qk_scale: float  # of the attention logits; 0: head_dim ** -0.5
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        b, n, d = x.shape
+        head_dim = d // self.num_heads
+        qkv = dense(3 * d, self.dtype, use_bias=self.qkv_bias, name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.num_heads, head_dim), 2, 0)
+        scale = self.qk_scale or head_dim**-0.5
+        out = dot_product_attention(q, k, v, scale)
+        return dense(d, self.dtype, name="proj")(out.reshape(b, n, d))
+
+
+class Mlp(nn.Module):
+    """Linear, exact (erf) GELU, linear."""
+
+    hidden_dim: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d = x.shape[-1]
+        x = dense(self.hidden_dim, self.dtype, name="fc1")(x)
+        x = jax.nn.gelu(x, approximate=False)
+        return dense(d, self.dtype, name="fc2")(x)
+
+
+def drop_path(key: jax.Array, x: jax.Array, rate: jax.Array) -> jax.Array:
+    """Zeroes x [b, ...] for a share ``rate`` of the examples and rescales the others.
+
+    Huang et al., "Deep Networks with Stochastic Depth", 2016.
+    """
+    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(keep, x / (1 - rate).astype(x.dtype), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gate_gradient(
+    branch: Callable[[Any, jax.Array], jax.Array], params: Any, x: jax.Array, keep: jax.Array
+) -> jax.Array:
+    """``branch(params, x)`` in value; its gradient passes only where the scalar ``keep`` is True.
+
+    Equals ``keep * a + (1 - keep) * stop_gradient(a)`` with a = branch(params, x) in value and
+    gradient, but the backward pass of a masked branch is not computed at all.
+    """
+    del keep
+    return branch(params, x)
+
+
+def _gate_forward(branch, params, x, keep):
+    out, vjp = jax.vjp(branch, params, x)
+    return out, (vjp, keep)
+
+
+def _gate_backward(branch, residuals, cotangent):
+    del branch
+    vjp, keep = residuals
+    blocked = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(vjp, cotangent))
+    grads = lax.cond(keep, vjp, lambda _: blocked, cotangent)
+    return (*grads, None)
+
+
+gate_gradient.defvjp(_gate_forward, _gate_backward)
+
+
+def attention_branch(
+    norm: nn.Module, attention: nn.Module, x: jax.Array, keep: jax.Array | None
+) -> jax.Array:
+    """attention(norm(x)), the residual branch that ARD cuts off.
+
+    norm, attention: bound submodules of the calling block, which owns their parameters.
+    keep: scalar bool, False stops the gradient through the branch; None: no gate at all.
+    """
+    if keep is None:
+        return attention(norm(x))
+    norm, norm_variables = norm.unbind()
+    attention, attention_variables = attention.unbind()
+
+    def branch(variables, x):
+        return attention.apply(variables[1], norm.apply(variables[0], x))
+
+    return gate_gradient(branch, (norm_variables, attention_variables), x, keep)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); ``attention(name=...)`` makes the former."""
+
+    attention: Callable[..., nn.Module]
+    mlp_ratio: float
+    norm_eps: float
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, keep: jax.Array | None, drop_rate: jax.Array, train: bool
+    ) -> tuple[jax.Array, None]:
+        """x [b, n, d]; keep, drop_rate: this block's scalars. Stochastic depth: attention only."""
+        norm1 = layer_norm(self.norm_eps, self.dtype, "norm1")
+        a = attention_branch(norm1, self.attention(name="attn"), x, keep)
+        if train and self.has_rng("drop_path"):
+            a = drop_path(self.make_rng("drop_path"), a, drop_rate)
+        x = x + a
+        hidden_dim = int(x.shape[-1] * self.mlp_ratio)
+        y = layer_norm(self.norm_eps, self.dtype, "norm2")(x)
+        return x + Mlp(hidden_dim, self.dtype, name="mlp")(y), None
+
+
+def scan_blocks(block: type[nn.Module], length: int) -> Callable[..., nn.Module]:
+    """``length`` equal blocks in a row, called as (x, keep, drop_rate, train) -> (x, None).
+
+    Their parameters are stacked along axis 0, as are keep and drop_rate, with a row per block. The
+    program holds one block, so compile time does not grow with depth.
+    """
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "drop_path": True},
+        in_axes=(0, 0, nn.broadcast),
+        length=length,
+    )

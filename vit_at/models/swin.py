@@ -1,0 +1,271 @@
+"""Swin: Liu et al. 2021, "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows"
+(arXiv 2103.14030), in the shapes of timm.
+
+Attention runs within windows; every second block shifts them by half a window, and between two
+stages 2x2 tokens merge into one of twice the width. A stage's blocks are one scanned module over
+pairs (unshifted, shifted).
+
+Where a stage's grid is no larger than a window there is one window, as large as the grid, and no
+shift. Where a window does not divide the grid, zeros are appended below and to the right of the
+shifted tokens, as timm 1.x does; without such padding only multiples of 224 pixels (patch 4) would
+do. The shifted tokens are grouped in the same way.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_at.config import UserError
+from vit_at.models import layers
+
+_SWIN = {"mlp_ratio": 4.0, "norm_eps": 1e-5, "patch_size": 4, "window_size": 7, "drop_path": 0.1}
+_BASE = dict(_SWIN, embed_dim=128, depth=24, num_heads=4)
+_LARGE = dict(_SWIN, embed_dim=192, depth=24, num_heads=6)
+
+# Width and heads are those of the first stage; both double at every merging.
+SIZES = {
+    "swin_tiny_patch4_window7_224": dict(_SWIN, embed_dim=96, depth=12, num_heads=3),
+    "swin_small_patch4_window7_224": dict(_SWIN, embed_dim=96, depth=24, num_heads=3),
+    "swin_base_patch4_window7_224": _BASE,
+    "swin_base_patch4_window7_224_in22k": _BASE,
+    "swin_large_patch4_window7_224": _LARGE,
+    "swin_large_patch4_window7_224_in22k": _LARGE,
+}
+STAGES = 4
+_MASKED = -100.0  # added to the logits of pairs that were not neighbours before the shift
+
+
+def relative_position_index(window: int) -> np.ndarray:
+    """Row of the bias table [(2 window - 1)²] for each [query, key] of a window, row-major."""
+    row, column = np.divmod(np.arange(window**2), window)
+    dy, dx = (c[:, None] - c[None, :] + window - 1 for c in (row, column))
+    return dy * (2 * window - 1) + dx
+
+
+def shift_mask(side: int, window: int, shift: int) -> np.ndarray:
+    """What is added to the logits [windows, query, key] of a grid of side x side shifted tokens.
+
+    After the shift, the last window of a row or column holds tokens from both ends of the grid.
+    """
+    region = np.zeros(side, int)
+    region[side - window :] = 1
+    region[side - shift :] = 2
+    regions = 3 * region[:, None] + region[None, :]
+    w = side // window
+    regions = regions.reshape(w, window, w, window).transpose(0, 2, 1, 3).reshape(w * w, -1)
+    apart = regions[:, :, None] != regions[:, None, :]
+    return np.where(apart, _MASKED, 0.0)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention within windows, with a learnt bias per relative position."""
+
+    num_heads: int
+    window: int
+    shift: int
+    qk_scale: float  # of the attention logits; 0: head_dim ** -0.5
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, n, d] -> [b, n, d]; the n tokens are a square grid in row-major order."""
+        b, n, d = x.shape
+        side, window = round(n**0.5), self.window
+        padding = -side % window
+        w = (side + padding) // window  # windows in a row
+        x = x.reshape(b, side, side, d)
+        if self.shift:
+            x = jnp.roll(x, (-self.shift, -self.shift), axis=(1, 2))
+        x = jnp.pad(x, ((0, 0), (0, padding), (0, padding), (0, 0)))
+        x = x.reshape(b, w, window, w, window, d).swapaxes(2, 3).reshape(b, w * w, -1, d)
+
+        x = self._attend(x, side + padding)
+
+        x = x.reshape(b, w, w, window, window, d).swapaxes(2, 3).reshape(b, w * window, -1, d)
+        x = x[:, :side, :side]
+        if self.shift:
+            x = jnp.roll(x, (self.shift, self.shift), axis=(1, 2))
+        return layers.dense(d, self.dtype, name="proj")(x.reshape(b, n, d))
+
+    def _attend(self, x: jax.Array, padded_side: int) -> jax.Array:
+        """Attention within each of the windows of x [b, windows, tokens, d]."""
+        b, w, n, d = x.shape
+        heads, weights = self.num_heads, layers.param_dtype(self.dtype)
+        qkv = layers.dense(3 * d, self.dtype, name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, w, n, 3, heads, d // heads), 3, 0)
+        table = self.param(
+            "relative_position_bias_table",
+            layers.KERNEL_INIT,
+            ((2 * self.window - 1) ** 2, heads),
+            weights,
+        )
+        bias = jnp.moveaxis(table[relative_position_index(self.window)], -1, 0)  # [heads, n, n]
+        if self.shift:
+            mask = shift_mask(padded_side, self.window, self.shift)
+            bias = bias + jnp.asarray(mask, weights)[:, None]
+        scale = self.qk_scale or (d // heads) ** -0.5
+        logits = jnp.einsum("bwqhc,bwkhc->bwhqk", q, k, preferred_element_type=weights)
+        attention = jax.nn.softmax(logits * scale + bias).astype(self.dtype)
+        return jnp.einsum("bwhqk,bwkhc->bwqhc", attention, v).reshape(b, w, n, d)
+
+
+class Pair(nn.Module):
+    """A block with unshifted windows and one with shifted windows."""
+
+    num_heads: int
+    window: int
+    shift: int
+    qk_scale: float
+    mlp_ratio: float
+    norm_eps: float
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, keep: jax.Array | None, drop_rate: jax.Array, train: bool
+    ) -> tuple[jax.Array, None]:
+        """x [b, n, d]; keep, drop_rate: [2], one of each block."""
+        for i, (name, shift) in enumerate((("even", 0), ("odd", self.shift))):
+            attention = functools.partial(
+                WindowAttention, self.num_heads, self.window, shift, self.qk_scale, self.dtype
+            )
+            block = layers.Block(attention, self.mlp_ratio, self.norm_eps, self.dtype, name=name)
+            x, _ = block(x, None if keep is None else keep[i], drop_rate[i], train)
+        return x, None
+
+
+class Merging(nn.Module):
+    """2x2 neighbouring tokens of a square grid -> one token of twice the width."""
+
+    norm_eps: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, n, d] -> [b, n / 4, 2 d]."""
+        b, n, d = x.shape
+        half = round(n**0.5) // 2
+        x = x.reshape(b, half, 2, half, 2, d).transpose(0, 1, 3, 4, 2, 5).reshape(b, -1, 4 * d)
+        x = layers.layer_norm(self.norm_eps, self.dtype, "norm")(x)
+        return layers.dense(2 * d, self.dtype, use_bias=False, name="reduction")(x)
+
+
+class SwinTransformer(nn.Module):
+    """Patches, four stages of windowed attention, the mean over all tokens, and a head."""
+
+    num_classes: int
+    image_size: int
+    patch_size: int
+    embed_dim: int  # of the first stage
+    depth: int  # over all stages: two blocks in each but the third, which has the others
+    num_heads: int  # of the first stage
+    mlp_ratio: float
+    norm_eps: float
+    window_size: int
+    in_channels: int = 3
+    qk_scale: float = 0.0
+    drop_path: float = 0.1
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.depth < 2 * STAGES or self.depth % 2:
+            raise UserError(
+                f"model.depth {self.depth} does not suit Swin, whose four stages are pairs of "
+                f"blocks; choose an even number from {2 * STAGES}"
+            )
+        step = self.patch_size * 2 ** (STAGES - 1)
+        if self.image_size % step:
+            below = max(self.image_size // step, 1) * step
+            raise UserError(
+                f"data.image_size {self.image_size} does not suit Swin with model.patch_size "
+                f"{self.patch_size}, whose tokens are merged two by two {STAGES - 1} times; choose "
+                f"a multiple of {step}, such as {below} or {below + step}"
+            )
+        super().__post_init__()
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Number of blocks of each stage."""
+        return (2, 2, self.depth - 6, 2)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of attention blocks over all stages: the length of ``attn_grad_keep``."""
+        return self.depth
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        """timm's name of each row of the parameters that are stacked along axis 0."""
+        return {
+            f"layers_{i}/{name}": tuple(f"layers.{i}.blocks.{j}" for j in range(start, depth, 2))
+            for i, depth in enumerate(self.depths)
+            for start, name in enumerate(("even", "odd"))
+        }
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of patches, before any merging."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def stage_windows(self) -> list[tuple[int, int, int]]:
+        """Per stage: side of its grid, side of a window, shift of the odd blocks."""
+        sides = [self.image_size // self.patch_size // 2**i for i in range(STAGES)]
+        windows = [min(side, self.window_size) for side in sides]
+        return [(s, w, w // 2 if s > w else 0) for s, w in zip(sides, windows, strict=True)]
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, attn_grad_keep: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """Logits [b, num_classes] of normalised images [b, H, W, C].
+
+        attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
+        train: stochastic depth, if an rng 'drop_path' is given.
+        """
+        weights = layers.param_dtype(self.dtype)
+        x = layers.PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")(
+            images
+        )
+        x = layers.layer_norm(self.norm_eps, self.dtype, "patch_norm")(x)
+        rates = jnp.linspace(0.0, self.drop_path, self.depth)
+        first = 0
+        for i, (depth, (_, window, shift)) in enumerate(
+            zip(self.depths, self.stage_windows(), strict=True)
+        ):
+            if i:
+                x = Merging(self.norm_eps, self.dtype, name=f"layers_{i - 1}_downsample")(x)
+            rows = slice(first, first + depth)
+            keep = None if attn_grad_keep is None else attn_grad_keep[rows].reshape(-1, 2)
+            pairs = layers.scan_blocks(Pair, depth // 2)(
+                self.num_heads * 2**i,
+                window,
+                shift,
+                self.qk_scale,
+                self.mlp_ratio,
+                self.norm_eps,
+                self.dtype,
+                name=f"layers_{i}",
+            )
+            x, _ = pairs(x, keep, rates[rows].reshape(-1, 2), train)
+            first += depth
+        x = layers.layer_norm(self.norm_eps, weights, "norm")(x).mean(axis=1)
+        return layers.dense(self.num_classes, weights, name="head")(x)
+
+    def forward_flops(self) -> float:
+        """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
+        d = self.embed_dim
+        total = self.num_tokens * self.patch_size**2 * self.in_channels * d
+        for i, (depth, (side, window, _)) in enumerate(
+            zip(self.depths, self.stage_windows(), strict=True)
+        ):
+            if i:
+                total += side**2 * 4 * d * 2 * d
+                d *= 2
+            n = side**2
+            padded = (side + -side % window) ** 2
+            block = padded * (3 * d * d + 2 * window**2 * d) + n * d * d * (1 + 2 * self.mlp_ratio)
+            total += depth * block
+        return 2.0 * (total + d * self.num_classes)

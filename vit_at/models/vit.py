@@ -1,0 +1,97 @@
+"""ViT and DeiT: Dosovitskiy et al. 2021, Touvron et al. 2021, in the shapes of timm 0.5.
+
+The blocks are one scanned module: their parameters are stacked along a leading axis [depth, ...].
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_at.models import layers
+
+_DEIT = {"mlp_ratio": 4.0, "qkv_bias": True, "norm_eps": 1e-6, "patch_size": 16}
+_VIT_BASE = dict(embed_dim=768, depth=12, num_heads=12, **_DEIT)
+
+# The `_in21k` ViT-B is plain ViT-B here: its extra representation layer exists only with the
+# pretraining's own classes. ViT-small is timm 0.5's, of depth 8 and width 768.
+SIZES = {
+    "vit_small_patch16_224": dict(
+        _DEIT, embed_dim=768, depth=8, num_heads=8, mlp_ratio=3.0, qkv_bias=False, norm_eps=1e-5
+    ),
+    "vit_base_patch16_224": _VIT_BASE,
+    "vit_base_patch16_224_in21k": _VIT_BASE,
+    "vit_large_patch16_224": dict(_DEIT, embed_dim=1024, depth=24, num_heads=16),
+    "deit_tiny_patch16_224": dict(_DEIT, embed_dim=192, depth=12, num_heads=3),
+    "deit_small_patch16_224": dict(_DEIT, embed_dim=384, depth=12, num_heads=6),
+    "deit_base_patch16_224": _VIT_BASE,
+}
+
+
+class VisionTransformer(nn.Module):
+    """Patches, class token, learnt positions, ``depth`` blocks, and a head on the class token."""
+
+    num_classes: int
+    image_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    qkv_bias: bool
+    norm_eps: float
+    in_channels: int = 3
+    qk_scale: float = 0.0
+    drop_path: float = 0.0
+    dtype: str = "float32"
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of attention blocks: the length of ``attn_grad_keep``."""
+        return self.depth
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        """timm's name of each row of the parameters that are stacked along axis 0."""
+        return {"blocks": tuple(f"blocks.{i}" for i in range(self.depth))}
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of patches."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, attn_grad_keep: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """Logits [b, num_classes] of normalised images [b, H, W, C].
+
+        attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
+        train: stochastic depth, if an rng 'drop_path' is given.
+        """
+        b, d = images.shape[0], self.embed_dim
+        weights = layers.param_dtype(self.dtype)
+        init = layers.KERNEL_INIT
+        x = layers.PatchEmbed(self.patch_size, d, self.dtype, name="patch_embed")(images)
+        cls_token = self.param("cls_token", init, (1, 1, d), weights)
+        pos_embed = self.param("pos_embed", init, (1, 1 + self.num_tokens, d), weights)
+        cls_token = jnp.broadcast_to(cls_token, (b, 1, d))
+        x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1) + pos_embed.astype(x.dtype)
+
+        attention = functools.partial(
+            layers.Attention, self.num_heads, self.qkv_bias, self.qk_scale, self.dtype
+        )
+        blocks = layers.scan_blocks(layers.Block, self.depth)(
+            attention, self.mlp_ratio, self.norm_eps, self.dtype, name="blocks"
+        )
+        x, _ = blocks(x, attn_grad_keep, jnp.linspace(0.0, self.drop_path, self.depth), train)
+        x = layers.layer_norm(self.norm_eps, weights, "norm")(x[:, 0])
+        return layers.dense(self.num_classes, weights, name="head")(x)
+
+    def forward_flops(self) -> float:
+        """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
+        n, d = 1 + self.num_tokens, self.embed_dim
+        patch = self.num_tokens * self.patch_size**2 * self.in_channels * d
+        block = n * d * d * (4 + 2 * self.mlp_ratio) + 2 * n * n * d
+        return 2.0 * (patch + self.depth * block + d * self.num_classes)

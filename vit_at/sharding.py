@@ -1,0 +1,58 @@
+"""Devices as one mesh axis, ``data``: batches are split over it, parameters are whole on each.
+
+The step is written in the global view under jit. Only the attack loop is mapped shard by shard,
+so that it provably holds no collective: ``map_shards``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vit_at.config import UserError
+
+AXIS = "data"
+SPLIT, WHOLE = PartitionSpec(AXIS), PartitionSpec()
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with the single axis ``data`` over all devices of all processes."""
+    return Mesh(np.array(devices or jax.devices()), (AXIS,))
+
+
+def check_batch_size(field: str, batch_size: int, mesh: Mesh, parts: int = 1) -> None:
+    """Raises UserError where devices (times ``parts`` micro-batches) do not divide the batch."""
+    shares = mesh.size * parts
+    if batch_size % shares:
+        nearest = max(shares, round(batch_size / shares) * shares)
+        micro = f" times {parts} micro-batches" if parts > 1 else ""
+        raise UserError(
+            f"{field} is {batch_size}, which {mesh.size} devices{micro} do not divide; "
+            f"the nearest that fits is {nearest}"
+        )
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Puts every array whole on every device, in memory of its own (so it may be donated)."""
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, WHOLE)), tree)
+
+
+def split_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows of a global batch, as global arrays split over the devices."""
+    sharding = NamedSharding(mesh, SPLIT)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def map_shards(
+    function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any = SPLIT
+) -> Callable[..., Any]:
+    """``function`` on each device's shard: jax.pmap's programming model under jit.
+
+    The check of replication is off: it has nothing to check where no collective is, and would
+    reject loops whose carry starts as a constant.
+    """
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )

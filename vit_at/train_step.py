@@ -1,0 +1,262 @@
+"""One training step: a pure function of the state and a batch.
+
+Everything random is drawn up front from ``fold_in(key(seed), step)``; what follows is
+deterministic. So a step can be checked number by number against the PyTorch reference, replayed
+after a crash, and gives the same result on any number of devices.
+
+    augment, mix -> draw -> perturb (mapped over shards, no collective) -> gradient -> update
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
+
+from vit_at import masking as masks
+from vit_at import objectives, sharding
+from vit_at.attacks import pgd
+from vit_at.attacks.threat import Threat, random_start
+from vit_at.data import augment
+from vit_at.optim import learning_rate
+
+Array = jax.Array
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """What a checkpoint holds. step: updates done; ema: averaged parameters, or None."""
+
+    step: Array
+    params: Any
+    opt_state: Any
+    ema: Any
+
+    @property
+    def eval_params(self) -> Any:
+        """The parameters to evaluate: the averaged ones where there are any."""
+        return self.params if self.ema is None else self.ema
+
+
+class Draws(NamedTuple):
+    """Everything random in the attack of one step.
+
+    delta: [B, H, W, C] in pixel units, before it is brought into the image range.
+    attn_keep: [steps, num_blocks] bool (ARD); None: off.
+    patch_keep: [steps, H/p, W/p] bool (PRM); None: off.
+    """
+
+    delta: Array
+    attn_keep: Array | None
+    patch_keep: Array | None
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+    """The state before the first step."""
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+
+
+def draw(
+    key: Array,
+    *,
+    objective: str,
+    threat: Threat,
+    masking: masks.Masking,
+    progress: float | Array,
+    image_shape: tuple[int, int, int, int],
+    num_blocks: int,
+    start: str = "random",
+    std: float | tuple[float, ...] = 1.0,
+) -> Draws:
+    """Draws what the attack of one step needs.
+
+    Args:
+      progress: epochs done once this step is, (step + 1) / steps_per_epoch: the warm-up's time.
+      image_shape: [B, H, W, C].
+      start: 'random': AT starts uniformly in the ball, TRADES and MART at 0.001 N(0, 1) in
+        normalised units; 'zero': all start at the image.
+      std: the normalisation's, per channel: what a normalised unit is in pixel units.
+    """
+    start_key, attn_key, patch_key = jax.random.split(key, 3)
+    if start == "zero":
+        delta = jnp.zeros(image_shape)
+    elif objective in objectives.GAUSSIAN_START:
+        scale = objectives.START_SCALE * jnp.asarray(std)
+        delta = scale * jax.random.normal(start_key, image_shape)
+    else:
+        delta = random_start(start_key, image_shape, threat)
+    probability = masks.keep_probability(masking, progress)
+    attn_keep = patch_keep = None
+    if masking.ard:
+        attn_keep = masks.draw_attn_keep(attn_key, threat.steps, num_blocks, probability)
+    if masking.prm:
+        grid = (image_shape[1] // masking.patch_size, image_shape[2] // masking.patch_size)
+        patch_keep = masks.draw_patch_keep(patch_key, threat.steps, grid, probability)
+    return Draws(delta, attn_keep, patch_keep)
+
+
+def perturb(
+    apply: Callable[..., Array],
+    params: Any,
+    images: Array,
+    targets: Array,
+    draws: Draws,
+    *,
+    objective: str,
+    threat: Threat,
+) -> Array:
+    """The adversarial images that ``objective`` trains on, in [0, 1].
+
+    A plain per-device function: images, targets and draws.delta are any shard of a batch.
+    """
+    if objective == "natural":
+        return images
+    loss = objectives.attack_loss(objective, apply, params, images, targets)
+    return pgd.training_attack(loss, images, draws.delta, draws.attn_keep, draws.patch_keep, threat)
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, Array],
+    *,
+    config: FrozenConfigDict,
+    apply: Callable[..., Array],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    masking: masks.Masking,
+    steps_per_epoch: int,
+    num_blocks: int,
+    num_classes: int,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update on one global batch, to be jitted with the state donated.
+
+    Args:
+      batch: image [B, H, W, C] uint8 and label [B] int32, split over the mesh.
+
+    Returns:
+      (new state, {name: scalar}): the metrics are those of the batch before the update.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    input_key, draw_key, train_key = jax.random.split(key, 3)
+    progress = (state.step + 1) / steps_per_epoch
+    images, targets = _inputs(input_key, batch, config, num_classes)
+    threat = Threat.of(config.threat).scaled(_eps_factor(config, progress))
+    draws = draw(
+        draw_key,
+        objective=config.objective,
+        threat=threat,
+        masking=masking,
+        progress=progress,
+        image_shape=images.shape,
+        num_blocks=num_blocks,
+        start=config.threat.start,
+        std=config.data.std,
+    )
+
+    def loss_and_gradient(examples, key):
+        images, targets, delta = examples
+        micro_draws = draws._replace(delta=delta)
+        adversarial = _perturb_shards(
+            mesh, apply, state.params, images, targets, micro_draws, threat, config.objective
+        )
+        loss = functools.partial(
+            objectives.training_loss, config.objective, apply, beta=config.beta
+        )
+        (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(
+            state.params, images, adversarial, targets, rngs={"drop_path": key}
+        )
+        return gradient, {"loss": value} | _batch_metrics(aux, targets)
+
+    gradient, metrics = _accumulate(
+        loss_and_gradient, (images, targets, draws.delta), train_key, config.accumulate_steps
+    )
+    metrics |= {
+        "gradient_norm": optax.tree.norm(gradient),
+        "learning_rate": learning_rate(config, steps_per_epoch)(state.step),
+        "keep_probability": masks.keep_probability(masking, progress),
+        "eps": threat.eps,
+    }
+    return _update(state, gradient, optimizer, config.ema_decay), metrics
+
+
+def _inputs(key, batch, config, num_classes):
+    """Augmented, mixed images [B, H, W, C] in [0, 1] and their targets [B, num_classes]."""
+    augment_key, mix_key = jax.random.split(key)
+    images = augment.augment(
+        augment_key,
+        augment.to_float(batch["image"]),
+        crop_padding=config.data.crop_padding,
+        flip=config.data.flip,
+    )
+    targets = augment.one_hot(batch["label"], num_classes, config.label_smoothing)
+    if config.mixing.probability:
+        images, targets = augment.mix(mix_key, images, targets, **config.mixing)
+    return images, targets
+
+
+def _eps_factor(config, progress):
+    """Factor on eps and step size while eps warms up; scalar in (0, 1]."""
+    if not config.threat.eps_warmup_epochs:
+        return jnp.ones(())
+    return jnp.minimum(1.0, progress / config.threat.eps_warmup_epochs)
+
+
+def _perturb_shards(mesh, apply, params, images, targets, draws, threat, objective):
+    """``perturb`` on every device's shard."""
+
+    def shard(params, images, targets, draws, eps, step_size):
+        mine = dataclasses.replace(threat, eps=eps, step_size=step_size)
+        return perturb(apply, params, images, targets, draws, objective=objective, threat=mine)
+
+    split, whole = sharding.SPLIT, sharding.WHOLE
+    specs = (whole, split, split, Draws(split, whole, whole), whole, whole)
+    mapped = sharding.map_shards(shard, mesh, specs)
+    return mapped(params, images, targets, draws, threat.eps, threat.step_size)
+
+
+def _batch_metrics(aux, targets):
+    """Accuracies and the objective's terms, scalars."""
+    labels = jnp.argmax(targets, axis=-1)
+    metrics = {name: term for name, term in aux.items() if not name.startswith("logits")}
+    for kind, logits in (("adv", aux["logits_adv"]), ("clean", aux["logits_clean"])):
+        if logits is not None:
+            metrics[f"accuracy_{kind}"] = jnp.mean(jnp.argmax(logits, -1) == labels)
+    return metrics
+
+
+def _accumulate(loss_and_gradient, examples, key, parts):
+    """Means of gradient and metrics over ``parts`` micro-batches.
+
+    Micro-batch i takes the rows i, i + parts, ...: so each stays split evenly over the devices.
+    """
+    if parts == 1:
+        return loss_and_gradient(examples, key)
+
+    def micro_batches(x):
+        return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+    def body(total, inputs):
+        return jax.tree.map(jnp.add, total, loss_and_gradient(*inputs)), None
+
+    stacked = jax.tree.map(micro_batches, examples)
+    keys = jax.random.split(key, parts)
+    first = jax.tree.map(lambda x: x[0], (stacked, keys))
+    shapes = jax.eval_shape(loss_and_gradient, *first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(body, zeros, (stacked, keys))
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def _update(state, gradient, optimizer, ema_decay):
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = optax.incremental_update(params, ema, 1 - ema_decay)
+    return TrainState(state.step + 1, params, opt_state, ema)
