@@ -35,11 +35,18 @@ def _smoke(config: ConfigDict) -> None:
     config.model.embed_dim, config.model.depth, config.model.num_heads = 32, 2, 2
     config.masking.patch_size = 0
     config.epochs, config.batch_size, config.eval.batch_size = 2, 32, 16
-    config.masking.warmup_epochs = 1.0
+    config.masking.warmup_epochs = config.threat.eps_warmup_epochs = 1.0
+    config.optimizer.warmup_epochs = min(config.optimizer.warmup_epochs, 1.0)
     config.threat.steps = 2
+    config.eval.every_epochs = 1
     config.eval.validation_attack = "pgd-2"
     config.eval.attacks = "clean,cw-2,pgd-2"
     config.log_every_steps = 1
+
+
+def _natural(config: ConfigDict) -> None:
+    """The same budget without an attack: what robustness is compared with."""
+    config.objective = "natural"
 
 
 VARIANTS: dict[str, Callable[..., None]] = {
@@ -47,6 +54,7 @@ VARIANTS: dict[str, Callable[..., None]] = {
     "ard": _ard,
     "prm": _prm,
     "ard_prm": _ard_prm,
+    "natural": _natural,
     "smoke": _smoke,
 }
 TAKES_VALUE = frozenset({"model"})

@@ -2,7 +2,9 @@
 
     python -m vit_at.main --config=configs/digits_sgd.py
 
-1 797 real 8x8 digits (UCI). Linf eps 0.1: the digits are two-tone, so the usual 8/255 hardly hurts.
+1 797 real 8x8 digits (UCI). Linf eps is 0.1: the digits are nearly two-tone, so 8/255 hardly hurts.
+From scratch the attack has to grow (eps_warmup_epochs) before a model can learn under it. Expected
+clean / PGD-20 accuracy: 98 % / 86 %; trained naturally (:natural) 97 % / 10 %. See the README.
 """
 
 from ml_collections import ConfigDict
@@ -13,16 +15,18 @@ from configs import common, default
 def get_config(variants: str = "") -> ConfigDict:
     config = default.get_config()
     config.name = "digits_sgd"
-    config.epochs = 40
+    config.batch_size = 32
     config.model.name = "deit_tiny_patch16_224"
     config.model.patch_size = 2
-    config.model.embed_dim, config.model.depth, config.model.num_heads = 96, 4, 3
+    config.model.embed_dim, config.model.depth, config.model.num_heads = 64, 2, 2
     config.data.name = "digits"
     config.data.image_size = 8
     config.data.mean, config.data.std = (0.31,), (0.38,)
-    config.data.crop_padding, config.data.flip = 1, False
+    config.data.crop_padding, config.data.flip = 0, False
     config.data.validation_examples = 138
     config.mixing.probability = 0.0
     config.threat.eps, config.threat.step_size = 0.1, 0.025
+    config.threat.eps_warmup_epochs = 20.0
+    config.masking.warmup_epochs = 20.0
     config.eval.every_epochs = 5
     return common.apply_variants(config, variants)

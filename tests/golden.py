@@ -11,8 +11,10 @@ import json
 import pathlib
 import zlib
 
+import jax
 import numpy as np
 
+import vit_at.weights
 from vit_at import models
 
 DATA = pathlib.Path(__file__).parent / "data" / "models"
@@ -75,3 +77,10 @@ def create(tag: str, dtype: str = "float32", **overrides):
     if size == 32:
         overrides["patch_size"] = 4
     return models.create(name, num_classes=10, image_size=size, dtype=dtype, **overrides)
+
+
+def params(model, salt: int = 0):
+    """The weights of the rule for any model."""
+    shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+    names = vit_at.weights.timm_shapes(shapes, model)
+    return vit_at.weights.from_timm(weights(names, salt), model)

@@ -47,7 +47,6 @@ QUICK = {  # the others take long: they are marked slow
     ("cifar_vit_small_patch16_224_qkscale768", "float32"),
     ("cifar_convit_tiny", "float32"),
     ("cifar_convit_tiny", "float64"),
-    ("cifar_convit_small", "float32"),
     ("imagenet_deit_tiny_patch16_224", "float32"),
     ("imagenet_convit_tiny", "float32"),
     ("imagenet_swin_tiny_patch4_window7_224", "float32"),
@@ -59,14 +58,21 @@ CASES = [
     for dtype in ("float32", "float64")
 ]
 
+# Compiles in about half the time; what is computed is the same.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-def small(name, *, image_size=32, dtype="float32", **overrides):
-    """A small model of a family with weights by the golden rule."""
-    overrides = SMALL[name] | {"patch_size": 4, "num_classes": 10} | overrides
-    model = models.create(name, image_size=image_size, dtype=dtype, **overrides)
-    shapes = weights.to_timm(models.init_params(model, jax.random.key(0)), model)
-    values = golden.weights({name: value.shape for name, value in shapes.items()})
-    return model, weights.from_timm(values, model)
+
+@functools.cache
+def small(name, dtype="float32", **overrides):
+    """A small model of a family at 32 pixels, with weights by the golden rule."""
+    options = SMALL[name] | {"num_classes": 10, "image_size": 32, "patch_size": 4} | overrides
+    model = models.create(name, dtype=dtype, **options)
+    return model, golden.params(model)
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def forward(model, params, images):
+    return model.apply({"params": params}, images)
 
 
 def loss_and_logits(model, images, params, keep):
@@ -86,9 +92,7 @@ def test_reference(tag, dtype):
     with jax.enable_x64(dtype == "float64"):
         model = golden.create(tag, dtype)
         assert model.num_blocks == facts["num_blocks"]
-        shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
-        names = weights.timm_shapes(shapes, model)
-        params = weights.from_timm(golden.weights(names), model)
+        params = golden.params(model)
         assert sum(x.size for x in jax.tree.leaves(params)) == facts["num_parameters"]
         images = jnp.asarray(golden.images(facts["image_size"], facts["normalisation"]), dtype)
         step = jax.jit(jax.value_and_grad(functools.partial(loss_and_logits, model), has_aux=True))
@@ -123,33 +127,40 @@ def test_number_of_parameters(name):
     assert sum(x.size for x in jax.tree.leaves(shapes)) == PARAMETERS[name]
 
 
-@functools.cache
-def small_gradients(name, how):
-    """Gradients of a small model for the images and the weights, with blocks 1 and 4 masked."""
-    model, params = small(name, dtype="float64")
-    images = jnp.asarray(golden.images(32, "cifar"))
-    keep = None if how == "plain" else jnp.arange(model.num_blocks) % 3 != 1
-    step = jax.jit(jax.grad(functools.partial(loss_and_logits, model), (0, 1), has_aux=True))
-    return jax.tree.map(np.asarray, step(images, params, keep))
+def small_gradients(name):
+    """Gradients of a small model for the images and the weights, with and without masked blocks."""
+    model, params = small(name)
+    images = jnp.asarray(golden.images(32, "cifar"), jnp.float32)
+    step = quick_jit(jax.grad(functools.partial(loss_and_logits, model), (0, 1), has_aux=True))
+    some = jnp.arange(model.num_blocks) % 3 != 1
+    return [jax.tree.map(np.asarray, step(images, params, k)) for k in (some, some | True)]
 
 
 def plain_gate(norm, attention, x, keep):
     """keep * a + (1 - keep) * stop_gradient(a), the definition."""
     a = attention(norm(x))
-    return a if keep is None else keep * a + (1 - keep) * jax.lax.stop_gradient(a)
+    return keep * a + (1 - keep) * jax.lax.stop_gradient(a)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_gate_is_its_definition(name, monkeypatch):
-    with jax.enable_x64(True):
-        gated, logits = small_gradients(name, "gate")
-        plain, plain_logits = small_gradients(name, "plain")
-        monkeypatch.setattr(layers, "attention_branch", plain_gate)
-        expected, _ = small_gradients(name, "definition")
-    np.testing.assert_allclose(logits, plain_logits, atol=1e-12)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), gated, expected)
-    difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), gated, plain)
-    assert max(jax.tree.leaves(difference)) > 1e-3
+    gated, unmasked = small_gradients(name)
+    model, params = small(name)
+    plain = forward(model, params, jnp.asarray(golden.images(32, "cifar"), jnp.float32))
+    for _, logits in (gated, unmasked):
+        np.testing.assert_allclose(logits, plain, atol=1e-5)
+
+    monkeypatch.setattr(layers, "attention_branch", plain_gate)
+    expected, _ = small_gradients(name)
+    for got, wanted, free in zip(gated[0], expected[0], unmasked[0], strict=True):
+        scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
+        jax.tree.map(
+            lambda a, b, atol=1e-5 * scale: np.testing.assert_allclose(a, b, rtol=0, atol=atol),
+            got,
+            wanted,
+        )
+        difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), got, free)
+        assert max(jax.tree.leaves(difference)) > 1e-3 * scale
 
 
 def _equations(jaxpr):
@@ -176,8 +187,9 @@ def test_masked_backward_pass_is_not_computed(name):
     for skipped, computed in branches:
         assert _products(skipped.jaxpr) == 0
         assert _products(computed.jaxpr) >= 6  # of qkv, the logits, the values and proj
-    compiled = gradient.lower(images, params, keep).compile().as_text()
-    assert compiled.count(" conditional(") == len(branches)
+    if name.startswith("deit"):  # what XLA makes of it is the same for all, and takes long
+        compiled = gradient.lower(images, params, keep).compile().as_text()
+        assert compiled.count(" conditional(") == len(branches)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -185,8 +197,7 @@ def test_bfloat16_gives_float32_logits(name):
     model, params = small(name, dtype="bfloat16")
     exact, _ = small(name)
     images = jnp.asarray(golden.images(32, "cifar"), jnp.float32)
-    logits = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
-    expected = jax.jit(lambda p, x: exact.apply({"params": p}, x))(params, images)
+    logits, expected = forward(model, params, images), forward(exact, params, images)
     assert logits.dtype == jnp.float32
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
     assert 0 < error(logits, expected) < 0.1
@@ -197,18 +208,22 @@ def test_stochastic_depth_drops_the_attention_branch_alone(name, monkeypatch):
     model, params = small(name, drop_path=0.5)
     images = jnp.asarray(golden.images(32, "cifar"), jnp.float32)
 
-    def train(key):
+    @quick_jit
+    def train(params, key):
         return model.apply({"params": params}, images, train=True, rngs={"drop_path": key})
 
-    first, second = (train(jax.random.key(i)) for i in range(2))
-    assert error(first, second) > 1e-3
-    np.testing.assert_array_equal(first, train(jax.random.key(0)))
+    if name.startswith("deit"):
+        first, second = (train(params, jax.random.key(i)) for i in range(2))
+        assert error(first, second) > 1e-3
+        np.testing.assert_array_equal(first, train(params, jax.random.key(0)))
+        train.clear_cache()
 
     monkeypatch.setattr(layers, "drop_path", lambda key, x, rate: jnp.zeros_like(x))
+    dropped = train(params, jax.random.key(0))
     without = weights.to_timm(params, model)
     without |= {n: 0 * v for n, v in without.items() if ".attn.proj." in n}
-    expected = model.apply({"params": weights.from_timm(without, model)}, images)
-    np.testing.assert_allclose(train(jax.random.key(0)), expected, atol=1e-5)
+    expected = forward(model, weights.from_timm(without, model), images)
+    np.testing.assert_allclose(dropped, expected, atol=1e-5)
 
 
 def test_drop_path_keeps_the_mean():
@@ -238,15 +253,12 @@ def test_swin_with_shrunk_and_padded_windows(size, patch):
             depth=8,
             dtype="float64",
         )
-        shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
-        params = weights.from_timm(golden.weights(weights.timm_shapes(shapes, model)), model)
-        images = golden.images(size, "imagenet")
-        logits = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
+        logits = forward(model, golden.params(model), golden.images(size, "imagenet"))
     np.testing.assert_allclose(logits, expected, atol=1e-9)
 
 
 def test_gpsa_starts_as_a_convolution():
-    """Nine heads look at the nine neighbours; half of the attention is theirs at first or more."""
+    """Nine heads look at the nine neighbours, one each."""
     kernel = convit._local_init(jax.random.key(0), (3, 9), jnp.float32)
     position = jax.nn.softmax(convit.relative_positions(49, jnp.float32) @ kernel, axis=1)
     centre = 24

@@ -91,7 +91,7 @@ def test_two_updates_in_float64(case):
             assert error < 3e-5, name
 
 
-@pytest.mark.parametrize("case", [c for c in FULL_CASES])
+@pytest.mark.parametrize("case", FULL_CASES)
 def test_every_attack_step_in_float64(case):
     """Each attack step from the recorded perturbation before it, and the first gradient."""
     data = ref.arrays(f"train_{case}")

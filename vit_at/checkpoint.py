@@ -1,15 +1,13 @@
 """Checkpoints with orbax: asynchronous, atomic, and verified when they are read.
 
-    WORKDIR/config.json               the configuration the run was started with
     WORKDIR/checkpoints/last/STEP/    the whole training state; the newest few are kept
     WORKDIR/checkpoints/best/STEP/    the weights that did best on the validation examples
     WORKDIR/checkpoints/corrupt/      what could not be read, moved aside
 
-Orbax writes into a temporary directory and renames it, so a checkpoint is there whole or not at all.
-Every checkpoint also holds a fingerprint of each array, so that bits that changed on disk are found.
+Orbax writes into a temporary directory and renames it, so a checkpoint is there whole or not at
+all. Every checkpoint also holds a fingerprint of each array, so that changed bits are found.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,13 +19,11 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from vit_at import config as configuration
 from vit_at import models, sharding
 from vit_at.config import UserError
 from vit_at.models.build import build
 from vit_at.train_step import TrainState
-
-CONFIG_FILE = "config.json"
+from vit_at.workdir import disk_errors, read_config
 
 
 @jax.jit
@@ -83,7 +79,7 @@ class Series:
         values = values | {"fingerprints": {n: _plain_fingerprint(t) for n, t in trees.items()}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items["values"] = ocp.args.JsonSave(values)
-        with self._disk_errors():
+        with disk_errors(self._directory):
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def values(self, step: int) -> dict[str, Any]:
@@ -111,12 +107,8 @@ class Series:
         """``read(step)`` of the newest checkpoint for which it works; None where there is none.
 
         Corrupt ones are moved aside, and said so.
-
-        Raises:
-          UserError: there are checkpoints and none can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 return read(step)
             except Exception as error:
@@ -127,11 +119,6 @@ class Series:
                     reason,
                 )
                 self._move_aside(step)
-        if steps:
-            raise UserError(
-                f"none of the checkpoints in {self._directory} can be read; they were moved to "
-                f"{self._directory.parent / 'corrupt'}: run the command again to start from step 0"
-            )
         return None
 
     def _move_aside(self, step: int) -> None:
@@ -143,7 +130,7 @@ class Series:
 
     def wait(self) -> None:
         """Returns once everything is on disk; UserError where that failed."""
-        with self._disk_errors():
+        with disk_errors(self._directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -151,99 +138,19 @@ class Series:
         self.wait()
         self._manager.close()
 
-    def _disk_errors(self) -> "_DiskErrors":
-        return _DiskErrors(self._directory)
-
 
 def _free_name(directory: epath.Path, name: str) -> epath.Path:
     taken = sum(path.name.split(".")[0] == name for path in directory.iterdir())
     return directory / (f"{name}.{taken}" if taken else name)
 
 
-class _DiskErrors:
-    """Turns 'no space left' and 'permission denied' into one sentence."""
-
-    _REMEDIES = {
-        "no space left": "the disk is full: free some space",
-        "resource_exhausted": "the disk is full: free some space",
-        "permission denied": "it may not be written: choose another --workdir",
-        "read-only file system": "it may not be written: choose another --workdir",
-    }
-
-    def __init__(self, directory: epath.Path):
-        self._directory = directory
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        for sign, remedy in self._REMEDIES.items():
-            if error is not None and sign in str(error).lower():
-                raise UserError(
-                    f"a checkpoint could not be written to {self._directory}, as {remedy} and run "
-                    "the same command again; it goes on from the last whole checkpoint"
-                ) from error
-
-
-def write_config(workdir: epath.Path, config: ConfigDict) -> None:
-    """Writes ``config.json``, or checks that the one there is the same.
-
-    Raises:
-      UserError: the work directory belongs to another configuration.
-    """
-    path, text = workdir / CONFIG_FILE, configuration.to_json(config)
-    if path.exists():
-        changes = configuration.differences(_read_json(path), json.loads(text))
-        if changes:
-            raise UserError(
-                f"the work directory {workdir} holds a run of another configuration "
-                f"({'; '.join(changes[:4])}{'; ...' if len(changes) > 4 else ''}); "
-                "choose another --workdir, or the same configuration to resume that run"
-            )
-    elif jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
-
-
-def read_config(workdir: epath.Path) -> ConfigDict:
-    """The configuration of a work directory; UserError where there is none."""
-    path = workdir / CONFIG_FILE
-    if not path.exists():
-        raise UserError(
-            f"{workdir} is no work directory: it has no {CONFIG_FILE}; give one that "
-            "'python -m vit_at.main --workdir=...' has written"
-        )
-    config = ConfigDict(_read_json(path))
-    for name, value in config.data.items():
-        if isinstance(value, list):
-            config.data[name] = tuple(value)
-    return config.lock()
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from error
-
-
-def write_atomically(path: epath.Path, content: str | bytes) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    partial = path.parent / f".{path.name}.partial"
-    if isinstance(content, bytes):
-        partial.write_bytes(content)
-    else:
-        partial.write_text(content)
-    partial.replace(path)
-
-
 class Checkpoints:
     """The two series of a work directory: ``last`` for resuming, ``best`` for testing."""
 
     def __init__(self, workdir: epath.Path, keep: int = 2, *, read_only: bool = False):
-        root = workdir / "checkpoints"
+        self._root = root = workdir / "checkpoints"
         self.last = Series(root / "last", keep, read_only=read_only)
-        self.best = Series(root / "best", 1, read_only=read_only)
+        self.best = Series(root / "best", 2, read_only=read_only)  # the second: if one is corrupt
 
     def save(self, state: TrainState, values: dict[str, Any]) -> None:
         """Starts to save the training state under its step."""
@@ -253,7 +160,11 @@ class Checkpoints:
         self.last.save(int(state.step), trees, values)
 
     def restore(self, state: TrainState, mesh: Mesh) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest intact state and its values; None where nothing has been saved."""
+        """The newest intact state and its values; None where nothing has been saved.
+
+        Raises:
+          UserError: something has been saved, and none of it can be read.
+        """
         trees = {"params": state.params, "opt_state": state.opt_state}
         if state.ema is not None:
             trees["ema"] = state.ema
@@ -263,15 +174,22 @@ class Checkpoints:
             at_step = sharding.replicate(jnp.asarray(step, jnp.int32), mesh)
             return state.replace(step=at_step, **stored), self.last.values(step)
 
-        return self.last.newest_intact(read)
+        started = self.last.latest_step() is not None
+        restored = self.last.newest_intact(read)
+        if started and restored is None:
+            raise UserError(
+                f"none of the checkpoints in {self._root / 'last'} can be read; they were moved to "
+                f"{self._root / 'corrupt'}: run the command again to start from step 0"
+            )
+        return restored
 
     def save_best(self, params: Any, values: dict[str, Any]) -> None:
         """Starts to save the weights that did best; a step saved before is left as it is."""
         if values["step"] != self.best.latest_step():
             self.best.save(values["step"], {"params": params}, values)
 
-    def restore_best(self, params: Any, mesh: Mesh) -> tuple[Any, int]:
-        """(weights, step) of the best checkpoint."""
+    def restore_best(self, params: Any, mesh: Mesh) -> tuple[Any, int] | None:
+        """(weights, step) of the best checkpoint that is intact; None where there is none."""
         self.best.wait()
 
         def read(step):

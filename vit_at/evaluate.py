@@ -10,9 +10,6 @@ result is stored with its protocol in ``results.json``, the outcome of each imag
 
 import argparse
 import dataclasses
-import hashlib
-import importlib.metadata
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,30 +21,18 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-import vit_at
 from vit_at import models, sharding
 from vit_at.attacks import Threat, pgd_attack
 from vit_at.attacks.threat import random_start
-from vit_at.checkpoint import load_trained, write_atomically
+from vit_at.checkpoint import load_trained
 from vit_at.config import UserError, one_sentence_errors, validate
 from vit_at.data import augment, pipeline, sources
 from vit_at.data.sources import Examples
 from vit_at.metrics import Progress
+from vit_at.results import Attack, Results, record, table, weights_digest
 
 Array = jax.Array
-RESULTS_FILE, PER_EXAMPLE_FILE = "results.json", "per_example.npz"
 _LOSSES = {"pgd": "ce", "cw": "cw"}
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
-
-
-@dataclasses.dataclass(frozen=True)
-class Attack:
-    """One evaluation. loss: 'ce', 'cw', or None for clean images."""
-
-    name: str
-    loss: str | None
-    threat: Threat
-    restarts: int = 1
 
 
 def parse_attacks(names: str, threat: Threat, restarts: int = 1) -> list[Attack]:
@@ -73,7 +58,7 @@ def _parse_attack(name: str, threat: Threat, restarts: int) -> Attack:
 def make_outcome_fn(
     apply: Callable[..., Array], attack: Attack, mesh: Mesh, seed: int
 ) -> Callable[[Any, dict[str, Array]], Array]:
-    """A compiled (params, batch) -> correct [B] bool: still classified correctly after the attack."""
+    """A compiled (params, batch) -> correct [B] bool: still classified right after the attack."""
 
     def starts(indices, shape):
         def of_image(index):
@@ -146,122 +131,6 @@ class Evaluator:
         if bar is not None:
             bar.close()
         return correct
-
-
-def weights_digest(params: Any) -> str:
-    """First 16 hex digits of the SHA-256 over all parameters: which weights a number belongs to."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def record(
-    attack: Attack, correct: np.ndarray, *, examples: Examples, seed: int, weights: dict[str, Any]
-) -> dict[str, Any]:
-    """One result with the protocol it was measured under: an entry of ``results.json``."""
-    protocol = {
-        "data": examples.name,
-        "num_examples": len(correct),
-        "resolution": examples.image_shape[0],
-        "seed": seed,
-        "dtype": "float32",
-        "weights": weights,
-        "packages": {"vit_at": vit_at.__version__}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
-    }
-    if attack.loss is not None:
-        threat = attack.threat
-        protocol |= {
-            "norm": threat.norm,
-            "eps": float(threat.eps),
-            "step_size": float(threat.step_size),
-            "steps": threat.steps,
-            "restarts": attack.restarts,
-            "loss": attack.loss,
-        }
-    accuracy = float(correct.mean())
-    return {
-        "attack": attack.name,
-        "accuracy": accuracy,
-        "correct": int(correct.sum()),
-        "standard_error": float(np.sqrt(accuracy * (1 - accuracy) / len(correct))),
-        "protocol": protocol,
-    }
-
-
-class Results:
-    """``results.json`` and ``per_example.npz`` of a work directory; rewritten atomically."""
-
-    def __init__(self, workdir: epath.Path):
-        self._json, self._npz = workdir / RESULTS_FILE, workdir / PER_EXAMPLE_FILE
-        self.records: list[dict[str, Any]] = []
-        if self._json.exists():
-            self.records = json.loads(self._json.read_text())
-
-    def find(self, entry: dict[str, Any]) -> dict[str, Any] | None:
-        """The stored record of the same attack and protocol."""
-        same = [r for r in self.records if _identity(r) == _identity(entry)]
-        return same[0] if same else None
-
-    def add(self, entry: dict[str, Any], correct: np.ndarray, examples: Examples) -> None:
-        """Stores a record, in place of an earlier one of the same protocol, and its outcomes."""
-        if jax.process_index():
-            return
-        self.records = [r for r in self.records if _identity(r) != _identity(entry)] + [entry]
-        table = {}
-        if self._npz.exists():
-            with np.load(self._npz.open("rb")) as archive:
-                table = dict(archive)
-        key = f"{entry['protocol']['weights']['digest']}/{examples.name}/{_short(entry)}"
-        table |= {f"{key}/index": examples.indices, f"{key}/correct": correct}
-        partial = self._npz.parent / f".{self._npz.name}.partial"
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **table)
-        partial.replace(self._npz)
-        write_atomically(self._json, json.dumps(self.records, indent=2) + "\n")
-
-
-def _identity(entry: dict[str, Any]) -> str:
-    protocol = {k: v for k, v in entry["protocol"].items() if k != "packages"}
-    return json.dumps([entry["attack"], protocol], sort_keys=True)
-
-
-def _short(entry: dict[str, Any]) -> str:
-    """'pgd-20 linf 0.03137 x1': enough to tell the attacks of one model and data set apart."""
-    protocol = entry["protocol"]
-    if "norm" not in protocol:
-        return entry["attack"]
-    return (
-        f"{entry['attack']} {protocol['norm']} {protocol['eps']:.4g} "
-        f"x{protocol['restarts']} seed {protocol['seed']}"
-    )
-
-
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Results as aligned text, one line each."""
-    lines = [f"{'attack':<10} {'accuracy':>9}   images  protocol"]
-    for entry in records:
-        protocol = entry["protocol"]
-        threat = ""
-        if "norm" in protocol:
-            threat = (
-                f"{protocol['norm']} eps {in_255ths(protocol['eps'])}, "
-                f"step {in_255ths(protocol['step_size'])}, {protocol['restarts']} restart(s), "
-            )
-        error = 100 * entry["standard_error"]
-        lines.append(
-            f"{entry['attack']:<10} {100 * entry['accuracy']:6.2f} %   {protocol['num_examples']:>6}"
-            f"  {threat}{protocol['data']} (s.e. {error:.2f})"
-        )
-    return "\n".join(lines)
-
-
-def in_255ths(value: float) -> str:
-    """0.03137 -> '8/255'; other values as decimals."""
-    scaled = value * 255
-    return f"{round(scaled)}/255" if abs(scaled - round(scaled)) < 1e-6 else f"{value:.4g}"
 
 
 def evaluate_and_store(

@@ -21,19 +21,23 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 from etils import epath
+from ml_collections import ConfigDict
 
 from vit_at import weights
-from vit_at.checkpoint import Trained, load_trained, write_atomically
-from vit_at.config import UserError
+from vit_at.checkpoint import Trained, load_trained
+from vit_at.config import one_sentence_errors
+from vit_at.evaluate import Results, in_255ths, weights_digest
 from vit_at.models.convit import ConViT
 from vit_at.models.swin import STAGES, SwinTransformer
+from vit_at.workdir import write_atomically
 
-WEIGHTS_FILE, DESCRIPTION_FILE, RESULTS_FILE = "model.safetensors", "model.json", "results.json"
+WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"
 
 
 def export(params: Any, model: Any, path: str | epath.Path, metadata: dict[str, Any]) -> epath.Path:
@@ -104,13 +108,12 @@ def _fold_scale(state_dict: dict[str, np.ndarray], model: Any) -> dict[str, np.n
     return folded
 
 
-def describe(trained: Trained, results: Any) -> dict[str, Any]:
-    """The metadata of a trained model.
-
-    results: the content of its results.json, or None.
-    """
+def describe(trained: Trained, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The metadata of a trained model; records: the entries of its results.json."""
     config = trained.config
-    eps = config.threat.eps * 255
+    digest = weights_digest(trained.params)
+    own = [r for r in records if r["protocol"]["weights"]["digest"] == digest]
+    robust = _percent(own, "autoattack", config.threat)
     return {
         "link": "",
         "name": config.name,
@@ -120,51 +123,65 @@ def describe(trained: Trained, results: Any) -> dict[str, Any]:
         "dataset": config.data.name,
         "venue": "Unpublished",
         "architecture": config.model.name,
-        "eps": f"{round(eps)}/255" if abs(eps - round(eps)) < 1e-6 else f"{config.threat.eps:g}",
-        "clean_acc": _percent(results, "clean"),
-        "reported": _percent(results, "autoattack"),
-        "autoattack_acc": _percent(results, "autoattack"),
+        "eps": in_255ths(config.threat.eps),
+        "clean_acc": _percent(own, "clean", config.threat),
+        "reported": robust,
+        "autoattack_acc": robust,
         "unreliable": False,
         "threat_model": {"linf": "Linf", "l2": "L2"}[config.threat.norm],
         "num_classes": trained.model.num_classes,
         "normalisation": {"mean": list(config.data.mean), "std": list(config.data.std)},
         "training": config.to_dict(),
         "checkpoint": trained.values,
-        "results": results,
+        "results": own,
     }
 
 
-def _percent(results: Any, attack: str) -> str | None:
-    """The accuracy under an attack in per cent, as RobustBench writes it; None: not evaluated."""
-    records = results if isinstance(results, list) else []
-    for record in reversed(records):
-        if isinstance(record, dict) and str(record.get("attack", "")).startswith(attack):
-            return f"{100 * record['accuracy']:.2f}"
-    return None
+def _percent(records: Sequence[dict[str, Any]], attack: str, threat: ConfigDict) -> str | None:
+    """The accuracy in per cent under the trained threat, on the most images; None: not evaluated.
+
+    As RobustBench writes it: a string with two digits after the point.
+    """
+
+    def fits(record):
+        protocol = record["protocol"]
+        norm, eps = protocol.get("norm", threat.norm), protocol.get("eps", threat.eps)
+        same_threat = norm == threat.norm and abs(eps - threat.eps) < 1e-6
+        return record["attack"].startswith(attack) and same_threat
+
+    measured = [record for record in records if fits(record)]
+    if not measured:
+        return None
+    best = max(measured, key=lambda record: record["protocol"]["num_examples"])
+    return f"{100 * best['accuracy']:.2f}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 2 for what the user can put right."""
+def export_workdir(workdir: str | epath.Path, which: str, output: str = "") -> epath.Path:
+    """Exports the ``best`` or ``last`` weights of a work directory; output: '': WORKDIR/export.
+
+    Raises:
+      UserError: there are no such weights.
+    """
+    workdir = epath.Path(workdir)
+    trained = load_trained(workdir, which)
+    metadata = describe(trained, Results(workdir).records)
+    return export(trained.params, trained.model, output or workdir / "export", metadata)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status, 2 for a mistake of the user's."""
     parser = argparse.ArgumentParser(
         prog="python -m vit_at.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("workdir", help="what 'python -m vit_at.main --workdir=...' has written")
+    parser.add_argument("workdir", help="a directory that python -m vit_at.main has written")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument("--output", default="", help="directory; default: WORKDIR/export")
-    flags = parser.parse_args(argv)
-    workdir = epath.Path(flags.workdir)
-    try:
-        trained = load_trained(workdir, flags.checkpoint)
-        results = workdir / RESULTS_FILE
-        metadata = describe(trained, json.loads(results.read_text()) if results.exists() else None)
-        output = flags.output or workdir / "export"
-        written = export(trained.params, trained.model, output, metadata)
-    except (UserError, OSError, json.JSONDecodeError) as error:
-        print(f"vit_at.export: {error}", file=sys.stderr)
-        return 2
-    print(f"Wrote {written} and {written.parent / DESCRIPTION_FILE}")
+    options = parser.parse_args(arguments)
+    with one_sentence_errors():
+        written = export_workdir(options.workdir, options.checkpoint, options.output)
+        print(f"wrote {written} and {written.parent / DESCRIPTION_FILE}")
     return 0
 
 

@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from vit_at import command_line
 from vit_at.config import one_sentence_errors
-from vit_at.evaluate import table
+from vit_at.results import table
 from vit_at.train import Diverged, Interrupted, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the recipe, and its variants.")

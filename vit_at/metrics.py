@@ -19,7 +19,7 @@ import tensorboardX
 from etils import epath
 from tqdm import tqdm
 
-from vit_at.checkpoint import write_atomically
+from vit_at.workdir import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 

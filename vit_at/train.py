@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 
 from vit_at import metrics, optim, sharding
 from vit_at.attacks import Threat
-from vit_at.checkpoint import Checkpoints, write_atomically, write_config
+from vit_at.checkpoint import Checkpoints
 from vit_at.data import pipeline
-from vit_at.evaluate import Evaluator, Results, evaluate_and_store, parse_attacks
+from vit_at.evaluate import Evaluator, evaluate_and_store, parse_attacks
+from vit_at.results import Results
 from vit_at.setup import (
     Setup,
     StepFn,
@@ -27,6 +28,7 @@ from vit_at.setup import (
     resolve,
 )
 from vit_at.train_step import TrainState
+from vit_at.workdir import write_atomically, write_config
 
 
 class Interrupted(Exception):
@@ -225,8 +227,10 @@ def _tested_weights(
 ) -> tuple[Any, dict[str, Any]]:
     """The weights that the final evaluation is about, and what to say of them."""
     if setup.config.eval.checkpoint == "best":
-        params, step = checkpoints.restore_best(state.eval_params, setup.mesh)
-        return params, {"checkpoint": "best", "step": step}
+        restored = checkpoints.restore_best(state.eval_params, setup.mesh)
+        if restored is not None:
+            return restored[0], {"checkpoint": "best", "step": restored[1]}
+        logging.warning("no best checkpoint can be read; testing the last weights instead")
     return state.eval_params, {"checkpoint": "last", "step": int(state.step)}
 
 

@@ -172,10 +172,11 @@ def convert(state_dict: StateDict, model: Any, key: jax.Array | None = None) -> 
     shapes = timm_shapes(abstract, model)
     report = Report()
     values = {name: np.asarray(value) for name, value in state_dict.items()}
-    values = _canonical(values, model)
+    new_names = _has_new_names(values, model)
+    values = _canonical(values, model, new_names)
     _drop_head(values, shapes, report)
     _adapt_all(values, shapes, model, report)
-    _check(values, shapes, report)
+    _check(values, shapes, report, new_names)
     report.loaded = [n for n in shapes if n in values and n not in report.adapted]
 
     fresh = _fresh_head(model, key) if report.initialised else {}
@@ -190,12 +191,18 @@ def convert(state_dict: StateDict, model: Any, key: jax.Array | None = None) -> 
     return flax.traverse_util.unflatten_dict(params), report
 
 
-def _canonical(state_dict: StateDict, model: Any) -> StateDict:
+def _has_new_names(state_dict: StateDict, model: Any) -> bool:
+    """Whether these are a Swin's arrays under the names of timm 1.x."""
+    only_there = ("head.fc.", f"layers.{swin.STAGES - 1}.downsample.")
+    named = any(name.startswith(only_there) for name in state_dict)
+    return named and isinstance(model, swin.SwinTransformer)
+
+
+def _canonical(state_dict: StateDict, model: Any, new_names: bool) -> StateDict:
     """The arrays under timm 0.5's names, without buffers of a plausible shape."""
     if not isinstance(model, swin.SwinTransformer):
         return state_dict
-    last = f"layers.{swin.STAGES - 1}.downsample."
-    if any(name.startswith(("head.fc.", last)) for name in state_dict):
+    if new_names:
         state_dict = {_rename_1x(name, -1): value for name, value in state_dict.items()}
 
     def is_buffer(name, value):
@@ -238,11 +245,16 @@ def _is_float(value: np.ndarray) -> bool:
     return jnp.issubdtype(value.dtype, jnp.floating)
 
 
-def _check(values: StateDict, shapes: dict[str, tuple[int, ...]], report: Report) -> None:
-    """Raises a UserError that names every array which does not fit."""
+def _check(
+    values: StateDict, shapes: dict[str, tuple[int, ...]], report: Report, new_names: bool
+) -> None:
+    """Raises a UserError that names every array which does not fit, as its file does."""
+    if new_names:
+        values, shapes = ({_rename_1x(n, 1): v for n, v in d.items()} for d in (values, shapes))
+    fresh = [_rename_1x(n, 1) if new_names else n for n in report.initialised]
     common = [name for name in shapes if name in values]
     wrong = {
-        "missing": [n for n in shapes if n not in values and n not in report.initialised],
+        "missing": [n for n in shapes if n not in values and n not in fresh],
         "unexpected": [n for n in values if n not in shapes],
         "misshapen": [
             f"{n} {values[n].shape} instead of {shapes[n]}"

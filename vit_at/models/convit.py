@@ -48,7 +48,8 @@ def _local_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax
     dy, dx = jnp.divmod(jnp.arange(side**2), side)
     centre = (side - 1) / 2
     taps = jnp.stack([2 * (dx - centre), 2 * (dy - centre), -jnp.ones(side**2)])
-    return layers.KERNEL_INIT(key, shape, dtype).at[:, : side**2].set(taps.astype(dtype))
+    start = nn.initializers.truncated_normal(0.02)(key, shape, dtype)
+    return start.at[:, : side**2].set(taps.astype(dtype))
 
 
 class GatedPositionalAttention(nn.Module):
@@ -139,8 +140,9 @@ class ConViT(nn.Module):
         """
         b, d, split = images.shape[0], self.embed_dim, self.local_blocks
         weights = layers.param_dtype(self.dtype)
+        init = nn.initializers.truncated_normal(0.02)
         x = layers.PatchEmbed(self.patch_size, d, self.dtype, name="patch_embed")(images)
-        pos_embed = self.param("pos_embed", layers.KERNEL_INIT, (1, self.num_tokens, d), weights)
+        pos_embed = self.param("pos_embed", init, (1, self.num_tokens, d), weights)
         x = x + pos_embed.astype(x.dtype)
 
         gpsa = functools.partial(
@@ -156,7 +158,7 @@ class ConViT(nn.Module):
         x, _ = layers.scan_blocks(layers.Block, split)(gpsa, *block, name="local_blocks")(
             x, first, rates[:split], train
         )
-        cls_token = self.param("cls_token", layers.KERNEL_INIT, (1, 1, d), weights)
+        cls_token = self.param("cls_token", init, (1, 1, d), weights)
         cls_token = jnp.broadcast_to(cls_token, (b, 1, d))
         x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1)
         blocks = layers.scan_blocks(layers.Block, self.depth - split)

@@ -72,7 +72,7 @@ class VisionTransformer(nn.Module):
         """
         b, d = images.shape[0], self.embed_dim
         weights = layers.param_dtype(self.dtype)
-        init = layers.KERNEL_INIT
+        init = layers.EMBEDDING_INIT
         x = layers.PatchEmbed(self.patch_size, d, self.dtype, name="patch_embed")(images)
         cls_token = self.param("cls_token", init, (1, 1, d), weights)
         pos_embed = self.param("pos_embed", init, (1, 1 + self.num_tokens, d), weights)

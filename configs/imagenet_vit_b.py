@@ -1,0 +1,29 @@
+"""ImageNet-1k, AT of ViT-B with SGD, Linf 4/255: the paper's 68.4 % clean, 34.4 % AutoAttack.
+
+    python -m vit_at.main --config=configs/imagenet_vit_b.py
+
+10 epochs, batch 512, PGD-5, ARD and PRM over the first 2 epochs, from ImageNet-21k weights.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, default
+
+
+def get_config(variants: str = "") -> ConfigDict:
+    config = default.get_config()
+    config.name = "imagenet_vit_b"
+    config.epochs, config.batch_size = 10, 512
+    config.model.name = "vit_base_patch16_224_in21k"
+    config.data.name = "imagenet2012"
+    config.data.test_split = "validation"
+    config.data.validation_examples = 10_000
+    config.data.image_size, config.model.patch_size = 224, 16
+    config.data.mean, config.data.std = default.IMAGENET_MEAN, default.IMAGENET_STD
+    config.threat.eps, config.threat.step_size, config.threat.steps = 4 / 255, 1 / 255, 5
+    config.masking.ard = config.masking.prm = True
+    config.masking.warmup_epochs = 2.0
+    config.masking.patch_size = 16
+    config.eval.validation_attack = "pgd-5"
+    config.eval.batch_size = 512
+    return common.apply_variants(config, variants)

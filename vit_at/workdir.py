@@ -1,0 +1,95 @@
+"""The files of a work directory: read with clear errors, written whole or not at all.
+
+WORKDIR/config.json         the configuration the run was started with, resolved
+WORKDIR/parameters.txt      the parameter overview
+WORKDIR/checkpoints/        see vit_at.checkpoint
+WORKDIR/metrics.jsonl       and TensorBoard events: see vit_at.metrics
+WORKDIR/results.json        and per_example.npz: see vit_at.results
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from vit_at import config as configuration
+from vit_at.config import UserError
+
+CONFIG_FILE = "config.json"
+_REMEDIES = {
+    "no space left": "the disk is full: free some space",
+    "resource_exhausted": "the disk is full: free some space",
+    "permission denied": "it may not be written: choose another --workdir",
+    "read-only file system": "it may not be written: choose another --workdir",
+}
+
+
+@contextlib.contextmanager
+def disk_errors(directory: epath.Path) -> Iterator[None]:
+    """Turns a full or read-only disk into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        for sign, remedy in _REMEDIES.items():
+            if sign in str(error).lower():
+                raise UserError(
+                    f"{directory} could not be written, as {remedy} and run the same command "
+                    "again; it goes on from the last whole checkpoint"
+                ) from error
+        raise
+
+
+def write_config(workdir: epath.Path, config: ConfigDict) -> None:
+    """Writes ``config.json``, or checks that the one there is the same.
+
+    Raises:
+      UserError: the work directory belongs to another configuration.
+    """
+    path, text = workdir / CONFIG_FILE, configuration.to_json(config)
+    if path.exists():
+        changes = configuration.differences(read_json(path), json.loads(text))
+        if changes:
+            raise UserError(
+                f"the work directory {workdir} holds a run of another configuration "
+                f"({'; '.join(changes[:4])}{'; ...' if len(changes) > 4 else ''}); "
+                "choose another --workdir, or the same configuration to resume that run"
+            )
+    elif jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+
+
+def read_config(workdir: epath.Path) -> ConfigDict:
+    """The configuration of a work directory; UserError where there is none."""
+    path = workdir / CONFIG_FILE
+    if not path.exists():
+        raise UserError(
+            f"{workdir} is no work directory: it has no {CONFIG_FILE}; give one that "
+            "'python -m vit_at.main --workdir=...' has written"
+        )
+    config = ConfigDict(read_json(path))
+    for name, value in config.data.items():
+        if isinstance(value, list):
+            config.data[name] = tuple(value)
+    return config.lock()
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from error
+
+
+def write_atomically(path: epath.Path, content: str | bytes) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    partial = path.parent / f".{path.name}.partial"
+    if isinstance(content, bytes):
+        partial.write_bytes(content)
+    else:
+        partial.write_text(content)
+    partial.replace(path)
