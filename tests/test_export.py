@@ -13,7 +13,7 @@ import safetensors.numpy
 from configs import default
 from vit_at import export, models, weights
 from vit_at.checkpoint import Trained
-from vit_at.evaluate import weights_digest
+from vit_at.results import weights_digest
 
 CASES = [  # every family, with whatever changes what timm must be told
     ("deit_tiny_patch16_224", {"image_size": 32, "patch_size": 4, "depth": 2}),

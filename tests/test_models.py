@@ -116,6 +116,13 @@ def test_reference_covers_all_tags_and_families():
     assert {tag for tag, _ in QUICK} <= set(TAGS)
 
 
+@pytest.mark.parametrize("tag", ["21k", "22k"])
+def test_pretraining_tags_name_the_same_architecture(tag):
+    for name in (n for n in models.NAMES if n.endswith(tag)):
+        plain = models.create(name.rpartition("_in")[0], num_classes=10)
+        assert models.create(name, num_classes=10) == plain
+
+
 def test_no_model_is_unlisted():
     assert set(models.NAMES) == set(PARAMETERS)
 

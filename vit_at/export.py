@@ -32,9 +32,9 @@ from ml_collections import ConfigDict
 from vit_at import weights
 from vit_at.checkpoint import Trained, load_trained
 from vit_at.config import one_sentence_errors
-from vit_at.evaluate import Results, in_255ths, weights_digest
 from vit_at.models.convit import ConViT
 from vit_at.models.swin import STAGES, SwinTransformer
+from vit_at.results import Results, in_255ths, weights_digest
 from vit_at.workdir import write_atomically
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"

@@ -112,8 +112,10 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Prints a line without tearing the bar."""
-        if self._enabled:
+        if self._bar is not None:
             tqdm.write(line, file=sys.stderr)
+        elif self._enabled:
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Takes the bar off the screen."""
@@ -144,9 +146,15 @@ def step_flops(objective: str, forward: float, batch_size: int, attack_steps: in
 def cost_estimate(flops: float, steps: int, parameters: int) -> str:
     """One line on what a run will take, printed before its first step."""
     return (
-        f"{parameters:,} parameters; {flops:.2e} FLOPs a step, {steps:,} steps, "
-        f"{flops * steps / 1e15:.3g} PFLOP in all"
+        f"{parameters:,} parameters; {with_prefix(flops)}FLOP a step, {steps:,} steps, "
+        f"{with_prefix(flops * steps)}FLOP in all"
     )
+
+
+def with_prefix(value: float) -> str:
+    """2.08e9 -> '2.08 G'."""
+    power = min(int(math.log10(max(value, 1.0)) // 3), 7)
+    return f"{value / 1000**power:.3g} {' kMGTPEZ'[power].strip()}"
 
 
 CAUSES = (
@@ -172,7 +180,7 @@ class Collapse:
         the newer half of the windows is within 1 % of the older half's.
         """
         self._losses.append(means["loss"])
-        self._accuracies.append(max(means["accuracy_adv"], means.get("accuracy_clean", 0.0)))
+        self._accuracies.append(max(means[n] for n in means if n.startswith("accuracy")))
         if self._said or len(self._losses) < self._losses.maxlen:
             return None
         half = len(self._losses) // 2
@@ -194,8 +202,11 @@ def diverged(step: int) -> str:
 
 def status_line(means: dict[str, float], epoch: float, epochs: int) -> str:
     """What stands beside the progress bar."""
+    kind = "adv" if "accuracy_adv" in means else "clean"
+    keep = f"keep {means['keep_probability']:.2f} " if "keep_probability" in means else ""
     return (
-        f"epoch {epoch:.1f}/{epochs} loss {means['loss']:.3f} adv {means['accuracy_adv']:.1%} "
-        f"lr {means['learning_rate']:.2g} keep {means['keep_probability']:.2f} "
-        f"grad {means['gradient_norm']:.2f} {means['images_per_second']:.0f} img/s"
+        f"epoch {epoch:.1f}/{epochs} loss {means['loss']:.3f} "
+        f"{kind} {means[f'accuracy_{kind}']:.1%} "
+        f"lr {means['learning_rate']:.2g} {keep}grad {means['gradient_norm']:.2f} "
+        f"{means['images_per_second']:.0f} img/s"
     )

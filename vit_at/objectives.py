@@ -58,8 +58,8 @@ def training_loss(
       targets: [B, num_classes] probabilities.
 
     Returns:
-      (scalar, aux): aux has 'logits_adv' and, where the objective computes it, 'logits_clean' (None
-      otherwise), and the objective's terms: 'ce_adv', 'natural', 'margin', 'robust'.
+      (scalar, aux): aux has 'logits_clean' and 'logits_adv', None where the objective does not
+      compute them, and the objective's terms among 'natural', 'ce_adv', 'margin', 'robust'.
     """
     adversarial = jax.lax.stop_gradient(adversarial)
 
@@ -69,7 +69,7 @@ def training_loss(
     if objective == "natural":
         logits = forward(images)
         loss = losses.cross_entropy(logits, targets).mean()
-        return loss, {"natural": loss, "logits_clean": logits, "logits_adv": logits}
+        return loss, {"natural": loss, "logits_clean": logits, "logits_adv": None}
     if objective == "at":
         logits = forward(adversarial)
         loss = losses.cross_entropy(logits, targets).mean()

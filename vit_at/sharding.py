@@ -35,7 +35,7 @@ def check_batch_size(field: str, batch_size: int, mesh: Mesh, parts: int = 1) ->
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Puts every array whole on every device, in memory of its own (so it may be donated)."""
+    """Puts every array whole on every device."""
     return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, WHOLE)), tree)
 
 

@@ -87,7 +87,7 @@ def _describe(setup: Setup, state: TrainState, workdir: epath.Path) -> None:
         "%s of %s, matrix products in %s", config.objective, config.model.name, config.dtype
     )
     logging.info("%s: %d images, %d held out", setup.train_set.name, len(setup.train_set), held_out)
-    logging.info("%d %s device(s)", setup.mesh.size, jax.default_backend())
+    logging.info("devices: %d of kind %s", setup.mesh.size, jax.devices()[0].device_kind)
     logging.info("%s", metrics.cost_estimate(flops, setup.total_steps, parameters))
     if done:
         logging.info("resuming at step %d of %d", done, setup.total_steps)
@@ -117,6 +117,7 @@ class Loop:
         first = int(state.step)
         self._writer = metrics.Writer(self._workdir, first)
         self._progress = metrics.Progress(self._setup.total_steps, first, "step")
+        logging.info("compiling the step; the first one takes a while")
         self._saved = self._logged = time.monotonic()
         with _Signals() as signals:
             for step, batch in enumerate(self._batches(first), start=first + 1):

@@ -179,9 +179,10 @@ def train_step(
     metrics |= {
         "gradient_norm": optax.tree.norm(gradient),
         "learning_rate": learning_rate(config, steps_per_epoch)(state.step),
-        "keep_probability": masks.keep_probability(masking, progress),
         "eps": threat.eps,
     }
+    if masking.ard or masking.prm:
+        metrics["keep_probability"] = masks.keep_probability(masking, progress)
     return _update(state, gradient, optimizer, config.ema_decay), metrics
 
 
