@@ -2,7 +2,7 @@
 
     python -m vit_at.main --config=configs/cifar10_trades.py[:ard_prm]
 
-No mixup or CutMix: TRADES needs plain labels. Its attack starts at 0.001 N(0, 1) in normalised units.
+No mixup or CutMix: TRADES needs plain labels. Its attack starts at 0.001 N(0, 1), normalised.
 """
 
 from ml_collections import ConfigDict

@@ -14,11 +14,11 @@ def get_config(variants: str = "") -> ConfigDict:
     config = default.get_config()
     config.name = "imagenet_vit_b"
     config.epochs, config.batch_size = 10, 512
-    config.model.name = "vit_base_patch16_224_in21k"
+    common.use_published(config, "vit_base_patch16_224_in21k")
     config.data.name = "imagenet2012"
     config.data.test_split = "validation"
     config.data.validation_examples = 10_000
-    config.data.image_size, config.model.patch_size = 224, 16
+    config.data.image_size, config.model.patch_size = 224, 0
     config.data.mean, config.data.std = default.IMAGENET_MEAN, default.IMAGENET_STD
     config.threat.eps, config.threat.step_size, config.threat.steps = 4 / 255, 1 / 255, 5
     config.masking.ard = config.masking.prm = True

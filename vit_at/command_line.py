@@ -59,16 +59,18 @@ def _sentences(arguments: list[str], config: ConfigDict | None) -> list[str]:
     """``FLAGS(arguments)``, with its errors as sentences; config: where fields are looked up."""
     try:
         rest = flags.FLAGS(arguments)
-        _ = flags.FLAGS.config  # a file that could not be loaded is reported only now
+        # A file that could not be read is reported only when the configuration is looked at.
+        getattr(flags.FLAGS.config, "name", None)
     except flags.IllegalFlagValueError as error:
         raise UserError(_illegal_value(str(error), config)) from error
     except flags.Error as error:
         raise UserError(f"{str(error).rstrip('.')}; see --help for the flags there are") from error
-    except OSError as error:
-        name = next((a.partition("=")[2] for a in arguments if a.startswith("--config=")), "")
+    except Exception as error:  # a recipe is a program: it can raise anything
+        name = re.search(r"--?config[= ]([^: ]*)", " ".join(arguments))
+        reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(
-            f"the recipe '{name.partition(':')[0]}' can't be read; give a file such as "
-            "configs/digits_sgd.py, and run the command where it lies"
+            f"the recipe '{name and name[1]}' can't be loaded ({reason}); give a file such as "
+            "configs/digits_sgd.py, and run the command where that lies"
         ) from error
     return rest
 

@@ -109,8 +109,13 @@ def one_sentence_errors() -> Iterator[None]:
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
     """The choices most like ``word``, or all of a short list, as text."""
     choices = list(choices)
-    near = difflib.get_close_matches(word, choices, n=count, cutoff=0.4)
-    return ", ".join(near or choices[:12])
+
+    def likeness(choice):  # to its beginning, as long names are cut short, or its last part
+        parts = (choice[: len(word) + 1], choice.rpartition(".")[2])
+        return max(difflib.SequenceMatcher(None, word, part).ratio() for part in parts)
+
+    near = sorted((c for c in choices if likeness(c) > 0.5), key=likeness, reverse=True)
+    return ", ".join(near[:count] or choices[:12])
 
 
 def get(config: ConfigDict, field: str) -> Any:
@@ -143,9 +148,10 @@ def validate(config: ConfigDict) -> None:
 def _validate_threat(config: ConfigDict) -> None:
     threat = config.threat
     if threat.norm == "linf" and not 0 < threat.eps <= 1:
+        meant = f"did you mean {threat.eps:g}/255?" if threat.eps > 1 else "write such as 8/255"
         raise UserError(
             f"threat.eps is {threat.eps:g}; eps is in pixel units of images in [0, 1], so it must "
-            f"be over 0 and at most 1: for {threat.eps:g}/255 write {threat.eps:g}/255"
+            f"be over 0 and at most 1: {meant}"
         )
     if threat.norm == "l2" and not 0 < threat.eps <= 100:
         raise UserError(
@@ -191,6 +197,11 @@ def _validate_data(config: ConfigDict) -> None:
 
 def _validate_schedule(config: ConfigDict) -> None:
     options = config.optimizer
+    if not all(isinstance(x, (int, float)) and x >= 0 for x in options.drop_before_end):
+        raise UserError(
+            f"optimizer.drop_before_end is {options.drop_before_end}; it must hold numbers of "
+            "epochs, 0 or more each, such as (5.0, 2.0)"
+        )
     if options.warmup_epochs >= config.epochs:
         raise UserError(
             f"optimizer.warmup_epochs is {options.warmup_epochs:g}; it must be less than epochs "

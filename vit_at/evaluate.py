@@ -48,7 +48,7 @@ def _parse_attack(name: str, threat: Threat, restarts: int) -> Attack:
     if name == "clean":
         return Attack(name, None, threat)
     kind, _, steps = name.partition("-")
-    if kind not in _LOSSES or not steps.isdigit() or int(steps) < 1:
+    if kind not in _LOSSES or not steps.isdecimal() or int(steps) < 1:
         raise UserError(
             f"attack '{name}' is unknown; write clean, pgd-N or cw-N with N steps, such as pgd-20"
         )
@@ -164,20 +164,23 @@ def select(examples: Examples, count: int) -> Examples:
     """The first ``count`` examples; 0: all.
 
     Raises:
-      UserError: more than there are.
+      UserError: more than there are, or fewer than none.
     """
-    if count > len(examples):
+    if not 0 <= count <= len(examples):
         raise UserError(
             f"{count} examples are asked for, but {examples.name} has {len(examples)}; "
-            "ask for fewer, or for 0 to use all"
+            "ask for at most these, or for 0 to use all"
         )
     return examples.take(np.arange(count)) if count else examples
 
 
 def fraction(text: str) -> float:
     """'8/255' or '0.03' as a number: how perturbation sizes are written on the command line."""
-    top, slash, bottom = text.partition("/")
-    return float(top) / float(bottom) if slash else float(text)
+    top, _, bottom = text.partition("/")
+    try:
+        return float(top) / float(bottom or 1)
+    except ZeroDivisionError as error:
+        raise ValueError(f"'{text}' divides by 0") from error
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -206,6 +209,11 @@ def evaluate_workdir(options: argparse.Namespace) -> list[dict[str, Any]]:
     trained = load_trained(options.workdir, options.checkpoint)
     config = ConfigDict(trained.config).unlock()
     config.data.dir = options.data_dir or config.data.dir
+    if options.norm not in ("", config.threat.norm) and options.eps is None:
+        raise UserError(
+            f"--norm is {options.norm}, but the run was trained under {config.threat.norm}, whose "
+            "eps means something else; give --eps and --step_size too"
+        )
     config.threat.norm = options.norm or config.threat.norm
     for name in ("eps", "step_size"):
         if getattr(options, name) is not None:

@@ -4,6 +4,7 @@ python -m vit_at.main --config=configs/cifar10_sgd.py [--config.FIELD=VALUE ...]
 """
 
 import os
+import signal
 from collections.abc import Sequence
 
 import jax
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str]) -> int:
             records = train(_CONFIG.value, workdir)
         except Interrupted as interruption:
             return interruption.exit_status
+        except KeyboardInterrupt:  # outside the loop, or the second one
+            logging.info("interrupted; the same command goes on from the last checkpoint")
+            return 128 + signal.SIGINT
         except Diverged as divergence:
             logging.error("%s", divergence)
             return EXIT_DIVERGED

@@ -196,8 +196,8 @@ class Collapse:
 
 
 def diverged(step: int) -> str:
-    """The sentence for a loss of NaN or infinity."""
-    return f"the loss is not finite at step {step}: training has diverged; {CAUSES}"
+    """The sentence for a loss or gradient of NaN or infinity."""
+    return f"the loss or its gradient is not finite at step {step}: training diverged; {CAUSES}"
 
 
 def status_line(means: dict[str, float], epoch: float, epochs: int) -> str:

@@ -115,12 +115,13 @@ def _identity(entry: dict[str, Any]) -> str:
 
 
 def _short(entry: dict[str, Any]) -> str:
-    """'pgd-20 linf 0.03137 x1': enough to tell the attacks of one model and data set apart."""
+    """'359 clean' or '359 pgd-20 linf 0.03137 step 0.007843 x1 seed 0': tells entries apart."""
     protocol = entry["protocol"]
+    text = f"{protocol['num_examples']} {entry['attack']}"
     if "norm" not in protocol:
-        return entry["attack"]
+        return text
     return (
-        f"{entry['attack']} {protocol['norm']} {protocol['eps']:.4g} "
+        f"{text} {protocol['norm']} {protocol['eps']:.4g} step {protocol['step_size']:.4g} "
         f"x{protocol['restarts']} seed {protocol['seed']}"
     )
 

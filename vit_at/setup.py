@@ -8,19 +8,24 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from vit_at import config as configuration
 from vit_at import models, sharding, weights
 from vit_at.attacks import Threat
+from vit_at.checkpoint import load_trained
+from vit_at.config import UserError
 from vit_at.data import pipeline, sources
 from vit_at.data.sources import Examples
 from vit_at.evaluate import parse_attacks, select
 from vit_at.masking import Masking
 from vit_at.models.build import build, training_dtype
 from vit_at.train_step import TrainState, init_state, train_step
+from vit_at.workdir import CONFIG_FILE
 
 StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -59,9 +64,11 @@ def prepare(config: ConfigDict) -> Setup:
     mesh = sharding.make_mesh()
     sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulate_steps)
     sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
-    parse_attacks(
-        f"{config.eval.validation_attack},{config.eval.attacks}", Threat.of(config.threat)
-    )
+    threat, validation_attack = Threat.of(config.threat), config.eval.validation_attack
+    parse_attacks(config.eval.attacks, threat)
+    if [attack.name for attack in parse_attacks(validation_attack, threat)] != [validation_attack]:
+        raise UserError(f"eval.validation_attack is '{validation_attack}'; it must be one attack")
+    build(config, 1, config.dtype)  # to refuse its fields before any data is read
     data, threads = config.data, config.data.threads
     everything = sources.load(data, data.train_split, threads=threads)
     model = build(config, everything.num_classes, config.dtype)
@@ -77,11 +84,21 @@ def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> Trai
     config, model = setup.config, setup.model
     key = jax.random.key(config.seed)
     if config.model.pretrained:
-        params = weights.from_timm(weights.load(config.model.pretrained), model)
+        params = weights.from_timm(_pretrained(config.model.pretrained), model)
     else:
         params = jax.jit(functools.partial(models.init_params, model))(key)
     state = init_state(params, optimizer, ema=config.ema_decay > 0)
     return sharding.replicate(state, setup.mesh)
+
+
+def _pretrained(source: str) -> dict[str, np.ndarray]:
+    """{timm name: array} of a work directory of ours, or of whatever ``weights.load`` reads."""
+    workdir = epath.Path(source)
+    if source.startswith(weights.HUB_PREFIX) or not (workdir / CONFIG_FILE).exists():
+        return weights.load(source)
+    which = "best" if (workdir / "checkpoints" / "best").exists() else "last"
+    trained = load_trained(workdir, which)
+    return weights.to_timm(trained.params, trained.model)
 
 
 def compile_step(setup: Setup, optimizer: optax.GradientTransformation) -> StepFn:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import optax
 from absl import logging
 from clu import parameter_overview
 from etils import epath
@@ -28,7 +29,7 @@ from vit_at.setup import (
     resolve,
 )
 from vit_at.train_step import TrainState
-from vit_at.workdir import write_atomically, write_config
+from vit_at.workdir import disk_errors, write_atomically, write_config
 
 
 class Interrupted(Exception):
@@ -40,7 +41,7 @@ class Interrupted(Exception):
 
 
 class Diverged(Exception):
-    """The loss is not finite; the text says at which step and what to try."""
+    """Loss or gradient is not finite; the text says at which step and what to try."""
 
 
 def train(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
@@ -53,11 +54,19 @@ def train(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
       UserError: a configuration, data set or work directory that can't be used; nothing has been
         written then.
       Interrupted: SIGTERM or SIGINT came; the state is saved.
-      Diverged: the loss became NaN or infinite; the last good state is kept.
+      Diverged: loss or gradient became NaN or infinite; the last good state is kept.
     """
     setup = prepare(resolve(config))
     optimizer = optim.make_optimizer(setup.config, setup.steps_per_epoch)
     state = initial_state(setup, optimizer)
+    with disk_errors(workdir):
+        return _run(setup, optimizer, state, workdir)
+
+
+def _run(
+    setup: Setup, optimizer: optax.GradientTransformation, state: TrainState, workdir: epath.Path
+) -> list[dict[str, Any]]:
+    """``train`` from the first file that is written."""
     write_config(workdir, setup.config)
     checkpoints = Checkpoints(workdir, setup.config.checkpoint.keep)
     restored = checkpoints.restore(state, setup.mesh)
@@ -170,7 +179,7 @@ class Loop:
         """Writes the window's means; returns the line beside the progress bar."""
         count, epoch = len(self._window), step / self._setup.steps_per_epoch
         means = self._window.means()
-        if not math.isfinite(means["loss"]):
+        if not (math.isfinite(means["loss"]) and math.isfinite(means["gradient_norm"])):
             self._progress.close()
             self._checkpoints.wait()
             raise Diverged(metrics.diverged(step))

@@ -29,9 +29,9 @@ from vit_at import models
 from vit_at.config import UserError
 from vit_at.models import swin
 from vit_at.weight_adaptation import adapt
-from vit_at.weight_files import load
+from vit_at.weight_files import HUB_PREFIX, load
 
-__all__ = ["Report", "convert", "from_timm", "load", "timm_shapes", "to_timm"]
+__all__ = ["HUB_PREFIX", "Report", "convert", "from_timm", "load", "timm_shapes", "to_timm"]
 
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight"}
 _MODULE_NAMES = {"patch_embed": "patch_embed.proj", "patch_norm": "patch_embed.norm"}

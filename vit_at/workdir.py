@@ -22,9 +22,11 @@ from vit_at.config import UserError
 CONFIG_FILE = "config.json"
 _REMEDIES = {
     "no space left": "the disk is full: free some space",
-    "resource_exhausted": "the disk is full: free some space",
+    "quota exceeded": "the disk quota is used up: free some space",
     "permission denied": "it may not be written: choose another --workdir",
     "read-only file system": "it may not be written: choose another --workdir",
+    "file exists": "a file has its name: choose another --workdir",
+    "not a directory": "a file has its name: choose another --workdir",
 }
 
 
@@ -33,6 +35,8 @@ def disk_errors(directory: epath.Path) -> Iterator[None]:
     """Turns a full or read-only disk into one sentence."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         for sign, remedy in _REMEDIES.items():
             if sign in str(error).lower():

@@ -6,7 +6,6 @@ classifier(model)    images in [0, 1] -> logits: normalisation is the first thin
 """
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_at.config import UserError
+from vit_at.config import UserError, nearest
 from vit_at.models import convit, swin, vit
 
 _FAMILIES = (
@@ -53,8 +52,7 @@ def create(
       UserError: the name or a field is unknown, or a size does not suit the architecture.
     """
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=3) or NAMES
-        raise UserError(f"model.name '{name}' is unknown; the nearest are {', '.join(near)}")
+        raise UserError(f"model.name '{name}' is unknown; the nearest are {nearest(name, NAMES)}")
     family, sizes = next(f for f in _FAMILIES if name in f[1])
     unknown = sorted(overrides.keys() - {field.name for field in dataclasses.fields(family)})
     if unknown:

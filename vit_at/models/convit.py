@@ -48,7 +48,7 @@ def _local_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax
     dy, dx = jnp.divmod(jnp.arange(side**2), side)
     centre = (side - 1) / 2
     taps = jnp.stack([2 * (dx - centre), 2 * (dy - centre), -jnp.ones(side**2)])
-    start = nn.initializers.truncated_normal(0.02)(key, shape, dtype)
+    start = layers.EMBEDDING_INIT(key, shape, dtype)
     return start.at[:, : side**2].set(taps.astype(dtype))
 
 
@@ -140,7 +140,7 @@ class ConViT(nn.Module):
         """
         b, d, split = images.shape[0], self.embed_dim, self.local_blocks
         weights = layers.param_dtype(self.dtype)
-        init = nn.initializers.truncated_normal(0.02)
+        init = layers.EMBEDDING_INIT
         x = layers.PatchEmbed(self.patch_size, d, self.dtype, name="patch_embed")(images)
         pos_embed = self.param("pos_embed", init, (1, self.num_tokens, d), weights)
         x = x + pos_embed.astype(x.dtype)

@@ -98,7 +98,7 @@ class WindowAttention(nn.Module):
         q, k, v = jnp.moveaxis(qkv.reshape(b, w, n, 3, heads, d // heads), 3, 0)
         table = self.param(
             "relative_position_bias_table",
-            nn.initializers.truncated_normal(0.02),
+            layers.EMBEDDING_INIT,
             ((2 * self.window - 1) ** 2, heads),
             weights,
         )
