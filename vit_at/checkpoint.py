@@ -23,7 +23,9 @@ from vit_at import models, sharding
 from vit_at.config import UserError
 from vit_at.models.build import build
 from vit_at.train_step import TrainState
-from vit_at.workdir import disk_errors, read_config
+from vit_at.workdir import check_space, disk_errors, read_config
+
+_METADATA = 2**20  # bytes allowed for what orbax writes beside the arrays
 
 
 @jax.jit
@@ -79,6 +81,7 @@ class Series:
         values = values | {"fingerprints": {n: _plain_fingerprint(t) for n, t in trees.items()}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items["values"] = ocp.args.JsonSave(values)
+        check_space(self._directory, sum(x.nbytes for x in jax.tree.leaves(trees)) + _METADATA)
         with disk_errors(self._directory):
             self._manager.save(step, args=ocp.args.Composite(**items))
 

@@ -115,4 +115,7 @@ def quiet_logging() -> None:
 
 
 def _ours(record: standard_logging.LogRecord) -> bool:
+    """Orbax raises what it logs, and a sentence of ours then says it."""
+    if "orbax" in record.pathname:
+        return False
     return "vit_at" in record.pathname or record.levelno > standard_logging.INFO

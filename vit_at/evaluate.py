@@ -1,4 +1,4 @@
-"""Clean, PGD-n and CW-n accuracy: the same code during training, at its end, and on its own.
+"""Clean, PGD-n, CW-n and AutoAttack accuracy: the same code in training, at its end, on its own.
 
     python -m vit_at.evaluate runs/cifar10_sgd --attacks=clean,pgd-20,cw-20
 
@@ -10,6 +10,7 @@ result is stored with its protocol in ``results.json``, the outcome of each imag
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,17 +23,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_at import models, sharding
-from vit_at.attacks import Threat, pgd_attack
+from vit_at.attacks import Threat, audit, autoattack, pgd_attack
 from vit_at.attacks.threat import random_start
 from vit_at.checkpoint import load_trained
 from vit_at.config import UserError, one_sentence_errors, validate
 from vit_at.data import augment, pipeline, sources
 from vit_at.data.sources import Examples
 from vit_at.metrics import Progress
-from vit_at.results import Attack, Results, record, table, weights_digest
+from vit_at.results import AUTOATTACK, Attack, Results, record, table, weights_digest
 
 Array = jax.Array
 _LOSSES = {"pgd": "ce", "cw": "cw"}
+_AUDITED = 128  # images at most
 
 
 def parse_attacks(names: str, threat: Threat, restarts: int = 1) -> list[Attack]:
@@ -47,10 +49,12 @@ def parse_attacks(names: str, threat: Threat, restarts: int = 1) -> list[Attack]
 def _parse_attack(name: str, threat: Threat, restarts: int) -> Attack:
     if name == "clean":
         return Attack(name, None, threat)
+    if name == AUTOATTACK:
+        return Attack(name, AUTOATTACK, threat)
     kind, _, steps = name.partition("-")
     if kind not in _LOSSES or not steps.isdecimal() or int(steps) < 1:
         raise UserError(
-            f"attack '{name}' is unknown; write clean, pgd-N or cw-N with N steps, such as pgd-20"
+            f"attack '{name}' is unknown; write clean, autoattack, or pgd-N or cw-N with N steps, such as pgd-20"
         )
     return Attack(name, _LOSSES[kind], dataclasses.replace(threat, steps=int(steps)), restarts)
 
@@ -107,15 +111,27 @@ class Evaluator:
         self.attacks = tuple(attacks)
         self._examples, self._mesh = examples, mesh
         self._batches = {"batch_size": batch_size, "threads": threads}
-        self._outcomes = {a.name: make_outcome_fn(apply, a, mesh, seed) for a in attacks}
+        self._apply, self._seed = apply, seed
+        self.details: dict[str, dict[str, Any]] = {}  # what records say besides the accuracy
+        plain = [a for a in attacks if a.loss != AUTOATTACK]
+        self._outcomes = {a.name: make_outcome_fn(apply, a, mesh, seed) for a in plain}
 
     def __call__(self, params: Any, *, progress: bool = False) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (attack name, correct [N] bool), images in the order of the examples."""
         for attack in self.attacks:
             yield attack.name, self.run(attack, params, progress=progress)
 
-    def run(self, attack: Attack, params: Any, *, progress: bool = False) -> np.ndarray:
-        """The outcomes of one of the attacks, correct [N] bool."""
+    def run(
+        self,
+        attack: Attack,
+        params: Any,
+        *,
+        progress: bool = False,
+        workdir: epath.Path | None = None,
+    ) -> np.ndarray:
+        """The outcomes of one of the attacks, correct [N] bool; workdir: of AutoAttack's ledger."""
+        if attack.loss == AUTOATTACK:
+            return self._autoattack(attack, params, progress, workdir)
         batch_size = self._batches["batch_size"]
         total = -(-len(self._examples) // batch_size)
         bar = Progress(total, 0, "batch") if progress else None
@@ -131,6 +147,43 @@ class Evaluator:
         if bar is not None:
             bar.close()
         return correct
+
+    def _autoattack(self, attack, params, progress, workdir) -> np.ndarray:
+        """The standard AutoAttack and its audit; both go into ``details``."""
+        batches = list(pipeline.eval_batches(self._examples, **self._batches))
+        images = np.concatenate([b["image"][b["mask"]] for b in batches]).astype(np.float32) / 255
+        labels = np.concatenate([b["label"][b["mask"]] for b in batches])
+        logits_fn, threat = functools.partial(self._apply, params), attack.threat
+        if workdir is not None:
+            digest = weights_digest(params)
+            workdir = (
+                workdir / AUTOATTACK / f"{digest}_{threat.norm}_{threat.eps:.4g}_{len(labels)}"
+            )
+        options = {"norm": threat.norm, "eps": float(threat.eps), "seed": self._seed}
+        result = autoattack.run(
+            logits_fn,
+            images,
+            labels,
+            **options,
+            batch_size=self._batches["batch_size"],
+            workdir=workdir,
+            progress=progress,
+            mesh=self._mesh,
+        )
+        few = dataclasses.replace(
+            result, robust={k: v[:_AUDITED] for k, v in result.robust.items()}
+        )
+        report = audit.audit(
+            logits_fn, images[:_AUDITED], labels[:_AUDITED], few, **options, mesh=self._mesh
+        )
+        if progress:
+            print(f"{result.summary()}\n{report.summary()}", file=sys.stderr)
+        cascade = {name: float(robust.mean()) for name, robust in result.robust.items()}
+        unverified = {str(image): why for image, why in result.failures.items()}
+        self.details[attack.name] = {"cascade": cascade, "audit": report.record()}
+        if unverified:
+            self.details[attack.name]["unverified"] = unverified
+        return list(result.robust.values())[-1]
 
 
 def evaluate_and_store(
@@ -153,8 +206,8 @@ def evaluate_and_store(
         placeholder = record(attack, np.zeros(len(examples), bool), **describe)
         entry = results.find(placeholder)
         if entry is None:
-            correct = evaluator.run(attack, params, progress=True)
-            entry = record(attack, correct, **describe)
+            correct = evaluator.run(attack, params, progress=True, workdir=results.workdir)
+            entry = record(attack, correct, **describe) | evaluator.details.get(attack.name, {})
             results.add(entry, correct, examples)
         records.append(entry)
     return records
@@ -190,7 +243,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("workdir", help="a directory that python -m vit_at.main has written")
-    add("--attacks", default="clean,pgd-20", help="comma-separated: clean, pgd-N, cw-N")
+    add("--attacks", default="clean,pgd-20", help="comma-separated: clean, pgd-N, cw-N, autoattack")
     add("--checkpoint", default="best", choices=("best", "last"))
     add("--split", default="", help="such as test or test[:1000]; default: the configuration's")
     add("--num_examples", type=int, default=0, help="the first so many images; 0: all")

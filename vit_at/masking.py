@@ -46,8 +46,8 @@ def keep_probability(masking: Masking, progress: float | Array) -> Array:
 
 
 def num_masked_patches(num_patches: int, probability: float | Array) -> Array:
-    """int(P * (1 - p)), scalar int32."""
-    return jnp.floor(num_patches * (1 - jnp.asarray(probability))).astype(jnp.int32)
+    """int(P * (1 - p)), scalar int32; whole numbers survive the rounding errors of p in float32."""
+    return jnp.floor(num_patches * (1 - jnp.asarray(probability) + 1e-6)).astype(jnp.int32)
 
 
 def draw_attn_keep(key: Array, steps: int, num_blocks: int, probability: Array) -> Array:

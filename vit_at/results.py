@@ -21,12 +21,13 @@ from vit_at.data.sources import Examples
 from vit_at.workdir import read_json, write_atomically
 
 RESULTS_FILE, PER_EXAMPLE_FILE = "results.json", "per_example.npz"
+AUTOATTACK = "autoattack"  # the standard cascade: name and loss of its entries
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """One evaluation. loss: 'ce', 'cw', or None for clean images."""
+    """One evaluation. loss: 'ce', 'cw', 'autoattack', or None for clean images."""
 
     name: str
     loss: str | None
@@ -59,14 +60,15 @@ def record(
     }
     if attack.loss is not None:
         threat = attack.threat
-        protocol |= {
-            "norm": threat.norm,
-            "eps": float(threat.eps),
-            "step_size": float(threat.step_size),
-            "steps": threat.steps,
-            "restarts": attack.restarts,
-            "loss": attack.loss,
-        }
+        protocol |= {"norm": threat.norm, "eps": float(threat.eps), "loss": attack.loss}
+        if attack.loss == AUTOATTACK:
+            protocol |= {"version": "standard"}
+        else:
+            protocol |= {
+                "step_size": float(threat.step_size),
+                "steps": threat.steps,
+                "restarts": attack.restarts,
+            }
     accuracy = float(correct.mean())
     return {
         "attack": attack.name,
@@ -81,6 +83,7 @@ class Results:
     """``results.json`` and ``per_example.npz`` of a work directory; rewritten atomically."""
 
     def __init__(self, workdir: epath.Path):
+        self.workdir = workdir
         self._json, self._npz = workdir / RESULTS_FILE, workdir / PER_EXAMPLE_FILE
         self.records: list[dict[str, Any]] = []
         if self._json.exists():
@@ -120,6 +123,8 @@ def _short(entry: dict[str, Any]) -> str:
     text = f"{protocol['num_examples']} {entry['attack']}"
     if "norm" not in protocol:
         return text
+    if "step_size" not in protocol:
+        return f"{text} {protocol['norm']} {protocol['eps']:.4g} seed {protocol['seed']}"
     return (
         f"{text} {protocol['norm']} {protocol['eps']:.4g} step {protocol['step_size']:.4g} "
         f"x{protocol['restarts']} seed {protocol['seed']}"
@@ -133,10 +138,10 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         protocol = entry["protocol"]
         threat = ""
         if "norm" in protocol:
-            threat = (
-                f"{protocol['norm']} eps {in_255ths(protocol['eps'])}, "
-                f"step {in_255ths(protocol['step_size'])}, {protocol['restarts']} restart(s), "
-            )
+            threat = f"{protocol['norm']} eps {in_255ths(protocol['eps'])}, "
+        if "step_size" in protocol:
+            step = in_255ths(protocol["step_size"])
+            threat += f"step {step}, {protocol['restarts']} restart(s), "
         error = 100 * entry["standard_error"]
         lines.append(
             f"{entry['attack']:<10} {100 * entry['accuracy']:6.2f} %  "

@@ -1,5 +1,6 @@
 """The loop: from a configuration to a trained model with its measured robustness."""
 
+import contextlib
 import math
 import signal
 import time
@@ -124,11 +125,11 @@ class Loop:
     def run(self, state: TrainState) -> TrainState:
         """Takes all steps that are left."""
         first = int(state.step)
-        self._writer = metrics.Writer(self._workdir, first)
         self._progress = metrics.Progress(self._setup.total_steps, first, "step")
         logging.info("compiling the step; the first one takes a while")
         self._saved = self._logged = time.monotonic()
-        with _Signals() as signals:
+        writer = metrics.Writer(self._workdir, first)
+        with contextlib.closing(writer) as self._writer, _Signals() as signals:
             for step, batch in enumerate(self._batches(first), start=first + 1):
                 state, step_metrics = self._step_fn(state, batch)
                 self._window.add(step_metrics)
@@ -136,7 +137,6 @@ class Loop:
                 if signals.received is not None:
                     break
         self._progress.close()
-        self._writer.close()
         self._checkpoints.wait()
         if signals.received is not None:
             logging.info("saved step %d; the same command goes on from there", step)
@@ -194,9 +194,11 @@ class Loop:
         """Robust validation; the weights are kept where they are the best so far."""
         accuracies = {n: float(c.mean()) for n, c in self._evaluator(state.eval_params)}
         robust = accuracies[self._config.eval.validation_attack]
-        self._writer.write(step, {f"validation/{n}": a for n, a in accuracies.items()})
+        epoch = step / self._setup.steps_per_epoch
+        values = {f"validation/{name}": accuracy for name, accuracy in accuracies.items()}
+        self._writer.write(step, {"epoch": epoch} | values)
         line = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
-        self._progress.say(f"epoch {step // self._setup.steps_per_epoch}: validation {line}")
+        self._progress.say(f"epoch {epoch:g}: validation {line}")
         if self._best is None or robust > self._best["robust"]:
             self._best = {"step": step, "robust": robust}
             self._checkpoints.save_best(state.eval_params, self._values(step))

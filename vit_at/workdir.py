@@ -9,6 +9,7 @@ WORKDIR/results.json        and per_example.npz: see vit_at.results
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,23 @@ def disk_errors(directory: epath.Path) -> Iterator[None]:
         raise
 
 
+def check_space(directory: epath.Path, needed: int) -> None:
+    """Raises UserError where the disk of a local directory has no room for this many bytes.
+
+    Asked before a checkpoint is begun, so that a full disk holds no half of one.
+    """
+    try:
+        free = shutil.disk_usage(directory).free
+    except OSError:  # not a local directory
+        return
+    if free < needed:
+        raise UserError(
+            f"{directory} could not be written, as the disk is full ({free / 2**20:.1f} MiB are "
+            f"free, a checkpoint takes {needed / 2**20:.1f}): free some space and run the same "
+            "command again; it goes on from the last whole checkpoint"
+        )
+
+
 def write_config(workdir: epath.Path, config: ConfigDict) -> None:
     """Writes ``config.json``, or checks that the one there is the same.
 
@@ -75,11 +93,14 @@ def read_config(workdir: epath.Path) -> ConfigDict:
             f"{workdir} is no work directory: it has no {CONFIG_FILE}; give one that "
             "'python -m vit_at.main --workdir=...' has written"
         )
-    config = ConfigDict(read_json(path))
-    for name, value in config.data.items():
-        if isinstance(value, list):
-            config.data[name] = tuple(value)
-    return config.lock()
+    return ConfigDict(_with_tuples(read_json(path))).lock()
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(inner) for name, inner in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:

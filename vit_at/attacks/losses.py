@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 CW_FLOOR = -10.0
+DLR_FLOOR = 1e-12  # keeps the ratio finite where the top logits are equal
 
 
 def cross_entropy(logits: Array, targets: Array) -> Array:
@@ -40,3 +41,21 @@ def cw_margin(logits: Array, labels: Array) -> Array:
     """
     margin = pick(logits, best_wrong_class(logits, labels)) - pick(logits, labels)
     return jnp.maximum(margin, CW_FLOOR)
+
+
+def dlr(logits: Array, labels: Array) -> Array:
+    """Difference of logits ratio, -(z_y - max_{k != y} z_k) / (z_(1) - z_(3)).
+
+    Croce and Hein 2020, equation 6; z_(1) >= z_(2) >= ... are the sorted logits. Scale invariant:
+    it has a gradient where the softmax is saturated. Needs 3 classes or more.
+    """
+    top = jax.lax.top_k(logits, 3)[0]
+    margin = pick(logits, labels) - pick(logits, best_wrong_class(logits, labels))
+    return -margin / (top[:, 0] - top[:, 2] + DLR_FLOOR)
+
+
+def targeted_dlr(logits: Array, labels: Array, target_labels: Array) -> Array:
+    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), equation 7 of the same; 4 classes or more."""
+    top = jax.lax.top_k(logits, 4)[0]
+    margin = pick(logits, labels) - pick(logits, target_labels)
+    return -margin / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + DLR_FLOOR)

@@ -1,0 +1,110 @@
+"""Toy runs that several test files share."""
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from configs import digits_sgd
+from vit_at import models, optim
+from vit_at.data.sources import Examples
+from vit_at.setup import Setup, compile_step, resolve
+from vit_at.sharding import make_mesh
+from vit_at.train import train
+
+CLASSES = ("zero", "one", "two")
+# The smoke recipe at the digits' own size.
+QUICK = {
+    "data__image_size": 8,
+    "model__patch_size": 2,
+    "model__embed_dim": 16,
+    "threat__eps": 0.1,
+    "threat__step_size": 0.05,
+    "optimizer__learning_rate": 0.01,
+}
+
+
+def smoke(variants: str = "", **changes) -> ConfigDict:
+    """The digits' smoke recipe with other values; a dot is written as two underscores."""
+    config = digits_sgd.get_config(",".join(filter(None, ["smoke", variants])))
+    with config.unlocked():
+        config.update_from_flattened_dict({f.replace("__", "."): v for f, v in changes.items()})
+    return config
+
+
+def examples(n: int, size: int = 8, channels: int = 1, seed: int = 0) -> Examples:
+    """n random images of three classes."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (n, size, size, channels)).astype(np.uint8)
+    labels = rng.integers(0, len(CLASSES), n).astype(np.int32)
+    rows = np.arange(n)
+    return Examples(
+        "made/1.0.0 test", CLASSES, images.shape[1:], rows, rows, lambda r: (images[r], labels[r])
+    )
+
+
+def tiny_setup(num_devices: int = 1, **changes) -> Setup:
+    """A setup on made-up images of three classes, 4 steps an epoch, with a tiny model."""
+    options = {
+        "threat__eps": 0.1,
+        "threat__step_size": 0.05,
+        "threat__eps_warmup_epochs": 0.0,
+        "data__image_size": 8,
+        "model__patch_size": 2,
+        "model__embed_dim": 16,
+        "model__depth": 2,
+        "model__num_heads": 2,
+        "batch_size": 16,
+    }
+    config = resolve(smoke(**options | changes))
+    model = models.create(
+        config.model.name,
+        num_classes=len(CLASSES),
+        image_size=8,
+        patch_size=2,
+        in_channels=1,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+    )
+    mesh = make_mesh(jax.devices()[:num_devices])
+    return Setup(config, mesh, examples(64), None, examples(21, seed=1), model, steps_per_epoch=4)
+
+
+def quick_step(setup: Setup, state, batch):
+    """The compiled training step; with less optimisation than in a run, as tests take few steps."""
+    lowered = compile_step(setup, optimizer_of(setup)).lower(state, batch)
+    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+
+
+def optimizer_of(setup: Setup):
+    return optim.make_optimizer(setup.config, setup.steps_per_epoch)
+
+
+def batches(setup: Setup, count: int):
+    """The first batches of a made-up order, on the host."""
+    size = setup.config.batch_size
+    for step in range(count):
+        rows = (np.arange(size) + step * size) % len(setup.train_set)
+        images, labels = setup.train_set.read(rows)
+        yield {"image": images, "label": labels}
+
+
+def arrays_of(workdir: epath.Path, step: int, series: str = "last") -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its path, as it lies on disk."""
+    import orbax.checkpoint as ocp
+
+    found = {}
+    for item in ("params", "opt_state"):
+        directory = workdir / "checkpoints" / series / str(step) / item
+        if directory.exists():
+            tree = ocp.StandardCheckpointer().restore(directory)
+            leaves = jax.tree_util.tree_leaves_with_path(tree)
+            found |= {item + jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+    return found
+
+
+def trained(workdir) -> epath.Path:
+    """A work directory in which the smoke recipe has been trained."""
+    train(smoke(**QUICK), epath.Path(workdir))
+    return epath.Path(workdir)

@@ -1,0 +1,188 @@
+"""What AutoAttack demands of its input and of the model, each refused in one sentence.
+
+check_protocol, check_images   the arguments
+Classifier                     logits of any number of images, in batches of one width
+clean_logits                   those of the clean images, checked
+"""
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vit_at import sharding
+from vit_at.attacks.threat import NORMS
+from vit_at.config import UserError
+
+_BATCH_TOLERANCE = 1e-3  # relative to the largest logit
+
+
+def check_protocol(
+    norm: str, eps: float, batch_size: int, iterations: int, queries: int, mesh: Mesh
+) -> None:
+    """Raises UserError for the first argument that is not allowed."""
+    if norm not in NORMS:
+        raise UserError(f"norm is '{norm}', which is unknown; use one of {', '.join(NORMS)}")
+    if not 0 < eps < np.inf or (norm == "linf" and eps > 1):
+        raise UserError(
+            f"eps is {eps:g}; it is in pixel units of images in [0, 1] and must be over 0"
+            f"{' and at most 1: 8/255, say, not 8' if norm == 'linf' else ''}"
+        )
+    for name, value in (("batch_size", batch_size), ("iterations", iterations)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be 1 or more")
+    if queries < 1:
+        raise UserError(f"queries is {queries}; it must be 1 or more")
+    sharding.check_batch_size("batch_size", batch_size, mesh)
+    if jax.process_count() > 1:
+        raise UserError("AutoAttack runs in one process; start it on one host, with its devices")
+
+
+def check_images(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Images [N, H, W, C] as float32 and labels [N] as int32, on the host.
+
+    Raises:
+      UserError: their shapes, types or ranges.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.ndim != 4 or not len(images):
+        raise UserError(f"images have the shape {images.shape}; they must be [N, H, W, C], N > 0")
+    if images.dtype == np.uint8:
+        raise UserError("images are uint8; divide them by 255 to bring them into [0, 1]")
+    images = images.astype(np.float32, copy=False)
+    if not (images.min() >= 0 and images.max() <= 1):
+        raise UserError(
+            f"images range from {images.min():g} to {images.max():g}; they must be in [0, 1], with "
+            "the normalisation inside logits_fn"
+        )
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"labels are {labels.dtype} of the shape {labels.shape}; they must be one integer for "
+            f"each of the {len(images)} images"
+        )
+    return images, labels.astype(np.int32)
+
+
+def data_digest(images: np.ndarray, labels: np.ndarray) -> str:
+    """First 16 hex digits of the SHA-256 over labels and images."""
+    digest = hashlib.sha256(np.ascontiguousarray(labels).tobytes())
+    for image in images:
+        digest.update(np.ascontiguousarray(image).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def as_batch_function(
+    model: Callable[..., jax.Array], randomised: bool
+) -> Callable[..., jax.Array]:
+    """(images, keys [b] or None) -> logits; a randomised model gets a key for every image."""
+    if not randomised:
+        return lambda images, keys: model(images)
+
+    def of_image(image, key):
+        return model(image[None], key)[0]
+
+    return lambda images, keys: jax.vmap(of_image)(images, keys)
+
+
+@functools.lru_cache(maxsize=8)
+def _logits_program(mesh: Mesh, randomised: bool):
+    """The compiled (model, seed, images, index, draw) -> logits."""
+
+    def logits(model, seed, images, index, draw):
+        def key(i):
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), draw), i)
+
+        keys = jax.vmap(key)(index) if randomised else None
+        return as_batch_function(model, randomised)(images, keys)
+
+    split, whole = sharding.SPLIT, sharding.WHOLE
+    return jax.jit(sharding.map_shards(logits, mesh, (whole, whole, split, split, whole)))
+
+
+class Classifier:
+    """Logits of any number of images, in batches of one width."""
+
+    def __init__(self, model: Any, mesh: Mesh, randomised: bool, seed: int, shape: tuple[int, ...]):
+        self.model, self.mesh, self.randomised = model, mesh, randomised
+        self._seed = np.uint32(seed)
+        self._check_signature(shape)
+        self._logits = _logits_program(mesh, randomised)
+
+    def _check_signature(self, shape) -> None:
+        arguments = [jax.ShapeDtypeStruct((1, *shape), jnp.float32)]
+        if self.randomised:
+            arguments.append(jax.eval_shape(lambda: jax.random.key(0)))
+        try:
+            inspect.signature(self.model).bind(*arguments)
+        except TypeError as error:
+            wanted = "(images, key)" if self.randomised else "(images)"
+            raise UserError(
+                f"logits_fn can't be called with {wanted} ({error}); for a randomised model use "
+                "attacks='rand' and a function of (images, key)"
+            ) from error
+        out = jax.eval_shape(self.model, *arguments)
+        if getattr(out, "ndim", 0) != 2 or out.shape[0] != 1 or out.shape[1] < 2:
+            raise UserError(
+                f"logits_fn gives {out} for one image; it must give logits [1, classes], 2 classes "
+                "or more"
+            )
+
+    def __call__(
+        self,
+        images: np.ndarray,
+        width: int,
+        index: np.ndarray | None = None,
+        draw: int = 0,
+    ) -> np.ndarray:
+        """[n, K] for images [n, H, W, C]; index, draw: of the keys of a randomised model."""
+        index = np.arange(len(images)) if index is None else np.asarray(index)
+        rows = []
+        for begin in range(0, len(images), width):
+            batch, places = images[begin : begin + width], index[begin : begin + width]
+            missing = width - len(batch)
+            batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
+            places = np.pad(places, (0, missing)).astype(np.uint32)
+            batch, places = sharding.split_batch((batch, places), self.mesh)
+            out = self._logits(self.model, self._seed, batch, places, np.uint32(draw))
+            rows.append(np.asarray(out)[: width - missing])
+        return np.concatenate(rows)
+
+
+def clean_logits(
+    classify: Classifier, images: np.ndarray, labels: np.ndarray, batch_size: int
+) -> np.ndarray:
+    """Logits [N, K] of the clean images.
+
+    Raises:
+      UserError: they are not finite, suit other labels, or depend on the rest of the batch.
+    """
+    logits = classify(images, batch_size)
+    if not np.isfinite(logits).all():
+        bad = int((~np.isfinite(logits)).any(1).sum())
+        raise UserError(
+            f"logits_fn gives NaN or infinity for {bad} of {len(images)} clean images; an attack "
+            "can't be judged by them: check the weights and the normalisation"
+        )
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise UserError(
+            f"labels range from {labels.min()} to {labels.max()}, but the model has classes 0 to "
+            f"{logits.shape[1] - 1}; give labels of these classes"
+        )
+    if not classify.randomised:
+        few = images[:batch_size]
+        turned = classify(few[::-1], batch_size)[::-1]
+        halved = classify(few[: -(-len(few) // 2)], batch_size)
+        scale = _BATCH_TOLERANCE * max(np.abs(logits).max(), 1e-6)
+        same = np.abs(turned - logits[: len(few)]).max() <= scale
+        if not same or np.abs(halved - logits[: len(halved)]).max() > scale:
+            raise UserError(
+                "logits_fn gives an image other logits when other images are in the batch; "
+                "evaluate the model in its inference mode, without batch statistics or randomness"
+            )
+    return logits

@@ -1,0 +1,306 @@
+"""Keeps a batch of slots full of unfinished runs, as a server batches requests.
+
+A round advances all slots on the device for some steps, and ends early once some have finished.
+Then the host takes their images out and lets the next runs in: the next run of an image that has
+withstood one, or a waiting image. A device so never works on a finished image for more than the
+rest of a round. When few images are left, the batch shrinks.
+
+Which run is where, and how long rounds are, follows from the images' outcomes alone, never from the
+clock: a run that is interrupted and restored from ``snapshot`` repeats the same numbers.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vit_at import sharding
+from vit_at.attacks import methods
+from vit_at.attacks.checks import as_batch_function
+from vit_at.attacks.methods import Context, Method, Problem, target_classes
+
+Array = jax.Array
+EMPTY = -1
+_STEPS_PER_ROUND = {1: 200}  # by passes of a step; 25 for the attacks with gradients
+_SLOTS_PER_DEVICE = 8  # the width of a batch is a multiple of it, unless the batch is smaller
+_WORTH_COMPILING = {"cpu": 12_000}  # forward passes that a narrower batch must save; else 10^6
+
+
+class Finished(NamedTuple):
+    """The end of an image in one attack. adversarial [H, W, C] or None; run and step of the end."""
+
+    image: int
+    run: int
+    step: int
+    adversarial: np.ndarray | None
+
+
+class Waiting(NamedTuple):
+    """A run that no slot has taken yet."""
+
+    image: int
+    run: int
+
+
+class Source(NamedTuple):
+    """All images [N, H, W, C] float32, labels [N], clean logits [N, K]: on the host."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    clean_logits: np.ndarray
+
+
+class Programs:
+    """The compiled parts of one method; each compiles once for a width of the batch.
+
+    admit: lets runs into some slots; advance: a round of steps.
+    """
+
+    def __init__(self, method: Method, mesh: Mesh, randomised: bool):
+        split, whole = sharding.SPLIT, sharding.WHOLE
+        self.method = method
+
+        def context_of(model, seed, eps):
+            return Context(as_batch_function(model, randomised), seed, eps)
+
+        def admit(model, seed, eps, problem, state, active, entering, taken):
+            fresh = method.start(context_of(model, seed, eps), entering)
+            problem = _choose(taken, entering, problem)
+            return problem, _choose(taken, fresh, state), active | taken
+
+        def advance(model, seed, eps, problem, state, active, limit):
+            # Ends early once a sixteenth of the slots is done.
+            context = context_of(model, seed, eps)
+            patience = active.shape[0] // 16
+            began = active.sum()
+
+            def unfinished(carry):
+                count, _, running = carry
+                left = running.sum()
+                return (count < limit) & (left > 0) & (began - left <= patience)
+
+            def step(carry):
+                count, state, running = carry
+                moved = method.advance(context, problem, state)
+                state = _choose(running, moved, state)
+                outcome = method.read(context, state)
+                running &= ~outcome.success & (outcome.steps < method.steps)
+                return count + 1, state, running
+
+            count, state, running = jax.lax.while_loop(
+                unfinished, step, (jnp.zeros((), jnp.int32), state, active)
+            )
+            outcome = method.read(context, state)
+            return state, running, outcome, jnp.full(1, count)
+
+        scalars = (whole, whole, whole)
+        slots = (split, split, split)
+        self.admit = _compile(admit, mesh, (*scalars, *slots, split, split), donate=(3, 4, 5))
+        self.advance = _compile(advance, mesh, (*scalars, *slots, whole), donate=(4,))
+
+
+@functools.lru_cache(maxsize=64)
+def programs(
+    name: str, settings: tuple[tuple[str, Any], ...], mesh: Mesh, randomised: bool
+) -> Programs:
+    """The programs of ``methods.make(name, **settings)``, compiled once in a process."""
+    return Programs(methods.make(name, **dict(settings)), mesh, randomised)
+
+
+def _compile(function, mesh, specs, donate=()):
+    mapped = sharding.map_shards(function, mesh, specs)
+    return jax.jit(mapped, donate_argnums=donate)
+
+
+def _choose(condition: Array, yes: Any, no: Any) -> Any:
+    """Slot by slot: condition [b], the others trees of [b, ...]."""
+
+    def choose(a, b):
+        return jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, yes, no)
+
+
+class Packing:
+    """One attack on some images: see the module's docstring.
+
+    model: what ``Programs`` calls, with its parameters as a tree of arrays.
+    work: image evaluations so far, {"steps": of unfinished runs, "computed": of all slots}.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        model: Any,
+        source: Source,
+        mesh: Mesh,
+        *,
+        seed: int,
+        eps: float,
+        batch_size: int,
+    ):
+        self.method, self._programs, self._mesh = programs.method, programs, mesh
+        self._shared = (model, np.uint32(seed), np.float32(eps))
+        self._source, self._batch_size = source, batch_size
+        self.work = {"steps": 0, "computed": 0}
+        self.waiting: list[Waiting] = []
+        self._image = self._run = self._steps = np.zeros(0, int)
+        self._slots: tuple[Any, Any, Any] | None = None  # problem, state, active
+
+    def begin(self, images: np.ndarray) -> None:
+        """Takes the images [n], places in the source, that the attack is to run on."""
+        self.waiting = [Waiting(int(i), 0) for i in images]
+        self._open(self._width_for(len(self.waiting)))
+
+    def unfinished(self) -> int:
+        """How many images are in a slot or waiting."""
+        return len(self.waiting) + int((self._image != EMPTY).sum())
+
+    def rounds(self) -> Iterator[list[Finished]]:
+        """Runs until no image is left; yields those that each round has finished."""
+        while self.unfinished():
+            self._shrink()
+            self._fill()
+            yield self._round()
+
+    def steps_left(self) -> int:
+        """Steps of runs still to do if no image falls."""
+        method = self.method
+        whole = sum(method.runs - w.run for w in self.waiting) * method.steps
+        taken = self._image != EMPTY
+        further = (method.runs - self._run[taken]) * method.steps - self._steps[taken]
+        return whole + int(further.sum())
+
+    def _round(self) -> list[Finished]:
+        problem, state, active = self._slots
+        limit = np.int32(_STEPS_PER_ROUND.get(self.method.passes, 25))
+        state, running, outcome, counts = self._programs.advance(
+            *self._shared, problem, state, active, limit
+        )
+        self._slots = (problem, state, running)
+        running, steps, success = jax.device_get((running, outcome.steps, outcome.success))
+        taken = self._image != EMPTY
+        self.work["steps"] += int((steps - self._steps)[taken].sum())
+        self.work["computed"] += int(np.sum(counts)) * len(taken) // self._mesh.size
+        self._steps = np.where(taken, steps, 0)
+        fallen = taken & success
+        adversarial = np.asarray(outcome.adversarial) if fallen.any() else None
+        ended = []
+        for slot in np.flatnonzero(taken & ~running):
+            image, run = int(self._image[slot]), int(self._run[slot])
+            if success[slot]:
+                row = adversarial[slot].copy()
+                ended.append(Finished(image, run, int(steps[slot]), row))
+            elif run + 1 < self.method.runs:
+                self.waiting.insert(0, Waiting(image, run + 1))
+            else:
+                ended.append(Finished(image, run, int(steps[slot]), None))
+            self._image[slot] = EMPTY
+        return ended
+
+    def _width_for(self, count: int) -> int:
+        """The narrowest batch that holds ``count`` runs, at most the batch size."""
+        unit = _SLOTS_PER_DEVICE * self._mesh.size
+        return min(self._batch_size, -(-max(count, 1) // unit) * unit)
+
+    def _shrink(self) -> None:
+        """Narrows the batch where that saves more than compiling for it costs."""
+        width, count = len(self._image), self.unfinished()
+        narrow = self._width_for(count)
+        if not count or narrow >= width:
+            return
+        saved = (width - narrow) * self.method.passes * self.steps_left() / count
+        if saved < _WORTH_COMPILING.get(jax.default_backend(), 10**6):
+            return
+        keep = np.flatnonzero(self._image != EMPTY)
+        keep = np.concatenate([keep, np.flatnonzero(self._image == EMPTY)])[:narrow]
+        self._restore_slots(
+            jax.tree.map(lambda x: np.asarray(x)[keep], self._slots),
+            self._image[keep],
+            self._run[keep],
+            self._steps[keep],
+        )
+
+    def _open(self, width: int) -> None:
+        """Empty slots."""
+        self._image, self._run = np.full(width, EMPTY), np.zeros(width, int)
+        self._steps = np.zeros(width, int)
+        problem = sharding.split_batch(self._problem(), self._mesh)
+        context = Context(None, *self._shared[1:])
+        shapes = jax.eval_shape(functools.partial(self.method.start, context), self._problem())
+        state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+        state = sharding.split_batch(state, self._mesh)
+        active = sharding.split_batch(np.zeros(width, bool), self._mesh)
+        self._slots = (problem, state, active)
+
+    def _fill(self) -> None:
+        """Lets waiting runs into empty slots."""
+        empty = np.flatnonzero(self._image == EMPTY)[: len(self.waiting)]
+        if not len(empty):
+            return
+        entering, self.waiting = self.waiting[: len(empty)], self.waiting[len(empty) :]
+        taken = np.zeros(len(self._image), bool)
+        taken[empty] = True
+        self._image[empty] = [w.image for w in entering]
+        self._run[empty] = [w.run for w in entering]
+        self._steps[empty] = 0
+        entering, taken = sharding.split_batch((self._problem(taken), taken), self._mesh)
+        self._slots = self._programs.admit(*self._shared, *self._slots, entering, taken)
+
+    def _problem(self, wanted: np.ndarray | None = None) -> Problem:
+        """The rows of the slots as they are assigned now; images only of the wanted slots."""
+        width, shape = len(self._image), self._source.images.shape[1:]
+        images = np.zeros((width, *shape), np.float32)
+        labels, targets = np.zeros(width, np.int32), np.zeros(width, np.int32)
+        rows = np.flatnonzero(self._image != EMPTY if wanted is None else wanted)
+        for slot in rows:
+            image = self._image[slot]
+            images[slot] = self._source.images[image]
+            labels[slot] = self._source.labels[image]
+            if self.method.targeted:
+                ranked = target_classes(self._source.clean_logits[image], self.method.runs)
+                targets[slot] = ranked[self._run[slot]]
+        index = np.maximum(self._image, 0).astype(np.uint32)
+        return Problem(images, labels, targets, index, self._run.astype(np.int32))
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """Everything that ``restore`` needs to go on in the same way."""
+        _, state, active = self._slots
+        leaves = {f"state/{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
+        return leaves | {
+            "active": np.asarray(active),
+            "image": self._image.copy(),
+            "run": self._run.copy(),
+            "steps": self._steps.copy(),
+            "waiting": np.array(self.waiting, int).reshape(-1, 2),
+            "work": np.array([self.work["steps"], self.work["computed"]]),
+        }
+
+    def restore(self, saved: dict[str, np.ndarray]) -> None:
+        """Goes on from a snapshot; on a number of devices that its width does not suit, the runs
+        that were in a slot start anew.
+        """
+        self.waiting = [Waiting(int(i), int(r)) for i, r in saved["waiting"]]
+        self.work = dict(zip(("steps", "computed"), map(int, saved["work"]), strict=True))
+        taken = saved["image"] != EMPTY
+        width = len(taken)
+        if width % self._mesh.size:
+            again = zip(saved["image"][taken], saved["run"][taken], strict=True)
+            self.waiting = [Waiting(int(i), int(r)) for i, r in again] + self.waiting
+            self._open(self._width_for(len(self.waiting)))
+            return
+        self._open(width)
+        treedef = jax.tree.structure(self._slots[1])
+        leaves = [saved[f"state/{i}"] for i in range(treedef.num_leaves)]
+        self._image = saved["image"].copy()
+        self._run = saved["run"].copy()
+        slots = (self._problem(), jax.tree.unflatten(treedef, leaves), saved["active"])
+        self._restore_slots(slots, saved["image"], saved["run"], saved["steps"])
+
+    def _restore_slots(self, slots, image, run, steps) -> None:
+        self._image, self._run, self._steps = image.copy(), run.copy(), steps.copy()
+        self._slots = sharding.split_batch(slots, self._mesh)

@@ -1,0 +1,233 @@
+"""Square attack: random search with squares that shrink (Andriushchenko et al. 2020).
+
+It asks for logits only, so it finds what a masked gradient hides. A proposal changes one square of
+the best point so far; it is kept if it lowers the margin z_y - max_{k != y} z_k.
+
+``initial`` and ``propose`` are deterministic functions of uniform numbers in [0, 1) that
+``draw_initial`` and ``draw_proposal`` draw for one image; sizes depend on the iteration alone.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_at.attacks.apgd import length, where
+
+Array = jax.Array
+_FIRST_SHARE = 0.8  # p_init: share of the image that the first squares cover
+_HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+_NORM_FLOOR = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """norm: linf or l2; eps: in pixel units; queries: proposals, besides the start."""
+
+    norm: str = "linf"
+    eps: float | Array = 8 / 255
+    queries: int = 5000
+
+
+class State(NamedTuple):
+    """best [b, H, W, C]: the point of the lowest margin [b]; queries [b]: model evaluations so far,
+    0 before the start itself is evaluated.
+    """
+
+    best: Array
+    margin: Array
+    queries: Array
+
+
+def start(images: Array, uniforms: Array, options: Options) -> State:
+    """A run that begins at ``initial``."""
+    b = images.shape[0]
+    return State(
+        best=initial(images, uniforms, options),
+        margin=jnp.full(b, jnp.inf, images.dtype),
+        queries=jnp.zeros(b, jnp.int32),
+    )
+
+
+def advance(
+    margin_fn: Callable[[Array], Array],
+    images: Array,
+    state: State,
+    uniforms: Array,
+    options: Options,
+) -> State:
+    """One query: a proposal, or the start itself if it has not been evaluated.
+
+    margin_fn: points -> z_y - max_{k != y} z_k [b]; uniforms: of ``draw_proposal``, [b, n].
+    """
+    iteration = jnp.maximum(state.queries - 1, 0)
+    proposal = propose(images, state.best, iteration, uniforms, options)
+    proposal = where(state.queries == 0, state.best, proposal)
+    margin = margin_fn(proposal)
+    better = (margin < state.margin) | (margin <= 0)
+    return State(
+        best=where(better, proposal, state.best),
+        margin=jnp.where(better, margin, state.margin),
+        queries=state.queries + 1,
+    )
+
+
+def share(iteration: np.ndarray) -> np.ndarray:
+    """The share p of the image that a square covers: halved after 10, 50, 200, ... iterations."""
+    return _FIRST_SHARE / 2.0 ** np.searchsorted(_HALVED_AFTER, iteration)
+
+
+def side(iteration: np.ndarray, height: int, width: int, norm: str) -> np.ndarray:
+    """The side of the square in pixels."""
+    sides = np.round(np.sqrt(share(iteration) * height * width)).astype(int)
+    if norm == "linf":
+        sides = np.maximum(sides, 1)
+    else:
+        sides = np.maximum(sides, 3)
+        sides += sides % 2 == 0
+    return np.minimum(sides, min(height, width))
+
+
+def _sides(shape: tuple[int, ...], norm: str) -> np.ndarray:
+    """The side at each level of the schedule, [levels]."""
+    first_iterations = np.array([0, *(i + 1 for i in _HALVED_AFTER)])
+    return side(first_iterations, shape[0], shape[1], norm)
+
+
+def _tiles(height: int, width: int) -> tuple[int, list[tuple[int, int]]]:
+    """The side and the corners of the tiles of the start in l2: 5 x 5 on a square image."""
+    tile = max(height // 5, 1)
+    first = (height - 5 * tile) // 2 if height >= 5 else 0
+    rows = range(first, height - tile + 1, tile)[: height // tile]
+    columns = range(first, width - tile + 1, tile)[: width // tile]
+    return tile, [(row, column) for row in rows for column in columns]
+
+
+def draw_initial(key: Array, shape: tuple[int, ...], norm: str) -> Array:
+    """One image's uniforms for ``initial``: [W, C] in linf, [tiles, 1 + C] in l2."""
+    height, width, channels = shape
+    if norm == "linf":
+        return jax.random.uniform(key, (width, channels))
+    return jax.random.uniform(key, (len(_tiles(height, width)[1]), 1 + channels))
+
+
+def draw_proposal(key: Array, shape: tuple[int, ...], norm: str) -> Array:
+    """One image's uniforms for ``propose``: row, column, [row 2, column 2, coin,] channel signs."""
+    return jax.random.uniform(key, ((2 if norm == "linf" else 5) + shape[-1],))
+
+
+def initial(images: Array, uniforms: Array, options: Options) -> Array:
+    """The start: vertical stripes in linf; tiles of the ``pattern`` with random signs in l2."""
+    if options.norm == "linf":
+        return jnp.clip(images + options.eps * _signs(uniforms)[:, None], 0, 1)
+    delta = jnp.zeros_like(images)
+    tile, corners = _tiles(*images.shape[1:3])
+    shape = jnp.asarray(pattern(tile), images.dtype)
+    for number, (row, column) in enumerate(corners):
+        coin, signs = uniforms[:, number, 0], _signs(uniforms[:, number, 1:])
+        turned = jnp.where((coin > 0.5)[:, None, None], shape.T, shape)
+        patch = turned[..., None] * signs[:, None, None]
+        delta = delta.at[:, row : row + tile, column : column + tile].add(patch)
+    return jnp.clip(images + options.eps * _unit(delta), 0, 1)
+
+
+def propose(
+    images: Array, best: Array, iteration: Array, uniforms: Array, options: Options
+) -> Array:
+    """The next point to ask for, [b, H, W, C]; iteration [b] counts the proposals from 0."""
+    sides = _sides(images.shape[1:], options.norm)
+    level = jnp.sum(iteration[:, None] > jnp.array(_HALVED_AFTER), -1)
+    move = _propose_linf if options.norm == "linf" else _propose_l2
+    return jnp.clip(move(images, best, level, sides, uniforms, options.eps), 0, 1)
+
+
+def _propose_linf(images, best, level, sides, uniforms, eps):
+    """The square's pixels of each channel move by +-2 eps, within the ball."""
+    inside, _, _ = _window(uniforms[:, 0], uniforms[:, 1], jnp.asarray(sides)[level], images.shape)
+    moved = best + _inside(inside, 2 * eps * _signs(uniforms[:, 2:])[:, None, None])
+    return jnp.clip(moved, images - eps, images + eps)
+
+
+def _propose_l2(images, best, level, sides, uniforms, eps):
+    """The budget of a second square moves to the first, in the shape of the ``pattern``."""
+    size, channels = jnp.asarray(sides)[level], images.shape[-1]
+    first, rows, columns = _window(uniforms[:, 0], uniforms[:, 1], size, images.shape)
+    second, _, _ = _window(uniforms[:, 2], uniforms[:, 3], size, images.shape)
+    turn, signs = uniforms[:, 4] > 0.5, _signs(uniforms[:, 5:])
+    shape = _place(sides, level, rows, columns, turn, images.dtype)
+
+    delta = best - images
+    unused = jnp.maximum(eps**2 - length(delta, "l2") ** 2, 0)
+    within = _window_length(_inside(first | second, delta))
+    budget = jnp.sqrt(unused / channels + within**2)
+    old = _inside(first, delta)
+    new = shape[..., None] * signs[:, None, None] + old / (_NORM_FLOOR + _window_length(old))
+    new = _inside(first, new)
+    new = new / (_NORM_FLOOR + _window_length(new)) * budget
+    delta = jnp.where(first[..., None], new, _inside(~second, delta))
+    return images + eps * _unit(delta)
+
+
+def _window(u_row: Array, u_column: Array, size: Array, shape: tuple[int, ...]):
+    """A square's pixels [b, H, W] bool, and the place in it of every row [b, H], column [b, W]."""
+    _, height, width, _ = shape
+
+    def places(u, extent):
+        first = jnp.floor(u * (extent - size)).astype(jnp.int32)
+        return jnp.arange(extent) - first[:, None]
+
+    rows, columns = places(u_row, height), places(u_column, width)
+    in_rows = (rows >= 0) & (rows < size[:, None])
+    in_columns = (columns >= 0) & (columns < size[:, None])
+    return in_rows[:, :, None] & in_columns[:, None, :], rows, columns
+
+
+def _place(sides, level, rows, columns, turn, dtype):
+    """The pattern of each image's side, at its square, transposed where ``turn``: [b, H, W]."""
+    largest = max(sides)
+    table = np.zeros((len(sides), largest, largest))
+    for row, size in enumerate(sides):
+        table[row, :size, :size] = pattern(size)
+    rows, columns = rows[:, :, None], columns[:, None, :]
+    turn = turn[:, None, None]
+    i, j = jnp.where(turn, columns, rows), jnp.where(turn, rows, columns)
+    i, j = jnp.clip(i, 0, largest - 1), jnp.clip(j, 0, largest - 1)
+    return jnp.asarray(table, dtype)[level[:, None, None], i, j]
+
+
+def pattern(size: int) -> np.ndarray:
+    """eta of section 3.4: two pyramids of opposite sign, one above the other, norm 1: [s, s]."""
+    top = size // 2
+    whole = np.concatenate([_pyramid(top, size), -_pyramid(size - top, size)])
+    return whole / np.sqrt(np.sum(whole**2))
+
+
+def _pyramid(rows: int, columns: int) -> np.ndarray:
+    """Nested centred rectangles, the n-th adding 1 / n^2."""
+    out = np.zeros((rows, columns))
+    top, left = rows // 2, columns // 2
+    for n in range(max(top, left) + 1):
+        out[max(top - n, 0) : top + n + 1, max(left - n, 0) : left + n + 1] += 1 / (n + 1) ** 2
+    return out / max(np.sqrt(np.sum(out**2)), _NORM_FLOOR)
+
+
+def _signs(uniforms: Array) -> Array:
+    """U[0, 1) -> -1 or 1."""
+    return jnp.sign(2 * uniforms - 1)
+
+
+def _inside(mask: Array, values: Array) -> Array:
+    """values [b, H, W, C] (or a shape that fills it) inside mask [b, H, W], 0 outside."""
+    return jnp.where(mask[..., None], values, 0)
+
+
+def _window_length(x: Array) -> Array:
+    """The l2 norm of every channel, [b, 1, 1, C]."""
+    return jnp.sqrt(jnp.sum(x**2, (1, 2), keepdims=True))
+
+
+def _unit(delta: Array) -> Array:
+    return delta / (length(delta, "l2") + _NORM_FLOOR)
