@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vit_at import sharding
-from vit_at.attacks import autoattack, methods
+from vit_at import evaluate, results, sharding
+from vit_at.attacks import Threat, audit, autoattack, ledger, methods
 from vit_at.attacks.ledger import BROKEN, LEDGER_FILE, NOT_ATTACKED
 from vit_at.config import UserError
+from vit_at.data import sources
 
 SHAPE = (4, 4, 2)
 SHORT = {"iterations": 20, "queries": 300}
@@ -243,8 +245,6 @@ class Killed(Exception):
 
 def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch):
     """Stops after every save of a whole run, one save further each time."""
-    from vit_at.attacks import ledger
-
     params, images, labels = problem(24)
     eps = median_eps(params, images, labels, "linf")
     run = functools.partial(attack, params, images, labels, eps=eps, iterations=60)
@@ -271,6 +271,34 @@ def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch):
     for name, column in whole.table.items():
         np.testing.assert_array_equal(column, resumed.table[name])
     assert whole.work == resumed.work
+
+
+def test_through_the_evaluator(tmp_path, monkeypatch):
+    """One record with the cascade and the audit; a ledger in the work directory."""
+    params, images, labels = problem(8)
+    pixels = np.round(images * 255).astype(np.uint8)
+    examples = sources.Examples(
+        "digits",
+        tuple("abcde"),
+        SHAPE,
+        np.arange(8),
+        np.arange(8),
+        lambda i: (pixels[i], labels[i]),
+    )
+    monkeypatch.setattr(autoattack.methods, "parse", lambda attacks: ("apgd-ce", "square"))
+    monkeypatch.setattr(audit, "CURVE_EPS", ())
+    monkeypatch.setattr(audit, "CURVE_STEPS", (10,))
+    run = autoattack.run
+    monkeypatch.setattr(autoattack, "run", lambda *a, **k: run(*a, **(SHORT | k)))
+    attacks = evaluate.parse_attacks("autoattack", Threat("linf", 0.05))
+    mesh = sharding.make_mesh()
+    evaluator = evaluate.Evaluator(linear, examples, attacks, mesh, batch_size=8, seed=0)
+    store = results.Results(epath.Path(tmp_path))
+    (entry,) = evaluate.evaluate_and_store(evaluator, params, examples, store, seed=0, weights={})
+    assert entry["accuracy"] == entry["cascade"]["square"]
+    assert set(entry["audit"]) == {"flags", "eps_curve", "steps_curve"}
+    assert "autoattack" in results.table(results.Results(epath.Path(tmp_path)).records)
+    assert list(tmp_path.glob("autoattack/*/per_example.npz"))
 
 
 @pytest.mark.slow

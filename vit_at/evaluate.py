@@ -54,7 +54,8 @@ def _parse_attack(name: str, threat: Threat, restarts: int) -> Attack:
     kind, _, steps = name.partition("-")
     if kind not in _LOSSES or not steps.isdecimal() or int(steps) < 1:
         raise UserError(
-            f"attack '{name}' is unknown; write clean, autoattack, or pgd-N or cw-N with N steps, such as pgd-20"
+            f"attack '{name}' is unknown; write clean, autoattack, pgd-N or cw-N with N steps, "
+            "such as pgd-20"
         )
     return Attack(name, _LOSSES[kind], dataclasses.replace(threat, steps=int(steps)), restarts)
 
@@ -150,32 +151,28 @@ class Evaluator:
 
     def _autoattack(self, attack, params, progress, workdir) -> np.ndarray:
         """The standard AutoAttack and its audit; both go into ``details``."""
-        batches = list(pipeline.eval_batches(self._examples, **self._batches))
-        images = np.concatenate([b["image"][b["mask"]] for b in batches]).astype(np.float32) / 255
-        labels = np.concatenate([b["label"][b["mask"]] for b in batches])
+        images, labels = self._examples.read(np.arange(len(self._examples)))
+        images = images.astype(np.float32) / 255
         logits_fn, threat = functools.partial(self._apply, params), attack.threat
         if workdir is not None:
             digest = weights_digest(params)
             workdir = (
                 workdir / AUTOATTACK / f"{digest}_{threat.norm}_{threat.eps:.4g}_{len(labels)}"
             )
-        options = {"norm": threat.norm, "eps": float(threat.eps), "seed": self._seed}
+        options = {
+            "norm": threat.norm,
+            "eps": float(threat.eps),
+            "seed": self._seed,
+            "batch_size": self._batches["batch_size"],
+            "mesh": self._mesh,
+        }
         result = autoattack.run(
-            logits_fn,
-            images,
-            labels,
-            **options,
-            batch_size=self._batches["batch_size"],
-            workdir=workdir,
-            progress=progress,
-            mesh=self._mesh,
+            logits_fn, images, labels, **options, workdir=workdir, progress=progress
         )
         few = dataclasses.replace(
             result, robust={k: v[:_AUDITED] for k, v in result.robust.items()}
         )
-        report = audit.audit(
-            logits_fn, images[:_AUDITED], labels[:_AUDITED], few, **options, mesh=self._mesh
-        )
+        report = audit.audit(logits_fn, images[:_AUDITED], labels[:_AUDITED], few, **options)
         if progress:
             print(f"{result.summary()}\n{report.summary()}", file=sys.stderr)
         cascade = {name: float(robust.mean()) for name, robust in result.robust.items()}
