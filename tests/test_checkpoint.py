@@ -26,6 +26,8 @@ from vit_at.setup import resolve
 from vit_at.train_step import TrainState
 from vit_at.workdir import check_space, disk_errors, read_config, write_config
 
+# Tensorstore leaves futures behind where a read or a write fails.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 MESH = sharding.make_mesh(jax.devices()[:2])
 
 
@@ -301,7 +303,6 @@ def full_disk(tmp_path):
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tensorstore
 def test_a_disk_that_is_really_full(full_disk, monkeypatch):
     """As another program fills it: the check before has seen enough room."""
     checkpoints = Checkpoints(full_disk)

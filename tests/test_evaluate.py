@@ -102,7 +102,7 @@ def test_the_number_in_an_attacks_name_is_that_of_its_steps():
     "name", ["", "pdg-20", "pgd", "pgd-", "pgd-0", "pgd-x", "pgd-²", "clean-2"]
 )
 def test_an_unknown_attack_is_refused_with_how_to_write_one(name):
-    with pytest.raises(UserError, match="write clean, pgd-N or cw-N"):
+    with pytest.raises(UserError, match="write clean, autoattack, pgd-N or cw-N"):
         parse_attacks(f"clean,{name}", THREAT)
 
 

@@ -5,8 +5,8 @@ Then the host takes their images out and lets the next runs in: the next run of 
 withstood one, or a waiting image. A device so never works on a finished image for more than the
 rest of a round. When few images are left, the batch shrinks.
 
-Which run is where, and how long rounds are, follows from the images' outcomes alone, never from the
-clock: a run that is interrupted and restored from ``snapshot`` repeats the same numbers.
+Which run is where follows from the images' outcomes alone, never from the clock: a run that is
+interrupted and restored from ``snapshot`` repeats the same numbers.
 """
 
 import functools
@@ -73,10 +73,9 @@ class Programs:
             return problem, _choose(taken, fresh, state), active | taken
 
         def advance(model, seed, eps, problem, state, active, limit):
-            # Ends early once a sixteenth of the slots is done.
+
             context = context_of(model, seed, eps)
-            patience = active.shape[0] // 16
-            began = active.sum()
+            patience, began = active.shape[0] // 16, active.sum()
 
             def unfinished(carry):
                 count, _, running = carry
@@ -149,7 +148,7 @@ class Packing:
         self.work = {"steps": 0, "computed": 0}
         self.waiting: list[Waiting] = []
         self._image = self._run = self._steps = np.zeros(0, int)
-        self._slots: tuple[Any, Any, Any] | None = None  # problem, state, active
+        self._slots: Any = None  # problem, state, active
 
     def begin(self, images: np.ndarray) -> None:
         """Takes the images [n], places in the source, that the attack is to run on."""
@@ -216,8 +215,7 @@ class Packing:
         saved = (width - narrow) * self.method.passes * self.steps_left() / count
         if saved < _WORTH_COMPILING.get(jax.default_backend(), 10**6):
             return
-        keep = np.flatnonzero(self._image != EMPTY)
-        keep = np.concatenate([keep, np.flatnonzero(self._image == EMPTY)])[:narrow]
+        keep = np.argsort(self._image == EMPTY, kind="stable")[:narrow]
         self._restore_slots(
             jax.tree.map(lambda x: np.asarray(x)[keep], self._slots),
             self._image[keep],
@@ -296,8 +294,7 @@ class Packing:
         self._open(width)
         treedef = jax.tree.structure(self._slots[1])
         leaves = [saved[f"state/{i}"] for i in range(treedef.num_leaves)]
-        self._image = saved["image"].copy()
-        self._run = saved["run"].copy()
+        self._image, self._run = saved["image"].copy(), saved["run"].copy()
         slots = (self._problem(), jax.tree.unflatten(treedef, leaves), saved["active"])
         self._restore_slots(slots, saved["image"], saved["run"], saved["steps"])
 
