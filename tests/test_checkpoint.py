@@ -358,3 +358,11 @@ def test_a_directory_without_a_run_is_refused(workdir):
     write_config(workdir, resolve(runs.smoke()))
     with pytest.raises(UserError, match="holds no 'best' checkpoint yet"):
         load_trained(workdir, "best")
+
+
+def test_a_relative_work_directory_serves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints(epath.Path("runs/relative"))
+    checkpoints.save(state_of(3), {"step": 3})
+    checkpoints.close()
+    assert (tmp_path / "runs" / "relative" / "checkpoints" / "last" / "3").is_dir()

@@ -57,7 +57,7 @@ class Series:
     """The checkpoints of one kind, by step: named trees of arrays, and a dict of plain values."""
 
     def __init__(self, directory: epath.Path, keep: int | None, *, read_only: bool = False):
-        self._directory = directory
+        self._directory = directory = directory.resolve()  # orbax takes no relative path
         self._manager = ocp.CheckpointManager(
             directory,
             options=ocp.CheckpointManagerOptions(
