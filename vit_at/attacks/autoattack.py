@@ -37,8 +37,9 @@ class Result:
     table: the columns of ``per_example.npz``.
     failures: images whose adversarial image did not pass the final verification, with the reason.
     notes: what was done differently from the version's definition, as sentences.
-    work: {attack: {"steps", "computed", "passes"}}: steps of unfinished images, of all slots, and
-      the cost of a step in forward passes.
+    work: {attack: {"steps", "computed", "passes", "unconfirmed"}}: steps of unfinished images, of
+      all slots, the cost of a step in forward passes, and successes that a forward pass of their
+      own did not confirm, so that they don't count.
     seconds: of this call.
     """
 
@@ -73,6 +74,9 @@ class Result:
         for attack, robust in self.robust.items():
             lines.append(f"{attack:<10} {robust.mean():7.2%}  ({robust.sum()} of {count})")
         lines += [f"note: {note}" for note in self.notes]
+        for attack, work in self.work.items():
+            if work["unconfirmed"]:
+                lines.append(f"{work['unconfirmed']} successes of {attack} were not confirmed")
         if self.failures:
             lines.append(f"not verified: {len(self.failures)} adversarial images, first: ")
             lines[-1] += "; ".join(f"{i}: {why}" for i, why in list(self.failures.items())[:3])

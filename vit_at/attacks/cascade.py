@@ -16,7 +16,7 @@ from vit_at.attacks.ledger import BROKEN, WITHSTOOD, Ledger, Store
 from vit_at.attacks.methods import Method
 from vit_at.attacks.packing import Finished, Packing, Programs, Source
 
-_SLACK = 1e-5  # relative to eps: what float32 rounding may add to a norm
+_PIXEL_ROUNDING = 1.2e-7  # what float32 may add to the difference of two pixels in [0, 1]
 _WRITING_SHARE = 0.05  # of the time that writing the ledger may take
 _SECONDS_BETWEEN_LINES = 30.0
 _CONFIRM_PER_DEVICE = 8  # images in a batch that confirms
@@ -78,14 +78,18 @@ class Cascade:
             packing.restore(ledger.progress)
         else:
             packing.begin(np.flatnonzero(ledger.robust))
+        unconfirmed = ledger.work.get(method.name, {}).get("unconfirmed", 0)
         for finished in packing.rounds():
-            self._record(method, finished)
+            unconfirmed += self._record(finished)
             ledger.work[method.name] = packing.work | {"passes": method.passes}
+            ledger.work[method.name]["unconfirmed"] = unconfirmed
             self._save_now_and_then(packing)
             self._report_now_and_then(method, packing)
 
-    def _record(self, method: Method, finished: list[Finished]) -> None:
-        """Enters the ends of some images; a success only if a forward pass confirms it."""
+    def _record(self, finished: list[Finished]) -> int:
+        """Enters the ends of some images; a success only if a forward pass confirms it. Returns the
+        number of those that it does not.
+        """
         ledger, column = self._ledger, self._ledger.stage
         fallen = [f for f in finished if f.adversarial is not None]
         flaws = {}
@@ -100,6 +104,7 @@ class Cascade:
                 ledger.adversarial[end.image] = end.adversarial
                 ledger.run[end.image], ledger.step[end.image] = end.run, end.step
                 ledger.norm[end.image] = _norm(difference[None], self._protocol.norm)[0]
+        return len(flaws)
 
     def verify(self) -> dict[int, str]:
         """What is wrong with any of the adversarial images, {image: reason}."""
@@ -121,7 +126,7 @@ class Cascade:
         sizes = _norm(points - self._source.images[places], norm)
         reasons = {
             "outside [0, 1]": (points.min((1, 2, 3)) < 0) | (points.max((1, 2, 3)) > 1),
-            "outside the ball": ~(sizes <= eps * (1 + _SLACK)),
+            "outside the ball": ~(sizes <= largest_norm(norm, eps, points[0].size)),
             "logits are not finite": ~np.isfinite(logits).all(1),
             "classified correctly": logits.argmax(1) == self._source.labels[places],
         }
@@ -164,6 +169,11 @@ class Cascade:
 def _passes(ledger: Ledger) -> int:
     """Forward passes of single images so far."""
     return sum(w["steps"] * w["passes"] for w in ledger.work.values())
+
+
+def largest_norm(norm: str, eps: float, size: int) -> float:
+    """The norm that a perturbation of ``size`` pixels may have after rounding."""
+    return eps * (1 + 1e-6) + _PIXEL_ROUNDING * (1 if norm == "linf" else size**0.5)
 
 
 def _norm(delta: np.ndarray, norm: str) -> np.ndarray:
