@@ -26,6 +26,7 @@ from vit_at import models, sharding
 from vit_at.attacks import Threat, audit, autoattack, pgd_attack
 from vit_at.attacks.threat import random_start
 from vit_at.checkpoint import load_trained
+from vit_at.command_line import quiet_logging
 from vit_at.config import UserError, one_sentence_errors, validate
 from vit_at.data import augment, pipeline, sources
 from vit_at.data.sources import Examples
@@ -298,6 +299,7 @@ def evaluate_workdir(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status, 2 for a mistake of the user's."""
+    quiet_logging()
     with one_sentence_errors():
         print(table(evaluate_workdir(_parse_arguments(arguments))))
     return 0

@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 
 from vit_at import weights
 from vit_at.checkpoint import Trained, load_trained
+from vit_at.command_line import quiet_logging
 from vit_at.config import one_sentence_errors
 from vit_at.models.convit import ConViT
 from vit_at.models.swin import STAGES, SwinTransformer
@@ -179,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
     parser.add_argument("--output", default="", help="directory; default: WORKDIR/export")
     options = parser.parse_args(arguments)
+    quiet_logging()
     with one_sentence_errors():
         written = export_workdir(options.workdir, options.checkpoint, options.output)
         print(f"wrote {written} and {written.parent / DESCRIPTION_FILE}")
