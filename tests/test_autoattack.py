@@ -240,6 +240,32 @@ def test_a_finished_ledger_is_not_run_again(tmp_path):
         np.testing.assert_array_equal(table["worst_case_correct"], first.robust["square"])
 
 
+class Lazy:
+    """Images that are decoded when asked for, and count how many are at a time."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, images):
+        self.shape, self.most, self._images = images.shape, 0, images
+
+    def __getitem__(self, places):
+        self.most = max(self.most, len(places))
+        return self._images[places]
+
+
+def test_images_are_read_a_batch_at_a_time(tmp_path):
+    params, images, labels = problem(64)
+    eps = median_eps(params, images, labels, "linf")
+    lazy = Lazy(images)
+    result = attack(params, lazy, labels, eps=eps, workdir=tmp_path)
+    assert lazy.most <= 8
+    whole = attack(params, images, labels, eps=eps)
+    np.testing.assert_array_equal(result.adversarial, whole.adversarial)
+    broken = (whole.table["broken_by"] >= 0).sum()
+    assert sum(len(places) for places, _ in result.found()) == broken
+    assert len(list(tmp_path.glob("adversarial_*.npz"))) > 1
+
+
 class Killed(Exception):
     pass
 

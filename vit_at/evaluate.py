@@ -36,6 +36,7 @@ from vit_at.results import AUTOATTACK, Attack, Results, record, table, weights_d
 Array = jax.Array
 _LOSSES = {"pgd": "ce", "cw": "cw"}
 _AUDITED = 128  # images at most
+_READ_AT_ONCE = 256  # images
 
 
 def parse_attacks(names: str, threat: Threat, restarts: int = 1) -> list[Attack]:
@@ -152,8 +153,7 @@ class Evaluator:
 
     def _autoattack(self, attack, params, progress, workdir) -> np.ndarray:
         """The standard AutoAttack and its audit; both go into ``details``."""
-        images, labels = self._examples.read(np.arange(len(self._examples)))
-        images = images.astype(np.float32) / 255
+        images, labels = _Pixels(self._examples), _labels(self._examples)
         logits_fn, threat = functools.partial(self._apply, params), attack.threat
         if workdir is not None:
             digest = weights_digest(params)
@@ -173,7 +173,8 @@ class Evaluator:
         few = dataclasses.replace(
             result, robust={k: v[:_AUDITED] for k, v in result.robust.items()}
         )
-        report = audit.audit(logits_fn, images[:_AUDITED], labels[:_AUDITED], few, **options)
+        audited = np.arange(min(_AUDITED, len(labels)))
+        report = audit.audit(logits_fn, images[audited], labels[audited], few, **options)
         if progress:
             print(f"{result.summary()}\n{report.summary()}", file=sys.stderr)
         cascade = {name: float(robust.mean()) for name, robust in result.robust.items()}
@@ -182,6 +183,24 @@ class Evaluator:
         if unverified:
             self.details[attack.name]["unverified"] = unverified
         return list(result.robust.values())[-1]
+
+
+class _Pixels:
+    """Images [N, H, W, C] float32 in [0, 1], decoded when they are asked for."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, examples: Examples):
+        self._examples, self.shape = examples, (len(examples), *examples.image_shape)
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        return self._examples.read(places)[0].astype(np.float32) / 255
+
+
+def _labels(examples: Examples) -> np.ndarray:
+    """All labels [N], without keeping the images that are read with them."""
+    chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // _READ_AT_ONCE))
+    return np.concatenate([examples.read(chunk)[1] for chunk in chunks])
 
 
 def evaluate_and_store(

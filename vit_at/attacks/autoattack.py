@@ -12,7 +12,8 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,15 +52,22 @@ class Result:
     notes: tuple[str, ...]
     work: dict[str, dict[str, int]]
     seconds: float
-    _images: np.ndarray
-    _found: dict[int, np.ndarray]
+    _images: Any
+    _store: Store
+
+    def found(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The adversarial images, some at a time: places [n] and images [n, H, W, C] float32."""
+        return self._store.parts()
 
     @property
     def adversarial(self) -> np.ndarray:
-        """[N, H, W, C] float32: adversarial where one was found, elsewhere the image itself."""
-        out = np.array(self._images, np.float32)
-        for image, point in self._found.items():
-            out[image] = point
+        """[N, H, W, C] float32: adversarial where one was found, elsewhere the image itself.
+
+        All in memory at once; ``found`` is for evaluations that are larger than it.
+        """
+        out = np.array(checks.read(self._images, np.arange(self._images.shape[0])))
+        for places, points in self.found():
+            out[places] = points
         return out
 
     @property
@@ -85,7 +93,7 @@ class Result:
 
 def run(
     logits_fn: Callable[..., Array],
-    images: np.ndarray,
+    images: Any,
     labels: np.ndarray,
     *,
     norm: str = "linf",
@@ -105,7 +113,8 @@ def run(
       logits_fn: images [b, H, W, C] float32 in [0, 1] -> logits [b, K]. Give parameters through
         ``functools.partial(apply, params)``: they then are arguments of the compiled programs, not
         constants in them. For attacks='rand': (images, key) -> logits.
-      images: [N, H, W, C] in [0, 1]; labels: [N] integers.
+      images: [N, H, W, C] in [0, 1]; labels: [N] integers. Anything with ``shape`` and ``dtype``
+        serves whose rows ``images[places]`` gives: images are read when they are needed.
       norm: 'linf' or 'l2'; eps: in pixel units.
       attacks: 'standard', 'plus', 'rand', or a list of methods.NAMES, in order.
       batch_size: over all devices.
@@ -122,12 +131,12 @@ def run(
     names = methods.parse(attacks if isinstance(attacks, str) else tuple(attacks))
     version = attacks if isinstance(attacks, str) and attacks in methods.VERSIONS else "custom"
     checks.check_protocol(norm, eps, batch_size, iterations, queries, mesh)
-    images, labels = checks.check_images(images, labels)
+    images, labels = checks.check_shapes(images, labels)
     model = _as_tree(logits_fn)
     with jax.default_matmul_precision("highest"):
         classify = checks.Classifier(model, mesh, version == "rand", seed, images.shape[1:])
-        clean_logits = checks.clean_logits(classify, images, labels, batch_size)
-        num_classes = clean_logits.shape[1]
+        clean = checks.survey(classify, images, labels, batch_size, 1 + methods.TARGETS)
+        num_classes = clean.probe.shape[1]
         names, notes = methods.for_classes(names, num_classes)
         options = {"iterations": iterations, "queries": queries}
         settings = {"version": version, "norm": norm, "num_classes": num_classes, **options}
@@ -140,17 +149,17 @@ def run(
             "eps": float(eps),
             "seed": seed,
             "batch_size": batch_size,
-            "data": checks.data_digest(images, labels),
+            "data": clean.digest,
             **options,
         }
         directory = None if workdir is None else epath.Path(workdir)
-        ledger = Ledger(names, len(images))
-        store = Store(directory, protocol, clean_logits[:64])
+        ledger = Ledger(names, len(labels))
+        store = Store(directory, protocol, clean.probe[:64])
         if not store.load(ledger):
-            ledger.clean = clean_logits.argmax(1) == labels
+            ledger.clean = clean.ranking[:, 0] == labels
         cascade = Cascade(
             [programs(name, settings, mesh, version == "rand") for name in names],
-            Source(images, labels, clean_logits),
+            Source(images, labels, clean.ranking),
             classify,
             ledger,
             store,
@@ -170,7 +179,7 @@ def run(
         work=ledger.work,
         seconds=time.monotonic() - began,
         _images=images,
-        _found=ledger.adversarial,
+        _store=store,
     )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vit_at.attacks.checks import Classifier
+from vit_at.attacks.checks import Classifier, read
 from vit_at.attacks.ledger import BROKEN, WITHSTOOD, Ledger, Store
 from vit_at.attacks.methods import Method
 from vit_at.attacks.packing import Finished, Packing, Programs, Source
@@ -100,22 +100,20 @@ class Cascade:
             broken = end.adversarial is not None and end.image not in flaws
             ledger.outcome[end.image, column] = BROKEN if broken else WITHSTOOD
             if broken:
-                difference = end.adversarial - self._source.images[end.image]
-                ledger.adversarial[end.image] = end.adversarial
+                delta = end.adversarial - read(self._source.images, np.array([end.image]))
+                ledger.found[end.image] = end.adversarial
                 ledger.run[end.image], ledger.step[end.image] = end.run, end.step
-                ledger.norm[end.image] = _norm(difference[None], self._protocol.norm)[0]
+                ledger.norm[end.image] = _norm(delta, self._protocol.norm)[0]
         return len(flaws)
 
     def verify(self) -> dict[int, str]:
         """What is wrong with any of the adversarial images, {image: reason}."""
-        found = self._ledger.adversarial
-        places = np.array(sorted(found), int)
-        flaws = {}
-        for begin in range(0, len(places), self._protocol.batch_size):
-            some = places[begin : begin + self._protocol.batch_size]
-            points = np.stack([found[i] for i in some])
-            flaws |= self._flaws(some, points, draw=0)
-        return flaws
+        flaws, size = {}, self._protocol.batch_size
+        for places, points in self._store.parts():
+            for begin in range(0, len(places), size):
+                some = slice(begin, begin + size)
+                flaws |= self._flaws(places[some], points[some], draw=0)
+        return dict(sorted(flaws.items()))
 
     def _flaws(self, places: np.ndarray, points: np.ndarray, draw: int) -> dict[int, str]:
         """Why points [n, H, W, C] are no adversarial images of the images at some places."""
@@ -123,7 +121,7 @@ class Cascade:
         unit = _CONFIRM_PER_DEVICE * self._classify.mesh.size
         width = min(unit, self._protocol.batch_size)
         logits = self._classify(points, width, places, draw)
-        sizes = _norm(points - self._source.images[places], norm)
+        sizes = _norm(points - read(self._source.images, places), norm)
         reasons = {
             "outside [0, 1]": (points.min((1, 2, 3)) < 0) | (points.max((1, 2, 3)) > 1),
             "outside the ball": ~(sizes <= largest_norm(norm, eps, points[0].size)),

@@ -1,15 +1,15 @@
 """What AutoAttack demands of its input and of the model, each refused in one sentence.
 
-check_protocol, check_images   the arguments
+check_protocol, check_shapes   the arguments
 Classifier                     logits of any number of images, in batches of one width
-clean_logits                   those of the clean images, checked
+survey                         one pass over the clean images: their range, digest and classes
 """
 
 import functools
 import hashlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,37 +44,34 @@ def check_protocol(
         raise UserError("AutoAttack runs in one process; start it on one host, with its devices")
 
 
-def check_images(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Images [N, H, W, C] as float32 and labels [N] as int32, on the host.
+def check_shapes(images: Any, labels: Any) -> tuple[Any, np.ndarray]:
+    """Images [N, H, W, C] and labels [N] as int32.
+
+    images: a numpy array, or anything with ``shape`` and ``dtype`` whose rows ``images[places]``
+    gives as one: they are read a batch at a time, never all at once.
 
     Raises:
-      UserError: their shapes, types or ranges.
+      UserError: their shapes or types.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
-    if images.ndim != 4 or not len(images):
-        raise UserError(f"images have the shape {images.shape}; they must be [N, H, W, C], N > 0")
+    labels = np.asarray(labels)
+    images = images if hasattr(images, "shape") else np.asarray(images)
+    if len(images.shape) != 4 or not images.shape[0]:
+        raise UserError(
+            f"images have the shape {tuple(images.shape)}; they must be [N, H, W, C], N > 0"
+        )
     if images.dtype == np.uint8:
         raise UserError("images are uint8; divide them by 255 to bring them into [0, 1]")
-    images = images.astype(np.float32, copy=False)
-    if not (images.min() >= 0 and images.max() <= 1):
-        raise UserError(
-            f"images range from {images.min():g} to {images.max():g}; they must be in [0, 1], with "
-            "the normalisation inside logits_fn"
-        )
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
             f"labels are {labels.dtype} of the shape {labels.shape}; they must be one integer for "
-            f"each of the {len(images)} images"
+            f"each of the {images.shape[0]} images"
         )
     return images, labels.astype(np.int32)
 
 
-def data_digest(images: np.ndarray, labels: np.ndarray) -> str:
-    """First 16 hex digits of the SHA-256 over labels and images."""
-    digest = hashlib.sha256(np.ascontiguousarray(labels).tobytes())
-    for image in images:
-        digest.update(np.ascontiguousarray(image).tobytes())
-    return digest.hexdigest()[:16]
+def read(images: Any, places: np.ndarray) -> np.ndarray:
+    """The images at some places, [n, H, W, C] float32 on the host."""
+    return np.asarray(images[places]).astype(np.float32, copy=False)
 
 
 def as_batch_function(
@@ -154,35 +151,71 @@ class Classifier:
         return np.concatenate(rows)
 
 
-def clean_logits(
-    classify: Classifier, images: np.ndarray, labels: np.ndarray, batch_size: int
-) -> np.ndarray:
-    """Logits [N, K] of the clean images.
+class Survey(NamedTuple):
+    """What one pass over the clean images tells.
+
+    ranking: [N, k] the classes with the highest logits, the first one first; probe: [n, K] logits
+    of the first images; digest: 16 hex digits of the SHA-256 over labels and images.
+    """
+
+    ranking: np.ndarray
+    probe: np.ndarray
+    digest: str
+
+
+def survey(
+    classify: Classifier, images: Any, labels: np.ndarray, batch_size: int, ranks: int
+) -> Survey:
+    """Reads all clean images once, in batches.
 
     Raises:
-      UserError: they are not finite, suit other labels, or depend on the rest of the batch.
+      UserError: images outside [0, 1], or logits that are not finite, suit other labels, or depend
+        on the rest of the batch.
     """
-    logits = classify(images, batch_size)
-    if not np.isfinite(logits).all():
-        bad = int((~np.isfinite(logits)).any(1).sum())
+    digest = hashlib.sha256(np.ascontiguousarray(labels).tobytes())
+    ranking, probe, not_finite = [], None, 0
+    for begin in range(0, len(labels), batch_size):
+        batch = read(images, np.arange(begin, min(begin + batch_size, len(labels))))
+        _check_range(batch)
+        digest.update(np.ascontiguousarray(batch).tobytes())
+        logits = classify(batch, batch_size)
+        not_finite += int((~np.isfinite(logits)).any(1).sum())
+        ranking.append(np.argsort(-logits, axis=1, kind="stable")[:, :ranks])
+        if probe is None:
+            first, probe = batch, logits
+    if not_finite:
         raise UserError(
-            f"logits_fn gives NaN or infinity for {bad} of {len(images)} clean images; an attack "
-            "can't be judged by them: check the weights and the normalisation"
+            f"logits_fn gives NaN or infinity for {not_finite} of {len(labels)} clean images; an "
+            "attack can't be judged by them: check the weights and the normalisation"
         )
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+    if labels.min() < 0 or labels.max() >= probe.shape[1]:
         raise UserError(
             f"labels range from {labels.min()} to {labels.max()}, but the model has classes 0 to "
-            f"{logits.shape[1] - 1}; give labels of these classes"
+            f"{probe.shape[1] - 1}; give labels of these classes"
         )
     if not classify.randomised:
-        few = images[:batch_size]
-        moved = np.roll(classify(np.roll(few, 1, axis=0), batch_size), -1, axis=0)
-        halved = classify(few[: -(-len(few) // 2)], batch_size)
-        allowed = _BATCH_TOLERANCE * max(np.abs(logits).max(), 1e-6)
-        changes = [np.abs(other - logits[: len(other)]).max() for other in (moved, halved)]
-        if max(changes) > allowed:
-            raise UserError(
-                "logits_fn gives an image other logits when other images are in the batch; "
-                "evaluate the model in its inference mode, without batch statistics or randomness"
-            )
-    return logits
+        _check_independence(classify, first, probe, batch_size)
+    return Survey(np.concatenate(ranking), probe, digest.hexdigest()[:16])
+
+
+def _check_range(images: np.ndarray) -> None:
+    if not (images.min() >= 0 and images.max() <= 1):
+        raise UserError(
+            f"images range from {images.min():g} to {images.max():g}; they must be in [0, 1], with "
+            "the normalisation inside logits_fn"
+        )
+
+
+def _check_independence(
+    classify: Classifier, images: np.ndarray, logits: np.ndarray, batch_size: int
+) -> None:
+    """Other neighbours in the batch, and fewer, must not change an image's logits."""
+    moved = np.roll(classify(np.roll(images, 1, axis=0), batch_size), -1, axis=0)
+    halved = classify(images[: -(-len(images) // 2)], batch_size)
+    allowed = _BATCH_TOLERANCE * max(np.abs(logits).max(), 1e-6)
+    changes = [np.abs(other - logits[: len(other)]).max() for other in (moved, halved)]
+    if max(changes) > allowed:
+        raise UserError(
+            "logits_fn gives an image other logits when other images are in the batch; evaluate "
+            "the model in its inference mode, without batch statistics or randomness"
+        )

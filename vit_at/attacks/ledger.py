@@ -11,6 +11,7 @@ to it, so a file that a killed process wrote after the ledger does not count, an
 import io
 import json
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ class Ledger:
 
     clean: [N] bool, classified correctly; outcome: [N, attacks] int8, 0 not attacked, 1 withstood,
     2 broken; run, step: [N] of the success; norm: [N] of the adversarial perturbation.
-    adversarial: {image: [H, W, C] float32}.
+    found: {image: adversarial image [H, W, C] float32} since the last ``Store.save``.
     stage: number of attacks that are done; progress: a ``Packing.snapshot`` of the one under way.
     """
 
@@ -40,7 +41,7 @@ class Ledger:
         self.outcome = np.zeros((count, len(attacks)), np.int8)
         self.run, self.step = np.full(count, -1, np.int16), np.full(count, -1, np.int32)
         self.norm = np.full(count, np.nan, np.float32)
-        self.adversarial: dict[int, np.ndarray] = {}
+        self.found: dict[int, np.ndarray] = {}
         self.stage = 0
         self.progress: dict[str, np.ndarray] = {}
         self.work: dict[str, dict[str, int]] = {}
@@ -78,7 +79,8 @@ class Ledger:
 
 
 class Store:
-    """Reads and writes a ledger; does nothing where there is no directory.
+    """Reads and writes a ledger, and keeps the adversarial images: on disk, or in memory where
+    there is no directory.
 
     protocol: what the evaluation is of, as JSON values; logits: [n, K] of the first clean images,
     by which another model is known.
@@ -86,7 +88,8 @@ class Store:
 
     def __init__(self, directory: epath.Path | None, protocol: dict[str, Any], logits: np.ndarray):
         self._directory, self._protocol, self._logits = directory, protocol, logits
-        self._files, self._written = 0, set()
+        self._parts = 0
+        self._in_memory: list[tuple[np.ndarray, np.ndarray]] = []
 
     @property
     def keeps(self) -> bool:
@@ -111,24 +114,19 @@ class Store:
         ledger.progress = {
             k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)
         }
-        self._files = int(saved["files"])
-        for number in range(self._files):
-            part = self._read(_adversarial_file(number))
-            ledger.adversarial.update(zip(part["index"].tolist(), part["image"], strict=True))
-        self._written = set(ledger.adversarial)
+        self._parts = int(saved["files"])
+        for _ in self.parts():  # a file that can't be read is better known now than at the end
+            pass
         return True
 
     def save(self, ledger: Ledger) -> None:
         """Writes the new adversarial images, then the ledger that counts them."""
+        if ledger.found:
+            index = np.array(sorted(ledger.found))
+            self._keep(index, np.stack([ledger.found[i] for i in index]))
+            ledger.found = {}
         if self._directory is None:
             return
-        self._directory.mkdir(parents=True, exist_ok=True)
-        new = sorted(ledger.adversarial.keys() - self._written)
-        if new:
-            images = np.stack([ledger.adversarial[i] for i in new])
-            self._write(_adversarial_file(self._files), {"index": np.array(new), "image": images})
-            self._files += 1
-            self._written.update(new)
         arrays = {
             "protocol": np.array(json.dumps(self._protocol)),
             "logits": self._logits,
@@ -138,10 +136,26 @@ class Store:
             "step": ledger.step,
             "norm": ledger.norm,
             "stage": np.array(ledger.stage),
-            "files": np.array(self._files),
+            "files": np.array(self._parts),
             "work": np.array(json.dumps(ledger.work)),
         }
         self._write(LEDGER_FILE, arrays | {f"progress/{k}": v for k, v in ledger.progress.items()})
+
+    def _keep(self, index: np.ndarray, images: np.ndarray) -> None:
+        if self._directory is None:
+            self._in_memory.append((index, images))
+        else:
+            self._write(_adversarial_file(self._parts), {"index": index, "image": images})
+        self._parts += 1
+
+    def parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All adversarial images, a part at a time: places [n] and images [n, H, W, C]."""
+        if self._directory is None:
+            yield from self._in_memory
+            return
+        for number in range(self._parts):
+            part = self._read(_adversarial_file(number))
+            yield part["index"], part["image"]
 
     def save_table(self, ledger: Ledger) -> None:
         """Writes ``per_example.npz``."""
@@ -175,6 +189,7 @@ class Store:
             ) from error
 
     def _write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
         np.savez(content, **arrays)
         write_atomically(self._directory / name, content.getvalue())

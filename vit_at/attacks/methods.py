@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vit_at.attacks import apgd, fab, square
 from vit_at.attacks.losses import best_wrong_class, pick
@@ -251,8 +250,3 @@ def _square(runs: int, norm: str, queries: int) -> Method:
 
 def _step_keys(name: str, context: Context, problem: Problem, step: Array) -> Array:
     return jax.vmap(jax.random.fold_in)(run_keys(name, context, problem), step)
-
-
-def target_classes(clean_logits: np.ndarray, runs: int) -> np.ndarray:
-    """The targets of one image in the order tried: its highest logits but the top one, [runs]."""
-    return np.argsort(clean_logits, kind="stable")[::-1][1 : 1 + runs]

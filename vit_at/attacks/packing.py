@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 
 from vit_at import sharding
 from vit_at.attacks import methods
-from vit_at.attacks.checks import as_batch_function
-from vit_at.attacks.methods import Context, Method, Problem, target_classes
+from vit_at.attacks.checks import as_batch_function, read
+from vit_at.attacks.methods import Context, Method, Problem
 
 Array = jax.Array
 EMPTY = -1
@@ -47,11 +47,13 @@ class Waiting(NamedTuple):
 
 
 class Source(NamedTuple):
-    """All images [N, H, W, C] float32, labels [N], clean logits [N, K]: on the host."""
+    """All images [N, H, W, C], read when they are needed; labels [N]; ranking [N, k]: the classes
+    with the highest clean logits, the first one first.
+    """
 
-    images: np.ndarray
+    images: Any
     labels: np.ndarray
-    clean_logits: np.ndarray
+    ranking: np.ndarray
 
 
 class Programs:
@@ -255,13 +257,12 @@ class Packing:
         images = np.zeros((width, *shape), np.float32)
         labels, targets = np.zeros(width, np.int32), np.zeros(width, np.int32)
         rows = np.flatnonzero(self._image != EMPTY if wanted is None else wanted)
-        for slot in rows:
-            image = self._image[slot]
-            images[slot] = self._source.images[image]
-            labels[slot] = self._source.labels[image]
-            if self.method.targeted:
-                ranked = target_classes(self._source.clean_logits[image], self.method.runs)
-                targets[slot] = ranked[self._run[slot]]
+        if len(rows):
+            places = self._image[rows]
+            images[rows] = read(self._source.images, places)
+            labels[rows] = self._source.labels[places]
+            if self.method.targeted:  # the top class itself is no target
+                targets[rows] = self._source.ranking[places, 1 + self._run[rows]]
         index = np.maximum(self._image, 0).astype(np.uint32)
         return Problem(images, labels, targets, index, self._run.astype(np.int32))
 
