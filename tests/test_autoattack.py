@@ -313,7 +313,7 @@ def test_through_the_evaluator(tmp_path, monkeypatch):
         np.arange(8),
         lambda i: (pixels[i], labels[i]),
     )
-    monkeypatch.setattr(autoattack.methods, "parse", lambda attacks: ("apgd-ce", "square"))
+    monkeypatch.setitem(methods.VERSIONS, "standard", ("apgd-ce", "square"))
     monkeypatch.setattr(audit, "CURVE_EPS", ())
     monkeypatch.setattr(audit, "CURVE_STEPS", (10,))
     run = autoattack.run
@@ -325,6 +325,7 @@ def test_through_the_evaluator(tmp_path, monkeypatch):
     (entry,) = evaluate.evaluate_and_store(evaluator, params, examples, store, seed=0, weights={})
     assert entry["accuracy"] == entry["cascade"]["square"]
     assert set(entry["audit"]) == {"flags", "eps_curve", "steps_curve"}
+    assert np.isclose(entry["audit"]["eps_curve"][0][1], entry["cascade"]["clean"])
     assert "autoattack" in results.table(results.Results(epath.Path(tmp_path)).records)
     assert list(tmp_path.glob("autoattack/*/per_example.npz"))
 

@@ -10,7 +10,7 @@ import pytest
 import runs
 from etils import epath
 
-from vit_at import evaluate, sharding
+from vit_at import evaluate, export, sharding
 from vit_at.attacks import Threat
 from vit_at.config import UserError
 from vit_at.evaluate import Evaluator, evaluate_and_store, fraction, parse_attacks, select
@@ -102,7 +102,7 @@ def test_the_number_in_an_attacks_name_is_that_of_its_steps():
     "name", ["", "pdg-20", "pgd", "pgd-", "pgd-0", "pgd-x", "pgd-²", "clean-2"]
 )
 def test_an_unknown_attack_is_refused_with_how_to_write_one(name):
-    with pytest.raises(UserError, match="write clean, autoattack, pgd-N or cw-N"):
+    with pytest.raises(UserError, match="write clean, pgd-N or cw-N"):
         parse_attacks(f"clean,{name}", THREAT)
 
 
@@ -256,6 +256,22 @@ def test_the_defaults_repeat_the_final_evaluation(workdir, capsys):
     assert status == 0
     assert [line.split()[0] for line in lines[1:]] == ["clean", "pgd-2"]
     assert (workdir / "results.json").read_bytes() == before
+
+
+def test_exported_weights_are_evaluated_like_the_work_directory(workdir, tmp_path, capsys):
+    export.export_workdir(workdir, "last", str(tmp_path / "there"))
+    arguments = ["--attacks=clean,pgd-2,apgd-ce", "--num_examples=8", "--batch_size=8"]
+    status, lines, _ = status_and_lines(capsys, tmp_path / "there", *arguments)
+    assert status == 0
+    assert lines == status_and_lines(capsys, workdir, *arguments, "--checkpoint=last")[1]
+    assert "apgd-ce" in lines[-1]
+    weights = tmp_path / "there" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    status, _, (line,) = status_and_lines(capsys, tmp_path / "there")
+    assert status == 2
+    assert "its SHA-256 differs" in line
+    weights.unlink()
+    assert "is missing" in status_and_lines(capsys, tmp_path / "there")[2][0]
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,10 @@ ORDER = [
     ["train_step"],
     ["checkpoint"],
     ["results"],
+    ["export", "autoattack_evaluation"],
     ["evaluate"],
     ["setup"],
-    ["train", "export"],
+    ["train"],
     ["main"],
 ]
 RANK = {module: rank for rank, modules in enumerate(ORDER) for module in modules}

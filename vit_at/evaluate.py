@@ -10,7 +10,6 @@ result is stored with its protocol in ``results.json``, the outcome of each imag
 
 import argparse
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,20 +22,24 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_at import models, sharding
-from vit_at.attacks import Threat, audit, autoattack, pgd_attack
+from vit_at.attacks import Threat, methods, pgd_attack
 from vit_at.attacks.threat import random_start
-from vit_at.checkpoint import load_trained
+from vit_at.autoattack_evaluation import evaluate_autoattack
+from vit_at.checkpoint import Trained, load_trained
 from vit_at.command_line import quiet_logging
 from vit_at.config import UserError, one_sentence_errors, validate
 from vit_at.data import augment, pipeline, sources
 from vit_at.data.sources import Examples
+from vit_at.export import DESCRIPTION_FILE, load_exported
 from vit_at.metrics import Progress
 from vit_at.results import AUTOATTACK, Attack, Results, record, table, weights_digest
 
 Array = jax.Array
 _LOSSES = {"pgd": "ce", "cw": "cw"}
-_AUDITED = 128  # images at most
-_READ_AT_ONCE = 256  # images
+# The cascades by name, and each attack alone; 'rand' is for models that our own are not.
+_AUTOATTACKS = {AUTOATTACK: "standard", f"{AUTOATTACK}-plus": "plus"} | {
+    n: n for n in methods.NAMES
+}
 
 
 def parse_attacks(names: str, threat: Threat, restarts: int = 1) -> list[Attack]:
@@ -51,13 +54,13 @@ def parse_attacks(names: str, threat: Threat, restarts: int = 1) -> list[Attack]
 def _parse_attack(name: str, threat: Threat, restarts: int) -> Attack:
     if name == "clean":
         return Attack(name, None, threat)
-    if name == AUTOATTACK:
-        return Attack(name, AUTOATTACK, threat)
+    if name in _AUTOATTACKS:
+        return Attack(name, AUTOATTACK, threat, version=_AUTOATTACKS[name])
     kind, _, steps = name.partition("-")
     if kind not in _LOSSES or not steps.isdecimal() or int(steps) < 1:
         raise UserError(
-            f"attack '{name}' is unknown; write clean, autoattack, pgd-N or cw-N with N steps, "
-            "such as pgd-20"
+            f"attack '{name}' is unknown; write clean, pgd-N or cw-N with N steps, such as pgd-20, "
+            f"or {', '.join(_AUTOATTACKS)}"
         )
     return Attack(name, _LOSSES[kind], dataclasses.replace(threat, steps=int(steps)), restarts)
 
@@ -133,9 +136,20 @@ class Evaluator:
         workdir: epath.Path | None = None,
     ) -> np.ndarray:
         """The outcomes of one of the attacks, correct [N] bool; workdir: of AutoAttack's ledger."""
-        if attack.loss == AUTOATTACK:
-            return self._autoattack(attack, params, progress, workdir)
         batch_size = self._batches["batch_size"]
+        if attack.loss == AUTOATTACK:
+            correct, self.details[attack.name] = evaluate_autoattack(
+                self._apply,
+                params,
+                self._examples,
+                attack,
+                self._mesh,
+                seed=self._seed,
+                batch_size=batch_size,
+                workdir=workdir,
+                progress=progress,
+            )
+            return correct
         total = -(-len(self._examples) // batch_size)
         bar = Progress(total, 0, "batch") if progress else None
         correct = np.zeros(len(self._examples), bool)
@@ -150,57 +164,6 @@ class Evaluator:
         if bar is not None:
             bar.close()
         return correct
-
-    def _autoattack(self, attack, params, progress, workdir) -> np.ndarray:
-        """The standard AutoAttack and its audit; both go into ``details``."""
-        images, labels = _Pixels(self._examples), _labels(self._examples)
-        logits_fn, threat = functools.partial(self._apply, params), attack.threat
-        if workdir is not None:
-            digest = weights_digest(params)
-            workdir = (
-                workdir / AUTOATTACK / f"{digest}_{threat.norm}_{threat.eps:.4g}_{len(labels)}"
-            )
-        options = {
-            "norm": threat.norm,
-            "eps": float(threat.eps),
-            "seed": self._seed,
-            "batch_size": self._batches["batch_size"],
-            "mesh": self._mesh,
-        }
-        result = autoattack.run(
-            logits_fn, images, labels, **options, workdir=workdir, progress=progress
-        )
-        few = dataclasses.replace(
-            result, robust={k: v[:_AUDITED] for k, v in result.robust.items()}
-        )
-        audited = np.arange(min(_AUDITED, len(labels)))
-        report = audit.audit(logits_fn, images[audited], labels[audited], few, **options)
-        if progress:
-            print(f"{result.summary()}\n{report.summary()}", file=sys.stderr)
-        cascade = {name: float(robust.mean()) for name, robust in result.robust.items()}
-        unverified = {str(image): why for image, why in result.failures.items()}
-        self.details[attack.name] = {"cascade": cascade, "audit": report.record()}
-        if unverified:
-            self.details[attack.name]["unverified"] = unverified
-        return list(result.robust.values())[-1]
-
-
-class _Pixels:
-    """Images [N, H, W, C] float32 in [0, 1], decoded when they are asked for."""
-
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, examples: Examples):
-        self._examples, self.shape = examples, (len(examples), *examples.image_shape)
-
-    def __getitem__(self, places: np.ndarray) -> np.ndarray:
-        return self._examples.read(places)[0].astype(np.float32) / 255
-
-
-def _labels(examples: Examples) -> np.ndarray:
-    """All labels [N], without keeping the images that are read with them."""
-    chunks = np.array_split(np.arange(len(examples)), -(-len(examples) // _READ_AT_ONCE))
-    return np.concatenate([examples.read(chunk)[1] for chunk in chunks])
 
 
 def evaluate_and_store(
@@ -256,10 +219,10 @@ def fraction(text: str) -> float:
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m vit_at.evaluate",
-        description="Evaluates the weights of a work directory; adds to its results.json.",
+        description="Evaluates a work directory or an export; adds to its results.json.",
     )
     add = parser.add_argument
-    add("workdir", help="a directory that python -m vit_at.main has written")
+    add("workdir", help="a directory that python -m vit_at.main or vit_at.export has written")
     add("--attacks", default="clean,pgd-20", help="comma-separated: clean, pgd-N, cw-N, autoattack")
     add("--checkpoint", default="best", choices=("best", "last"))
     add("--split", default="", help="such as test or test[:1000]; default: the configuration's")
@@ -274,9 +237,16 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _load(directory: epath.Path, checkpoint: str) -> tuple[Trained, str]:
+    """The weights of a work directory or of an export, and which they are."""
+    if (directory / DESCRIPTION_FILE).exists():
+        return load_exported(directory), "export"
+    return load_trained(directory, checkpoint), checkpoint
+
+
 def evaluate_workdir(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Evaluates a work directory as the command line says; returns the records."""
-    trained = load_trained(options.workdir, options.checkpoint)
+    trained, which = _load(epath.Path(options.workdir), options.checkpoint)
     config = ConfigDict(trained.config).unlock()
     config.data.dir = options.data_dir or config.data.dir
     if options.norm not in ("", config.threat.norm) and options.eps is None:
@@ -309,7 +279,7 @@ def evaluate_workdir(options: argparse.Namespace) -> list[dict[str, Any]]:
         seed=options.seed,
         threads=config.data.threads,
     )
-    weights = {"checkpoint": options.checkpoint, "step": trained.values["step"]}
+    weights = {"checkpoint": which, "step": trained.values["step"]}
     results = Results(epath.Path(options.workdir))
     return evaluate_and_store(
         evaluator, trained.params, examples, results, seed=options.seed, weights=weights

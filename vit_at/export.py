@@ -13,7 +13,8 @@ trained, and its results in the fields of RobustBench's ``model_info``. In PyTor
             module.eps = about["timm"]["layer_norm_eps"]
     model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
 
-Images in [0, 1] are normalised by ``about["normalisation"]`` first.
+Images in [0, 1] are normalised by ``about["normalisation"]`` first. ``load_exported`` reads such a
+directory back, so that ``vit_at.evaluate`` takes it like a work directory.
 """
 
 import argparse
@@ -32,11 +33,12 @@ from ml_collections import ConfigDict
 from vit_at import weights
 from vit_at.checkpoint import Trained, load_trained
 from vit_at.command_line import quiet_logging
-from vit_at.config import one_sentence_errors
+from vit_at.config import UserError, one_sentence_errors
+from vit_at.models.build import build
 from vit_at.models.convit import ConViT
 from vit_at.models.swin import STAGES, SwinTransformer
 from vit_at.results import Results, in_255ths, weights_digest
-from vit_at.workdir import write_atomically
+from vit_at.workdir import as_config, read_json, write_atomically
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"
 
@@ -167,6 +169,35 @@ def export_workdir(workdir: str | epath.Path, which: str, output: str = "") -> e
     trained = load_trained(workdir, which)
     metadata = describe(trained, Results(workdir).records)
     return export(trained.params, trained.model, output or workdir / "export", metadata)
+
+
+def load_exported(directory: str | epath.Path) -> Trained:
+    """The weights that ``export`` has written to a directory, for evaluation.
+
+    Raises:
+      UserError: a file is missing, changed, or tells nothing of the training.
+    """
+    directory = epath.Path(directory)
+    about = read_json(directory / DESCRIPTION_FILE)
+    path = directory / WEIGHTS_FILE
+    if "training" not in about or "checkpoint" not in about:
+        raise UserError(
+            f"{directory / DESCRIPTION_FILE} has no 'training' and 'checkpoint', which say how to "
+            "build the model; export the work directory again"
+        )
+    if not path.exists():
+        raise UserError(f"{path} is missing; copy it beside {DESCRIPTION_FILE}")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != about["weights"]["sha256"]:
+        raise UserError(
+            f"{path} is not the file that {DESCRIPTION_FILE} describes (its SHA-256 differs); "
+            "export the work directory again"
+        )
+    config = as_config(about["training"])
+    built = config.copy_and_resolve_references().unlock()
+    built.model.qk_scale = 0.0  # it is in the queries' weights, see _fold_scale
+    model = build(built, about["num_classes"], "float32")
+    params = weights.from_timm(weights.load(path), model)
+    return Trained(config, model, params, about["checkpoint"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,18 +21,23 @@ from vit_at.data.sources import Examples
 from vit_at.workdir import read_json, write_atomically
 
 RESULTS_FILE, PER_EXAMPLE_FILE = "results.json", "per_example.npz"
-AUTOATTACK = "autoattack"  # the standard cascade: name and loss of its entries
+AUTOATTACK = "autoattack"  # loss of its entries, and name of the standard cascade
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """One evaluation. loss: 'ce', 'cw', 'autoattack', or None for clean images."""
+    """One evaluation.
+
+    loss: 'ce', 'cw', 'autoattack', or None for clean images; version: of AutoAttack, 'standard' or
+    what else ``autoattack.run`` takes.
+    """
 
     name: str
     loss: str | None
     threat: Threat
     restarts: int = 1
+    version: str = ""
 
 
 def weights_digest(params: Any) -> str:
@@ -62,7 +67,7 @@ def record(
         threat = attack.threat
         protocol |= {"norm": threat.norm, "eps": float(threat.eps), "loss": attack.loss}
         if attack.loss == AUTOATTACK:
-            protocol |= {"version": "standard"}
+            protocol |= {"version": attack.version}
         else:
             protocol |= {
                 "step_size": float(threat.step_size),

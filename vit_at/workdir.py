@@ -93,7 +93,12 @@ def read_config(workdir: epath.Path) -> ConfigDict:
             f"{workdir} is no work directory: it has no {CONFIG_FILE}; give one that "
             "'python -m vit_at.main --workdir=...' has written"
         )
-    return ConfigDict(_with_tuples(read_json(path))).lock()
+    return as_config(read_json(path))
+
+
+def as_config(values: dict[str, Any]) -> ConfigDict:
+    """The locked configuration that JSON values were written from."""
+    return ConfigDict(_with_tuples(values)).lock()
 
 
 def _with_tuples(value: Any) -> Any:

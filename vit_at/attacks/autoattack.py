@@ -148,7 +148,6 @@ def run(
             "norm": norm,
             "eps": float(eps),
             "seed": seed,
-            "batch_size": batch_size,
             "data": clean.digest,
             **options,
         }

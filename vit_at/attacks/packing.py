@@ -280,14 +280,14 @@ class Packing:
         }
 
     def restore(self, saved: dict[str, np.ndarray]) -> None:
-        """Goes on from a snapshot; on a number of devices that its width does not suit, the runs
-        that were in a slot start anew.
+        """Goes on from a snapshot; with a batch size or on a number of devices that its width does
+        not suit, the runs that were in a slot start anew.
         """
         self.waiting = [Waiting(int(i), int(r)) for i, r in saved["waiting"]]
         self.work = dict(zip(("steps", "computed"), map(int, saved["work"]), strict=True))
         taken = saved["image"] != EMPTY
         width = len(taken)
-        if width % self._mesh.size:
+        if width % self._mesh.size or width > self._batch_size:
             again = zip(saved["image"][taken], saved["run"][taken], strict=True)
             self.waiting = [Waiting(int(i), int(r)) for i, r in again] + self.waiting
             self._open(self._width_for(len(self.waiting)))

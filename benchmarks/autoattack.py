@@ -1,0 +1,144 @@
+"""The full standard AutoAttack: ours against the official PyTorch code, on one model and images.
+
+    pip install timm torch git+https://github.com/fra31/auto-attack   # by whoever compares
+    python benchmarks/autoattack.py --images=256 --out=benchmarks/results/autoattack.json
+
+The model is a small robust ViT (tests/data/autoattack), in float32, as timm's own module in PyTorch.
+Seconds are wall time of the whole cascade, ours with its compilations. Both are run on all cores or
+on the GPU; images given to the model are counted, and those a gradient was taken for. Without
+PyTorch, timm or autoattack only ours is run.
+"""
+
+import argparse
+import functools
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import common  # first: it puts the repository on the path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import numpy as np
+import reference_autoattack as reference
+
+
+def ours(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
+    """images [n, 32, 32, 3] in [0, 1]; the counts after each attack, the seconds and the work."""
+    from vit_at.attacks import autoattack
+
+    logits_fn = functools.partial(reference.apply(), reference.parameters())
+    eps = reference.EPS[options.norm]
+    result = autoattack.run(
+        logits_fn,
+        images,
+        labels,
+        norm=options.norm,
+        eps=eps,
+        batch_size=options.batch,
+        progress=True,
+    )
+    work = {}
+    for name, done in result.work.items():
+        backward = (done["passes"] - 1) // 2  # a step: forward passes, and a backward for two
+        forward = done["passes"] - 2 * backward
+        work[name] = {"forward": done["steps"] * forward, "backward": done["steps"] * backward}
+        work[name]["computed"] = done["computed"] * done["passes"]
+    counts = {name: int(robust.sum()) for name, robust in result.robust.items()}
+    return {"robust": counts, "seconds": result.seconds, "model_evaluations": work}
+
+
+def official(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
+    """The same of the official package, attack by attack as its own cascade does it."""
+    import timm
+    import torch
+    from autoattack import AutoAttack
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = {"embed_dim": 96, "depth": 4, "num_heads": 3, "img_size": 32, "patch_size": 4}
+    net = timm.create_model("deit_tiny_patch16_224", num_classes=10, **sizes)
+    state = {n: torch.tensor(v) for n, v in reference.arrays("model_weights").items()}
+    net.load_state_dict(state)
+    net.to(device).eval().requires_grad_(False)
+    mean, std = (
+        torch.tensor(values, device=device).view(1, 3, 1, 1)
+        for values in (reference.MEAN, reference.STD)
+    )
+    seen = {"forward": 0, "backward": 0}
+
+    def model(x):
+        seen["forward"] += len(x)
+        if x.requires_grad:
+            x = x.clone()
+            x.register_hook(lambda g: seen.update(backward=seen["backward"] + len(g)))
+        return net((x - mean) / std)
+
+    x = torch.tensor(np.moveaxis(images, -1, 1).copy(), device=device)
+    y = torch.tensor(labels, dtype=torch.int64, device=device)
+    adversary = AutoAttack(
+        model,
+        norm=reference.THEIR_NAME[options.norm],
+        eps=reference.EPS[options.norm],
+        version="standard",
+        device=device,
+        seed=0,
+        verbose=False,
+    )
+    attacks = list(adversary.attacks_to_run)
+    robust = np.concatenate([model(part).argmax(1).cpu() for part in x.split(options.batch)])
+    robust = robust == labels
+    counts, work, began = {"clean": int(robust.sum())}, {}, time.perf_counter()
+    for name in attacks:  # each on the images that are left, as ``run_standard_evaluation`` does
+        seen.update(forward=0, backward=0)
+        left = np.flatnonzero(robust)
+        if len(left):
+            adversary.attacks_to_run = [name]
+            moved = adversary.run_standard_evaluation(x[left], y[left], bs=options.batch)
+            wrong = torch.cat([model(part).argmax(1) for part in moved.split(options.batch)])
+            robust[left] = (wrong == y[left]).cpu().numpy()
+        counts[name], work[name] = int(robust.sum()), dict(seen)
+        spent = time.perf_counter() - began
+        print(f"official {name}: {counts[name]} robust after {spent:.0f} s", file=sys.stderr)
+    return {
+        "robust": counts,
+        "seconds": time.perf_counter() - began,
+        "model_evaluations": work,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=256, help="the first so many of 256")
+    parser.add_argument("--norm", default="linf", choices=("linf", "l2"))
+    parser.add_argument("--batch", type=int, default=256, help="of both")
+    parser.add_argument("--only", default="", choices=("", "ours", "official"))
+    parser.add_argument("--out", default="", help="a JSON file")
+    options = parser.parse_args()
+    images, labels = (np.asarray(a)[: options.images] for a in reference.images())
+    report = {"machine": common.machine(), "arguments": vars(options)}
+    if options.only != "official":
+        report["ours"] = ours(images, labels, options)
+    if options.only != "ours":
+        try:
+            report["official"] = official(images, labels, options)
+        except ImportError as error:
+            print(f"the official code is skipped: {error}", file=sys.stderr)
+    rows = []
+    for name in ("ours", "official"):
+        if name in report:
+            work = report[name]["model_evaluations"].values()
+            passes = [sum(w[kind] for w in work) for kind in ("forward", "backward")]
+            counts = " ".join(str(count) for count in report[name]["robust"].values())
+            seconds = f"{report[name]['seconds']:.0f}"
+            rows.append([name, counts, seconds, f"{passes[0]:,}", f"{passes[1]:,}"])
+    common.print_table(["", "robust after each", "s", "forward", "backward"], rows)
+    if len(rows) == 2:
+        report["speedup"] = report["official"]["seconds"] / report["ours"]["seconds"]
+        print(f"{report['speedup']:.2f} times as fast")
+    common.write_json(options.out, report)
+
+
+if __name__ == "__main__":
+    main()
