@@ -29,4 +29,5 @@ def get_config(variants: str = "") -> ConfigDict:
     config.threat.eps_warmup_epochs = 20.0
     config.masking.warmup_epochs = 20.0
     config.eval.every_epochs = 5
+    config.eval.attacks = "clean,cw-20,pgd-20,pgd-100"
     return common.apply_variants(config, variants)

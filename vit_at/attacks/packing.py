@@ -25,8 +25,10 @@ from vit_at.attacks.methods import Context, Method, Problem
 
 Array = jax.Array
 EMPTY = -1
-_STEPS_PER_ROUND = {1: 200}  # by passes of a step; 25 for the attacks with gradients
-_SLOTS_PER_DEVICE = 8  # the width of a batch is a multiple of it, unless the batch is smaller
+# Steps of a round: long enough that the host's part in between does not count, and no longer.
+_STEPS_PER_ROUND = {"cpu": {1: 50, None: 8}, None: {1: 200, None: 25}}  # by passes of a step
+_SLOTS_PER_DEVICE = {"cpu": 1}  # the width of a batch is a multiple of it; elsewhere of 8
+_CACHED = {"cpu": 8}  # slots of a device whose activations stay in its cache; more are slower
 _WORTH_COMPILING = {"cpu": 12_000}  # forward passes that a narrower batch must save; else 10^6
 
 
@@ -75,9 +77,8 @@ class Programs:
             return problem, _choose(taken, fresh, state), active | taken
 
         def advance(model, seed, eps, problem, state, active, limit):
-
             context = context_of(model, seed, eps)
-            patience, began = active.shape[0] // 16, active.sum()
+            patience, began = active.shape[0] // 4, active.sum()
 
             def unfinished(carry):
                 count, _, running = carry
@@ -146,7 +147,9 @@ class Packing:
     ):
         self.method, self._programs, self._mesh = programs.method, programs, mesh
         self._shared = (model, np.uint32(seed), np.float32(eps))
-        self._source, self._batch_size = source, batch_size
+        self._source = source
+        at_most = _CACHED.get(jax.default_backend())
+        self._batch_size = min(batch_size, at_most * mesh.size) if at_most else batch_size
         self.work = {"steps": 0, "computed": 0}
         self.waiting: list[Waiting] = []
         self._image = self._run = self._steps = np.zeros(0, int)
@@ -178,7 +181,8 @@ class Packing:
 
     def _round(self) -> list[Finished]:
         problem, state, active = self._slots
-        limit = np.int32(_STEPS_PER_ROUND.get(self.method.passes, 25))
+        limits = _STEPS_PER_ROUND.get(jax.default_backend(), _STEPS_PER_ROUND[None])
+        limit = np.int32(limits.get(self.method.passes, limits[None]))
         state, running, outcome, counts = self._programs.advance(
             *self._shared, problem, state, active, limit
         )
@@ -205,7 +209,7 @@ class Packing:
 
     def _width_for(self, count: int) -> int:
         """The narrowest batch that holds ``count`` runs, at most the batch size."""
-        unit = _SLOTS_PER_DEVICE * self._mesh.size
+        unit = _SLOTS_PER_DEVICE.get(jax.default_backend(), 8) * self._mesh.size
         return min(self._batch_size, -(-max(count, 1) // unit) * unit)
 
     def _shrink(self) -> None:

@@ -1,9 +1,9 @@
 """The full standard AutoAttack: ours against the official PyTorch code, on one model and images.
 
     pip install timm torch git+https://github.com/fra31/auto-attack   # by whoever compares
-    python benchmarks/autoattack.py --images=256 --out=benchmarks/results/autoattack.json
+    python benchmarks/official_autoattack.py --images=256 --out=benchmarks/results/autoattack.json
 
-The model is a small robust ViT (tests/data/autoattack), in float32, as timm's own module in PyTorch.
+The model is a small robust ViT (tests/data/autoattack), float32, timm's own module in PyTorch.
 Seconds are wall time of the whole cascade, ours with its compilations. Both are run on all cores or
 on the GPU; images given to the model are counted, and those a gradient was taken for. Without
 PyTorch, timm or autoattack only ours is run.
