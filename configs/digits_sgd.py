@@ -7,6 +7,8 @@ From scratch the attack has to grow (eps_warmup_epochs) before a model can learn
 clean / PGD-20 accuracy: 96 % / 70 %; trained naturally (:natural) 94 % / 10 %. See the README.
 """
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from configs import common, default
@@ -31,3 +33,10 @@ def get_config(variants: str = "") -> ConfigDict:
     config.eval.every_epochs = 5
     config.eval.attacks = "clean,cw-20,pgd-20,pgd-100"
     return common.apply_variants(config, variants)
+
+
+def sweep(add: Callable[..., None]) -> None:
+    """The README's table: launch/sweep.py configs/digits_sgd.py."""
+    for variants in ("natural", "", "ard_prm"):
+        for seed in range(3):
+            add(variants, {"seed": seed})

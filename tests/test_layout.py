@@ -37,6 +37,7 @@ ORDER = [
     ["checkpoint"],
     ["results"],
     ["export", "autoattack_evaluation"],
+    ["sweep"],
     ["evaluate"],
     ["setup"],
     ["train"],
