@@ -97,7 +97,8 @@ def get_config() -> ConfigDict:
     evaluation.checkpoint = "best"  # which weights are tested: best (on validation) or last
 
     config.checkpoint = checkpoint = ConfigDict()
-    checkpoint.every_minutes = 10.0  # besides one at each end of an epoch; 0: only those
+    checkpoint.every_minutes = 10.0  # besides one at each end of an epoch; 0: none by the clock
+    checkpoint.every_steps = 0  # likewise, by steps
     checkpoint.keep = 2  # checkpoints kept beside the best one
 
     config.log_every_steps = 10  # steps between two lines of metrics.jsonl

@@ -58,6 +58,9 @@ def evaluate_autoattack(
       accuracy after each attack, and the audit's flags and curves.
     """
     threat, labels, images = attack.threat, labels_of(examples), Pixels(examples)
+    progress = progress and jax.process_index() == 0
+    if jax.process_count() > 1:  # the audit calls the model on each process by itself
+        params = jax.device_get(params)
     logits_fn = functools.partial(apply, params)
     if workdir is not None:
         workdir = workdir / LEDGERS / _ledger_name(attack, examples, seed, weights_digest(params))

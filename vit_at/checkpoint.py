@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from vit_at import models, sharding
+from vit_at import models, processes, sharding
 from vit_at.config import UserError
 from vit_at.models.build import build
 from vit_at.train_step import TrainState
@@ -112,16 +112,19 @@ class Series:
         Corrupt ones are moved aside, and said so.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
+            found, reason = None, "another process could not read it"
             try:
-                return read(step)
+                found = read(step)
             except Exception as error:
                 reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
-                logging.warning(
-                    "checkpoint %s is corrupt (%s); falling back to the one before it",
-                    self._directory / str(step),
-                    reason,
-                )
-                self._move_aside(step)
+            if processes.all_of(found is not None):
+                return found
+            logging.warning(
+                "checkpoint %s is corrupt (%s); falling back to the one before it",
+                self._directory / str(step),
+                reason,
+            )
+            self._move_aside(step)
         return None
 
     def _move_aside(self, step: int) -> None:
@@ -129,6 +132,7 @@ class Series:
             aside = self._directory.parent / "corrupt"
             aside.mkdir(parents=True, exist_ok=True)
             (self._directory / str(step)).rename(_free_name(aside, str(step)))
+        processes.barrier("moved aside")
         self._manager.reload()
 
     def wait(self) -> None:

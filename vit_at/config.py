@@ -52,6 +52,7 @@ _RANGES: dict[str, tuple[str, ...]] = {
         "masking.patch_size",
         "eval.every_epochs",
         "eval.num_examples",
+        "checkpoint.every_steps",
     ),
     _RATES: (
         "beta",

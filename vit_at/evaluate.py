@@ -21,7 +21,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_at import models, sharding
+from vit_at import models, processes, sharding
 from vit_at.attacks import Threat, methods, pgd_attack
 from vit_at.attacks.threat import random_start
 from vit_at.autoattack_evaluation import evaluate_autoattack
@@ -33,6 +33,7 @@ from vit_at.data.sources import Examples
 from vit_at.export import DESCRIPTION_FILE, load_exported
 from vit_at.metrics import Progress
 from vit_at.results import AUTOATTACK, Attack, Results, record, table, weights_digest
+from vit_at.workdir import disk_errors, locked
 
 Array = jax.Array
 _LOSSES = {"pgd": "ce", "cw": "cw"}
@@ -117,6 +118,10 @@ class Evaluator:
         self.attacks = tuple(attacks)
         self._examples, self._mesh = examples, mesh
         self._batches = {"batch_size": batch_size, "threads": threads}
+        self._part = {
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
         self._apply, self._seed = apply, seed
         self.details: dict[str, dict[str, Any]] = {}  # what records say besides the accuracy
         plain = [a for a in attacks if a.loss != AUTOATTACK]
@@ -152,18 +157,18 @@ class Evaluator:
             return correct
         total = -(-len(self._examples) // batch_size)
         bar = Progress(total, 0, "batch") if progress else None
-        correct = np.zeros(len(self._examples), bool)
-        for batch in pipeline.eval_batches(self._examples, **self._batches):
+        correct, seen = np.zeros(len(self._examples), bool), 0
+        for batch in pipeline.eval_batches(self._examples, **self._batches, **self._part):
             where, real = batch["index"], batch.pop("mask")
             batch["index"] = np.where(real, self._examples.indices[where], 0).astype(np.uint32)
             outcome = self._outcomes[attack.name](params, sharding.split_batch(batch, self._mesh))
-            correct[where[real]] = np.asarray(outcome)[real]
+            correct[where[real]] = sharding.my_rows(outcome)[real]
+            seen += int(real.sum())
             if bar is not None:
-                seen = correct[: where[real][-1] + 1]
-                bar.update(f"{attack.name} {seen.mean():.1%} correct")
+                bar.update(f"{attack.name} {correct.sum() / max(seen, 1):.1%} correct")
         if bar is not None:
             bar.close()
-        return correct
+        return processes.any_of(correct)
 
 
 def evaluate_and_store(
@@ -185,7 +190,7 @@ def evaluate_and_store(
     for attack in evaluator.attacks:
         placeholder = record(attack, np.zeros(len(examples), bool), **describe)
         entry = results.find(placeholder)
-        if entry is None:
+        if not processes.agree(entry is not None):
             correct = evaluator.run(attack, params, progress=True, workdir=results.workdir)
             entry = record(attack, correct, **describe) | evaluator.details.get(attack.name, {})
             results.add(entry, correct, examples)
@@ -234,6 +239,9 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch_size", type=int, default=0, help="over all devices")
     add("--seed", type=int, default=0, help="of the random starts")
     add("--data_dir", default="", help="TFDS data directory")
+    add("--coordinator", default="", help="HOST:PORT of process 0, of a run of several processes")
+    add("--num_processes", type=int, default=0, help="their number; 0: what the cluster says")
+    add("--process_id", type=int, default=-1, help="this one's, from 0")
     return parser.parse_args(arguments)
 
 
@@ -280,17 +288,29 @@ def evaluate_workdir(options: argparse.Namespace) -> list[dict[str, Any]]:
         threads=config.data.threads,
     )
     weights = {"checkpoint": which, "step": trained.values["step"]}
-    results = Results(epath.Path(options.workdir))
-    return evaluate_and_store(
-        evaluator, trained.params, examples, results, seed=options.seed, weights=weights
-    )
+    workdir = epath.Path(options.workdir)
+    with disk_errors(workdir), locked(workdir, "evaluation"):
+        return evaluate_and_store(
+            evaluator,
+            trained.params,
+            examples,
+            Results(workdir),
+            seed=options.seed,
+            weights=weights,
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status, 2 for a mistake of the user's."""
     quiet_logging()
+    options = _parse_arguments(arguments)
     with one_sentence_errors():
-        print(table(evaluate_workdir(_parse_arguments(arguments))))
+        processes.start(options.coordinator, options.num_processes, options.process_id)
+        processes.end_on_sigterm()
+        with processes.together():
+            records = evaluate_workdir(options)
+            if jax.process_index() == 0:
+                print(table(records))
     return 0
 
 

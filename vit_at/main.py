@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from vit_at import command_line
+from vit_at import command_line, processes
 from vit_at.config import one_sentence_errors
 from vit_at.results import table
 from vit_at.train import Diverged, Interrupted, train
@@ -24,29 +24,48 @@ _CACHE = flags.DEFINE_string(
     os.path.join("~", ".cache", "vit_at"),
     "Directory that keeps compiled programs for the next start; '': none.",
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0, for several processes outside of a known cluster."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", 0, "How many processes; 0: what the TPU pod, Slurm or Kubernetes says."
+)
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "This process's number, from 0.")
+_WAIT = flags.DEFINE_integer("wait_seconds", 300, "How long to wait for the other processes.")
 EXIT_DIVERGED = 3
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs; the exit status is 2 for a mistake of the user's, 3 for a diverged run."""
+    """Runs; see docs/reliability.md for the exit status."""
     del arguments
     command_line.quiet_logging()
     if _CACHE.value:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(_CACHE.value))
     with one_sentence_errors():
-        workdir = epath.Path(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name))
-        try:
-            records = train(_CONFIG.value, workdir)
-        except Interrupted as interruption:
-            return interruption.exit_status
-        except KeyboardInterrupt:  # outside the loop, or the second one
-            logging.info("interrupted; the same command goes on from the last checkpoint")
-            return 128 + signal.SIGINT
-        except Diverged as divergence:
-            logging.error("%s", divergence)
-            return EXIT_DIVERGED
-    print(table(records))
-    print(f"results: {workdir / 'results.json'}")
+        processes.start(
+            _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, seconds=_WAIT.value
+        )
+        with processes.together():
+            return _train()
+
+
+def _train() -> int:
+    workdir = epath.Path(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name))
+    try:
+        records = train(_CONFIG.value, workdir)
+    except Interrupted as interruption:
+        return interruption.exit_status
+    except KeyboardInterrupt:  # outside the loop, or the second one
+        if jax.process_count() > 1:
+            raise
+        logging.info("interrupted; the same command goes on from the last checkpoint")
+        return 128 + signal.SIGINT
+    except Diverged as divergence:
+        logging.error("%s", divergence)
+        return EXIT_DIVERGED
+    if jax.process_index() == 0:
+        print(table(records))
+        print(f"results: {workdir / 'results.json'}")
     return 0
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from vit_at.config import UserError
 
@@ -19,7 +20,9 @@ SPLIT, WHOLE = PartitionSpec(AXIS), PartitionSpec()
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh with the single axis ``data`` over all devices of all processes."""
-    return Mesh(np.array(devices or jax.devices()), (AXIS,))
+    # Those of a process next to each other, as are the rows of a batch that it reads.
+    devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
+    return Mesh(np.array(devices), (AXIS,))
 
 
 def check_batch_size(field: str, batch_size: int, mesh: Mesh, parts: int = 1) -> None:
@@ -35,14 +38,41 @@ def check_batch_size(field: str, batch_size: int, mesh: Mesh, parts: int = 1) ->
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Puts every array whole on every device."""
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, WHOLE)), tree)
+    """Puts every array whole on every device; all processes must hold the same."""
+    return jax.tree.map(lambda x: place(x, NamedSharding(mesh, WHOLE)), tree)
+
+
+def place(x: Any, sharding: Sharding) -> jax.Array:
+    """Puts an array that every process holds whole where its sharding says."""
+    if sharding.is_fully_addressable or getattr(x, "sharding", None) == sharding:
+        return jax.device_put(x, sharding)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.jit(lambda y: y, out_shardings=sharding)(x)
+    return jax.make_array_from_callback(np.shape(x), sharding, np.asarray(x).__getitem__)
 
 
 def split_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's rows of a global batch, as global arrays split over the devices."""
     sharding = NamedSharding(mesh, SPLIT)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def split_whole(batch: Any, mesh: Mesh) -> Any:
+    """A global batch that every process holds whole, split over the devices."""
+    return jax.tree.map(lambda x: place(x, NamedSharding(mesh, SPLIT)), batch)
+
+
+def my_rows(array: jax.Array) -> np.ndarray:
+    """This process's rows of an array that is split over the devices: ``split_batch`` undone."""
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def gather(tree: Any) -> Any:
+    """All rows of split arrays on the host, on every process; all of them must call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def map_shards(

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -12,9 +13,10 @@ import optax
 from absl import logging
 from clu import parameter_overview
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vit_at import metrics, optim, sharding
+from vit_at import metrics, optim, processes, sharding
 from vit_at.attacks import Threat
 from vit_at.checkpoint import Checkpoints
 from vit_at.data import pipeline
@@ -30,7 +32,7 @@ from vit_at.setup import (
     resolve,
 )
 from vit_at.train_step import TrainState
-from vit_at.workdir import disk_errors, write_atomically, write_config
+from vit_at.workdir import disk_errors, locked, write_atomically, write_config
 
 
 class Interrupted(Exception):
@@ -61,14 +63,15 @@ def train(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
     optimizer = optim.make_optimizer(setup.config, setup.steps_per_epoch)
     state = initial_state(setup, optimizer)
     with disk_errors(workdir):
-        return _run(setup, optimizer, state, workdir)
+        write_config(workdir, setup.config)
+        with locked(workdir, "training"):
+            return _run(setup, optimizer, state, workdir)
 
 
 def _run(
     setup: Setup, optimizer: optax.GradientTransformation, state: TrainState, workdir: epath.Path
 ) -> list[dict[str, Any]]:
-    """``train`` from the first file that is written."""
-    write_config(workdir, setup.config)
+    """``train`` in a work directory that is ours."""
     checkpoints = Checkpoints(workdir, setup.config.checkpoint.keep)
     restored = checkpoints.restore(state, setup.mesh)
     state, values = restored or (state, {"best": None})
@@ -76,6 +79,7 @@ def _run(
     if int(state.step) < setup.total_steps:
         loop = Loop(setup, compile_step(setup, optimizer), checkpoints, workdir, values["best"])
         state = loop.run(state)
+    processes.end_on_sigterm()  # nothing is lost from here on
     params, weights = _tested_weights(setup, state, checkpoints)
     checkpoints.close()
     return _final_evaluation(setup, params, weights, workdir)
@@ -133,6 +137,7 @@ class Loop:
             for step, batch in enumerate(self._batches(first), start=first + 1):
                 state, step_metrics = self._step_fn(state, batch)
                 self._window.add(step_metrics)
+                signals.agree(step)
                 self._after_step(state, step, signals.received is not None)
                 if signals.received is not None:
                     break
@@ -161,16 +166,25 @@ class Loop:
     def _after_step(self, state: TrainState, step: int, ending: bool) -> None:
         config, per_epoch = self._config, self._setup.steps_per_epoch
         epoch_ends = step % per_epoch == 0
-        minutes = (time.monotonic() - self._saved) / 60
-        due = 0 < config.checkpoint.every_minutes <= minutes
-        save = epoch_ends or ending or due
-        text = self._log(step) if save or step % config.log_every_steps == 0 else ""
+        logs = step % config.log_every_steps == 0
+        save = epoch_ends or ending or self._save_is_due(step, logs)
+        text = self._log(step) if save or logs else ""
         if epoch_ends and self._evaluator and self._validates(step // per_epoch):
             self._validate(state, step)
         if save:
             self._checkpoints.save(state, self._values(step))
             self._saved = time.monotonic()
         self._progress.update(text)
+
+    def _save_is_due(self, step: int, logs: bool) -> bool:
+        """By the steps, or by the clock of process 0, asked whenever metrics are logged."""
+        options = self._config.checkpoint
+        if options.every_steps and step % options.every_steps == 0:
+            return True
+        if not (logs and options.every_minutes):
+            return False
+        minutes = (time.monotonic() - self._saved) / 60
+        return processes.agree(minutes >= options.every_minutes)
 
     def _validates(self, epoch: int) -> bool:
         return epoch % self._config.eval.every_epochs == 0 or epoch == self._config.epochs
@@ -257,26 +271,40 @@ def _final_evaluation(
         len(setup.test_set),
         setup.test_set.name,
     )
-    return evaluate_and_store(
-        _evaluator(setup, config.eval.attacks, setup.test_set),
-        params,
-        setup.test_set,
-        Results(workdir),
-        seed=config.seed,
-        weights=weights,
-    )
+    with locked(workdir, "evaluation"):
+        return evaluate_and_store(
+            _evaluator(setup, config.eval.attacks, setup.test_set),
+            params,
+            setup.test_set,
+            Results(workdir),
+            seed=config.seed,
+            weights=weights,
+        )
 
 
 class _Signals:
-    """Remembers SIGTERM and SIGINT, for the loop to end between two steps."""
+    """Remembers SIGTERM and SIGINT, for the loop to end between two steps.
+
+    Among several processes the one that is asked to end tells the others through JAX's preemption
+    service, which listens to SIGTERM itself and chooses a step that none of them has passed.
+    """
 
     def __enter__(self) -> "_Signals":
         self.received: int | None = None
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._several = jax.process_count() > 1
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
         self._before = {number: signal.signal(number, self._remember) for number in numbers}
         return self
 
+    def agree(self, step: int) -> None:
+        """Takes up what another process has received; each calls it after each step."""
+        if self._several and multihost_utils.reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM
+
     def _remember(self, number: int, frame: Any) -> None:
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         if self.received is not None:  # asked twice: no more patience
             raise KeyboardInterrupt
         self.received = number

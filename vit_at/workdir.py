@@ -5,15 +5,20 @@ WORKDIR/parameters.txt      the parameter overview
 WORKDIR/checkpoints/        see vit_at.checkpoint
 WORKDIR/metrics.jsonl       and TensorBoard events: see vit_at.metrics
 WORKDIR/results.json        and per_example.npz: see vit_at.results
+WORKDIR/.training.lock      and .evaluation.lock: held while a process works in it
 """
 
 import contextlib
+import fcntl
 import json
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -63,6 +68,37 @@ def check_space(directory: epath.Path, needed: int) -> None:
             f"free, a checkpoint takes {needed / 2**20:.1f}): free some space and run the same "
             "command again; it goes on from the last whole checkpoint"
         )
+
+
+@contextlib.contextmanager
+def locked(workdir: epath.Path, use: str) -> Iterator[None]:
+    """Holds a work directory for one use, 'training' or 'evaluation', so that no two disturb it.
+
+    The lock is the operating system's on ``.<use>.lock``: it ends with the process that holds it,
+    however that ends. Object stores have no such locks; there this does nothing.
+
+    Raises:
+      UserError: another process holds it; the sentence says which.
+    """
+    if jax.process_index() or "://" in str(workdir):
+        yield
+        return
+    with open(workdir / f".{use}.lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"{workdir} is in use by another {use} ({file.read().strip() or 'unknown'}); wait "
+                "for its end, or choose another work directory"
+            ) from error
+        except OSError as error:  # a file system without locks
+            logging.warning("%s can't be locked (%s): start it only once", workdir, error.strerror)
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def write_config(workdir: epath.Path, config: ConfigDict) -> None:

@@ -132,7 +132,7 @@ def run(
     version = attacks if isinstance(attacks, str) and attacks in methods.VERSIONS else "custom"
     checks.check_protocol(norm, eps, batch_size, iterations, queries, mesh)
     images, labels = checks.check_shapes(images, labels)
-    model = _as_tree(logits_fn)
+    model = sharding.replicate(_as_tree(logits_fn), mesh)
     with jax.default_matmul_precision("highest"):
         classify = checks.Classifier(model, mesh, version == "rand", seed, images.shape[1:])
         clean = checks.survey(classify, images, labels, batch_size, 1 + methods.TARGETS)

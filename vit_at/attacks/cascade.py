@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vit_at import processes
 from vit_at.attacks.checks import Classifier, read
 from vit_at.attacks.ledger import BROKEN, WITHSTOOD, Ledger, Store
 from vit_at.attacks.methods import Method
@@ -108,6 +109,7 @@ class Cascade:
 
     def verify(self) -> dict[int, str]:
         """What is wrong with any of the adversarial images, {image: reason}."""
+        processes.barrier("ledger written")  # what is verified is what is on disk
         flaws, size = {}, self._protocol.batch_size
         for places, points in self._store.parts():
             for begin in range(0, len(places), size):
@@ -143,7 +145,8 @@ class Cascade:
     def _save_now_and_then(self, packing: Packing) -> None:
         """Saves unless that would take over a twentieth of the time."""
         since = time.monotonic() - self._last_save
-        if self._store.keeps and since >= self._save_seconds / _WRITING_SHARE:
+        due = since >= self._save_seconds / _WRITING_SHARE
+        if self._store.keeps and processes.agree(due):
             self._ledger.progress = packing.snapshot()
             self._save()
             self._ledger.progress = {}

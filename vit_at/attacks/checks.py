@@ -145,9 +145,9 @@ class Classifier:
             missing = width - len(batch)
             batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
             places = np.pad(places, (0, missing)).astype(np.uint32)
-            batch, places = sharding.split_batch((batch, places), self.mesh)
+            batch, places = sharding.split_whole((batch, places), self.mesh)
             out = self._logits(self.model, self._seed, batch, places, np.uint32(draw))
-            rows.append(np.asarray(out)[: width - missing])
+            rows.append(sharding.gather(out)[: width - missing])
         return np.concatenate(rows)
 
 

@@ -14,9 +14,11 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
+from vit_at import processes
 from vit_at.config import UserError, differences
 from vit_at.workdir import write_atomically
 
@@ -102,7 +104,9 @@ class Store:
         Raises:
           UserError: what is there belongs to another model, data or protocol.
         """
-        if self._directory is None or not (self._directory / LEDGER_FILE).exists():
+        if self._directory is None:
+            return False
+        if not processes.agree((self._directory / LEDGER_FILE).exists()):
             return False
         saved = self._read(LEDGER_FILE)
         self._check(saved)
@@ -117,6 +121,7 @@ class Store:
         self._parts = int(saved["files"])
         for _ in self.parts():  # a file that can't be read is better known now than at the end
             pass
+        processes.barrier("ledger read")  # before the first process writes it anew
         return True
 
     def save(self, ledger: Ledger) -> None:
@@ -189,6 +194,8 @@ class Store:
             ) from error
 
     def _write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        if jax.process_index():
+            return
         self._directory.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
         np.savez(content, **arrays)

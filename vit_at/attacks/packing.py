@@ -187,13 +187,15 @@ class Packing:
             *self._shared, problem, state, active, limit
         )
         self._slots = (problem, state, running)
-        running, steps, success = jax.device_get((running, outcome.steps, outcome.success))
+        running, steps, success = sharding.gather((running, outcome.steps, outcome.success))
         taken = self._image != EMPTY
         self.work["steps"] += int((steps - self._steps)[taken].sum())
-        self.work["computed"] += int(np.sum(counts)) * len(taken) // self._mesh.size
+        self.work["computed"] += (
+            int(np.sum(sharding.gather(counts))) * len(taken) // self._mesh.size
+        )
         self._steps = np.where(taken, steps, 0)
         fallen = taken & success
-        adversarial = np.asarray(outcome.adversarial) if fallen.any() else None
+        adversarial = sharding.gather(outcome.adversarial) if fallen.any() else None
         ended = []
         for slot in np.flatnonzero(taken & ~running):
             image, run = int(self._image[slot]), int(self._run[slot])
@@ -223,7 +225,7 @@ class Packing:
             return
         keep = np.argsort(self._image == EMPTY, kind="stable")[:narrow]
         self._restore_slots(
-            jax.tree.map(lambda x: np.asarray(x)[keep], self._slots),
+            jax.tree.map(lambda x: x[keep], sharding.gather(self._slots)),
             self._image[keep],
             self._run[keep],
             self._steps[keep],
@@ -233,12 +235,12 @@ class Packing:
         """Empty slots."""
         self._image, self._run = np.full(width, EMPTY), np.zeros(width, int)
         self._steps = np.zeros(width, int)
-        problem = sharding.split_batch(self._problem(), self._mesh)
+        problem = sharding.split_whole(self._problem(), self._mesh)
         context = Context(None, *self._shared[1:])
         shapes = jax.eval_shape(functools.partial(self.method.start, context), self._problem())
         state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-        state = sharding.split_batch(state, self._mesh)
-        active = sharding.split_batch(np.zeros(width, bool), self._mesh)
+        state = sharding.split_whole(state, self._mesh)
+        active = sharding.split_whole(np.zeros(width, bool), self._mesh)
         self._slots = (problem, state, active)
 
     def _fill(self) -> None:
@@ -252,7 +254,7 @@ class Packing:
         self._image[empty] = [w.image for w in entering]
         self._run[empty] = [w.run for w in entering]
         self._steps[empty] = 0
-        entering, taken = sharding.split_batch((self._problem(taken), taken), self._mesh)
+        entering, taken = sharding.split_whole((self._problem(taken), taken), self._mesh)
         self._slots = self._programs.admit(*self._shared, *self._slots, entering, taken)
 
     def _problem(self, wanted: np.ndarray | None = None) -> Problem:
@@ -272,7 +274,7 @@ class Packing:
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """Everything that ``restore`` needs to go on in the same way."""
-        _, state, active = self._slots
+        _, state, active = sharding.gather(self._slots)
         leaves = {f"state/{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
         return leaves | {
             "active": np.asarray(active),
@@ -305,4 +307,4 @@ class Packing:
 
     def _restore_slots(self, slots, image, run, steps) -> None:
         self._image, self._run, self._steps = image.copy(), run.copy(), steps.copy()
-        self._slots = sharding.split_batch(slots, self._mesh)
+        self._slots = sharding.split_whole(slots, self._mesh)

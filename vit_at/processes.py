@@ -1,0 +1,353 @@
+"""Several processes as one run: how they meet, decide alike, and notice that one has gone.
+
+Every process runs the same program, and a computation over all devices waits for all of them; so
+one that is missing, or has ended, would leave the others waiting. Therefore:
+
+    start      finds the other processes (TPU pods, Slurm and Kubernetes are recognised by JAX;
+               elsewhere by flags) and starts ``jax.distributed`` once all of them are there
+    together   while a run lasts, each process holds a connection to process 0: it breaks as soon as
+               a process dies, and carries the sentence of one that ends with an error; then all end
+    agree      what follows from a clock or a disk is decided by process 0, and so alike everywhere
+
+With one process all of this does nothing.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from vit_at.config import UserError
+
+EXIT_LOST = 75  # another process is gone: to be started again (EX_TEMPFAIL of sysexits.h)
+EXIT_MISTAKE = 2
+HEARTBEAT_SECONDS = 60  # after which JAX gives up a process that is silent but connected
+_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # 30 s to notice silence
+
+
+class Line:
+    """A connection to another process that carries lines of JSON."""
+
+    def __init__(self, connection: socket.socket, process: int):
+        self.process, self._socket, self._unread = process, connection, b""
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE.items():
+            if hasattr(socket, option):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+    def fileno(self) -> int:
+        """For ``selectors``."""
+        return self._socket.fileno()
+
+    def send(self, **message: Any) -> None:
+        """Sends; says nothing where the other is gone."""
+        with contextlib.suppress(OSError):
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self, seconds: float | None = None) -> dict[str, Any] | None:
+        """The next message; None where the connection is broken or the time is up."""
+        try:
+            self._socket.settimeout(seconds)
+            while b"\n" not in self._unread:
+                some = self._socket.recv(65536)
+                if not some:
+                    return None
+                self._unread += some
+            line, _, self._unread = self._unread.partition(b"\n")
+            return json.loads(line)
+        except (OSError, ValueError):
+            return None
+        finally:
+            with contextlib.suppress(OSError):
+                self._socket.settimeout(None)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+_group: "Group | None" = None
+
+
+def start(
+    coordinator: str = "", num_processes: int = 0, process_id: int = -1, *, seconds: int = 300
+) -> None:
+    """Joins the other processes; to be called before anything of JAX is used.
+
+    Args:
+      coordinator: HOST:PORT of process 0. With num_processes and process_id, or none of the three:
+        then JAX is asked what the machine says (TPU pod, Slurm, Kubernetes). num_processes=1 alone
+        means one process whatever the machine says.
+      seconds: how long to wait for the others.
+
+    Raises:
+      UserError: the flags don't fit, or not all processes were there in time; on every process.
+    """
+    global _group
+    if num_processes == 1:
+        return
+    given = (bool(coordinator), num_processes > 0, process_id >= 0)
+    if any(given) and not all(given):
+        raise UserError(
+            "--coordinator, --num_processes and --process_id go together; give all three, or none "
+            "on a TPU pod, Slurm or Kubernetes, or --num_processes=1 for one process"
+        )
+    local_device_ids: Sequence[int] | None = None
+    if not any(given):
+        coordinator, num_processes, process_id, local_device_ids = _announced(seconds)
+        if num_processes <= 1:
+            return
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not process_id < num_processes:
+        raise UserError(
+            f"--coordinator is '{coordinator}' and --process_id {process_id} of {num_processes}; "
+            "the first must be HOST:PORT, the second from 0 to one less than --num_processes"
+        )
+    begin = time.monotonic()
+    lines = _meet(host, int(port), num_processes, process_id, seconds)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        local_device_ids,
+        initialization_timeout=seconds,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+    _group = Group(process_id, num_processes, lines)
+    logging.info(
+        "process %d of %d, joined in %.1f s", process_id, num_processes, time.monotonic() - begin
+    )
+    if jax.process_index():
+        logging.set_verbosity(logging.ERROR)
+
+
+def _announced(seconds: int) -> tuple[str, int, int, Sequence[int] | None]:
+    """What the machine says of the run it belongs to: address, count, own number, devices."""
+    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() asks
+
+    try:
+        found = ClusterEnv.auto_detect_unset_distributed_params(
+            os.environ.get("JAX_COORDINATOR_ADDRESS"), None, None, None, None, seconds
+        )
+    except Exception as error:  # a service that it asks can fail in any way
+        raise UserError(
+            f"this machine seems to belong to a cluster, but its description can't be used "
+            f"({str(error).splitlines()[0]}); give --coordinator, --num_processes and "
+            "--process_id, or --num_processes=1 for one process"
+        ) from error
+    address, count, process, devices = found
+    return address or "", count or 1, process or 0, devices
+
+
+# --- Meeting ----------------------------------------------------------------------------------
+
+
+def _meet(host: str, port: int, count: int, process: int, seconds: float) -> list[Line]:
+    """Returns once all processes are there: the lines to them, or to process 0.
+
+    JAX's own start ends the process with a C++ stack where another is missing; so they meet first,
+    at the address that JAX's coordinator takes afterwards.
+    """
+    deadline = time.monotonic() + seconds
+    if process:
+        return [_join(host, port, count, process, deadline, seconds)]
+    lines, error = _gather(port, count, deadline, seconds)
+    for line in lines:
+        line.send(**({"error": error} if error else {"go": True}))
+    if error:
+        raise UserError(error)
+    return lines
+
+
+def _gather(
+    port: int, count: int, deadline: float, seconds: float
+) -> tuple[list[Line], str | None]:
+    """Process 0's side: the lines to those that came, and a sentence if something is amiss."""
+    lines: dict[int, Line] = {}
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        server = socket.create_server(("", port), family=family, dualstack_ipv6=dual)
+    except OSError as error:
+        raise UserError(
+            f"process 0 can't listen on port {port} ({error.strerror}); end what uses it, or "
+            "choose another port for --coordinator"
+        ) from error
+    with server:
+        while len(lines) < count - 1:
+            server.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                missing = [str(p) for p in range(1, count) if p not in lines]
+                return list(lines.values()), (
+                    f"{len(missing)} of {count} processes did not come within {seconds:g} s "
+                    f"(process {', '.join(missing[:8])}); start all of them with the same "
+                    "--coordinator, and see whether they can reach it"
+                )
+            line = Line(connection, -1)
+            hello = line.receive(5)
+            if hello is None or "process" not in hello:
+                line.close()  # something else that tried the port
+                continue
+            line.process = hello["process"]
+            if hello["count"] != count or line.process in lines:
+                return [*lines.values(), line], (
+                    f"process {line.process} of {hello['count']} came to a run of {count} "
+                    "processes, or came twice; give every process the same --num_processes and its "
+                    "own --process_id"
+                )
+            lines[line.process] = line
+    return list(lines.values()), None
+
+
+def _join(host: str, port: int, count: int, process: int, deadline: float, seconds: float) -> Line:
+    """Another process's side: its line to process 0, once that says that all are there."""
+    reason = "no answer"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            line = Line(socket.create_connection((host, port), timeout=min(left, 10)), 0)
+        except OSError as error:  # not there yet, perhaps
+            reason = error.strerror or str(error)
+            time.sleep(min(0.2, left))
+            continue
+        line.send(process=process, count=count)
+        answer = line.receive(left + 5)  # process 0 says first who is missing
+        if answer and "error" in answer:
+            raise UserError(answer["error"])
+        if answer:
+            return line
+        line.close()
+        time.sleep(min(0.2, left))
+    raise UserError(
+        f"process {process} of {count} could not reach process 0 at {host}:{port} within "
+        f"{seconds:g} s ({reason}); see whether that process runs, and whether the address and "
+        "port are right and open between the machines"
+    )
+
+
+# --- Being together ---------------------------------------------------------------------------
+
+
+class Group:
+    """The processes of a run; watches the connections to them on a thread."""
+
+    def __init__(self, process: int, count: int, lines: list[Line]):
+        self._process, self._count, self._lines = process, count, lines
+        self._leaving = threading.Lock()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        selector = selectors.DefaultSelector()
+        for line in self._lines:
+            selector.register(line, selectors.EVENT_READ, line)
+        while selector.get_map():
+            for key, _ in selector.select():
+                message = key.data.receive(5)
+                if message is None:
+                    self.end(
+                        EXIT_LOST,
+                        f"process {key.data.process} of {self._count} has ended without a word; "
+                        "start the same command again on all of them, it goes on from the last "
+                        "checkpoint",
+                    )
+                elif "exit" in message:
+                    self.end(message["exit"], message["text"])
+                else:  # it has finished
+                    selector.unregister(key.data)
+
+    def end(self, status: int, text: str) -> NoReturn:
+        """Ends this process at once, and tells the others to; text: what each of them says."""
+        with self._leaving:  # the first reason is the one that counts
+            for line in self._lines:
+                line.send(exit=status, text=text)
+            print(f"error: {text}" if status else text, file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            # Python's usual end would wait for the others.
+            os._exit(status)
+
+    def finish(self) -> None:
+        """Ends well: once all processes are here."""
+        jax.distributed.shutdown()
+        for line in self._lines:
+            line.send(done=True)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What ends a process inside ends all of them, with the same sentence and exit status."""
+    if _group is None:
+        yield
+        return
+    try:
+        yield
+    except UserError as error:
+        _group.end(EXIT_MISTAKE, str(error))
+    except Terminated as error:
+        _group.end(error.status, str(error))
+    except KeyboardInterrupt:
+        _group.end(128 + signal.SIGINT, "interrupted")
+    except Exception as error:
+        # Where another process is gone, the computation fails first: let the connection say who.
+        time.sleep(2)
+        reason = (str(error) or repr(error)).splitlines()[0][:300]
+        logging.exception("process %d failed", jax.process_index())
+        _group.end(EXIT_LOST, f"process {jax.process_index()} failed ({reason})")
+    else:
+        _group.finish()
+
+
+class Terminated(BaseException):
+    """SIGTERM came where there is nothing to save; ``status`` is the exit status."""
+
+    def __init__(self, number: int):
+        super().__init__(f"ended by signal {number}; the same command goes on from what is stored")
+        self.status = 128 + number
+
+
+def end_on_sigterm() -> None:
+    """From here on SIGTERM raises Terminated."""
+
+    def end(number: int, frame: Any) -> None:
+        raise Terminated(number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def agree(value: bool) -> bool:
+    """Process 0's value, on every process; all of them must call it."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def all_of(value: bool) -> bool:
+    """Whether it is true on every process; all of them must call it."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def any_of(values: np.ndarray) -> np.ndarray:
+    """Where [N] bool are true on any process; all of them must call it."""
+    if jax.process_count() == 1:
+        return values
+    return np.any(multihost_utils.process_allgather(values), axis=0)
+
+
+def barrier(name: str) -> None:
+    """Returns once every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
