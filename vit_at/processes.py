@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 from vit_at.config import UserError
 
 EXIT_LOST = 75  # another process is gone: to be started again (EX_TEMPFAIL of sysexits.h)
-EXIT_MISTAKE = 2
+EXIT_FAILED, EXIT_MISTAKE = 1, 2
 HEARTBEAT_SECONDS = 60  # after which JAX gives up a process that is silent but connected
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # 30 s to notice silence
 
@@ -304,7 +304,7 @@ def together() -> Iterator[None]:
         time.sleep(2)
         reason = (str(error) or repr(error)).splitlines()[0][:300]
         logging.exception("process %d failed", jax.process_index())
-        _group.end(EXIT_LOST, f"process {jax.process_index()} failed ({reason})")
+        _group.end(EXIT_FAILED, f"process {jax.process_index()} failed ({reason})")
     else:
         _group.finish()
 

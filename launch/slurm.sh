@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# A Slurm job: one run, or with --array the runs of a sweep, one in each task of the array.
+#
+#     launch/slurm.sh [--dry_run] --config=configs/imagenet_vit_b.py --workdir=DIR ...
+#     SBATCH="--array=0-8" launch/slurm.sh [--dry_run] configs/digits_sgd.py [-- FLAGS...]
+#
+# Submits itself. SBATCH: more flags of sbatch, such as "--nodes=4 --gpus-per-node=8 --time=8:00:00".
+# One process a GPU, which JAX arranges from Slurm's variables. An interrupted job (preempted, out of
+# time, a node lost) is queued again and goes on from its last checkpoint.
+#SBATCH --job-name=vit_at
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=TERM@180
+set -euo pipefail
+
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+  cd "$(dirname "$0")/.."
+  submit=()
+  if [ "${1:-}" = --dry_run ]; then submit=(echo) && shift; fi
+  # shellcheck disable=SC2086 # SBATCH holds several words
+  exec "${submit[@]}" sbatch ${SBATCH:-} launch/slurm.sh "$@"
+fi
+
+cd "$SLURM_SUBMIT_DIR"
+python=${PYTHON:-python3} status=0
+run="srun --kill-on-bad-exit=1 $python -m vit_at.main"
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+  words=("$python" launch/sweep.py "$1" --index="$SLURM_ARRAY_TASK_ID" --launcher="$run" "${@:2}")
+else
+  read -ra words <<<"$run" && words+=("$@")
+fi
+"${words[@]}" || status=$?
+# 0: done; 1 to 3: the same command would end the same way. Else it was interrupted.
+case $status in 0 | 1 | 2 | 3) exit "$status" ;; esac
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+scontrol requeue "${job:-$SLURM_JOB_ID}"

@@ -1,0 +1,125 @@
+"""Launchers, as far as a machine without a cloud goes: what they would run, and that they lint."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
+RUN = ["--config=configs/imagenet_vit_b.py", "--workdir=gs://bucket/run"]
+
+
+def said(*command, status=0, **environment) -> str:
+    ended = subprocess.run(
+        list(map(str, command)), env=os.environ | environment, capture_output=True, text=True
+    )
+    assert ended.returncode == status, ended.stderr
+    return ended.stdout
+
+
+def test_shell_scripts_lint():
+    shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:/usr/bin")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    said(shellcheck, *sorted(LAUNCH.glob("*.sh")))
+
+
+def test_a_tpu_pod_is_created_set_up_run_and_deleted():
+    lines = said(LAUNCH / "tpu_pod.sh", "--dry_run", "all", *RUN, ZONE="z", ACCELERATOR="v6e-64")
+    steps = [line for line in lines.splitlines() if line.startswith("g")]
+    heads = ["queued-resources create", "archive", "scp", "ssh", "ssh", "queued-resources delete"]
+    for step, head in zip(steps, heads, strict=True):
+        assert head in step
+    assert "--accelerator-type=v6e-64" in steps[0]
+    assert "--spot" in steps[0]
+    assert all("--worker=all" in step for step in steps[2:5])
+    assert "vit_at.main" in steps[4]
+    assert all(word in steps[4] for word in RUN)
+
+
+def test_tpu_pod_without_a_deed_explains_itself():
+    assert "create | setup | run ARGS... | delete" in said(LAUNCH / "tpu_pod.sh", status=2)
+
+
+GCLOUD = """#!/usr/bin/env bash
+echo "$@" >> "$LOG"
+case "$*" in
+  *describe*) echo ACTIVE ;;
+  *vit_at.main*) echo x >> "$LOG.runs"
+    if [ "$(wc -l < "$LOG.runs")" = 1 ]; then exit 255; fi
+    echo "exit status 0" ;;
+esac
+"""
+
+
+def test_a_preempted_tpu_run_goes_on_on_a_new_slice(tmp_path):
+    stand_in = tmp_path / "gcloud"
+    stand_in.write_text(GCLOUD)
+    stand_in.chmod(0o755)
+    log = tmp_path / "log"
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    said(LAUNCH / "tpu_pod.sh", "all", *RUN, PATH=path, LOG=str(log))
+    calls = log.read_text()
+    for deed in ("queued-resources create", "vit_at.main", "queued-resources delete"):
+        assert calls.count(deed) == 2
+    assert calls.rindex("create") > calls.index("delete")
+
+
+def test_a_slurm_job_submits_itself():
+    line = said(LAUNCH / "slurm.sh", "--dry_run", *RUN, SBATCH="--nodes=2", SLURM_JOB_ID="")
+    assert line.split() == ["sbatch", "--nodes=2", "launch/slurm.sh", *RUN]
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (2, False), (3, False), (143, True)])
+def test_a_slurm_job_is_requeued_only_where_it_was_interrupted(tmp_path, status, requeued):
+    for name, body in (("srun", f"exit {status}"), ("scontrol", 'echo "scontrol $@"')):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    out = said(
+        *(LAUNCH / "slurm.sh", *RUN),
+        status=0 if requeued else status,
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        SLURM_JOB_ID="7",
+        SLURM_SUBMIT_DIR=str(LAUNCH.parent),
+    )
+    assert ("scontrol requeue 7" in out) == requeued
+
+
+@pytest.mark.parametrize("kind", ["tpu", "gpu"])
+def test_a_jobset_has_one_process_a_host_and_is_not_restarted_for_mistakes(kind):
+    words = [kind, "--image=image", "--hosts=16", "--dry_run", "--", *RUN]
+    manifest = yaml.safe_load(said(sys.executable, LAUNCH / "gke.py", *words))
+    assert manifest["kind"] == "JobSet"
+    assert manifest["spec"]["failurePolicy"]["maxRestarts"] > 0
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["completions"] == job["parallelism"] == 16
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2, 3]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert all(word in container["command"] for word in RUN)
+    if kind == "tpu":
+        assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "8x8"
+        assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    else:
+        assert "--num_processes=16" in container["command"]
+        assert "--coordinator=vit-at-workers-0-0.vit-at:1234" in container["command"]
+
+
+def test_skypilot_recovers_spot_machines():
+    task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+    assert task["resources"]["use_spot"]
+    assert "vit_at.main $ARGS --workdir=/runs/" in task["run"]
+    assert {"ARGS", "BUCKET"} == task["envs"].keys()
+
+
+def test_local_processes_differ_in_their_number_only():
+    words = ["-n", "2", "--dry_run", "--port=1234", "--", *RUN]
+    lines = said(sys.executable, LAUNCH / "local.py", *words).splitlines()
+    assert len(lines) == 2
+    for process, line in enumerate(lines):
+        assert line.endswith(f"--num_processes=2 --process_id={process}")
+        assert "--coordinator=127.0.0.1:1234" in line
