@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     config.name = "default"  # names the work directory runs/<name>
     config.seed = 0  # of everything random: weights, data order, augmentation, masks, attacks
     config.dtype = "auto"  # of matrix products in training; auto: bfloat16 on TPU/GPU, else float32
+    config.sharding = "replicated"  # of the training state: whole on each device, or fsdp: split
     config.objective = "at"  # natural, at, trades or mart
     config.beta = 6.0  # weight of the robust term of TRADES and MART
     config.label_smoothing = 0.0  # mass moved from the label to all classes, in [0, 1)

@@ -49,8 +49,15 @@ def _plain_fingerprint(tree: Any) -> list[int]:
 
 
 def _abstract(tree: Any, mesh: Mesh) -> Any:
-    whole = NamedSharding(mesh, sharding.WHOLE)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
+    """Shapes, each with the sharding that it is to have: the array's own, or whole."""
+
+    def of_array(x):
+        own = getattr(x, "sharding", None)
+        whole = NamedSharding(mesh, sharding.WHOLE)
+        laid = own if isinstance(own, NamedSharding) else whole
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid)
+
+    return jax.tree.map(of_array, tree)
 
 
 class Series:
@@ -91,9 +98,10 @@ class Series:
         return self._manager.restore(step, args=items)["values"]
 
     def restore(self, step: int, trees: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-        """The named trees of a checkpoint, whole on every device of ``mesh``.
+        """The named trees of a checkpoint, on the devices as the given ones are.
 
-        trees: {name: tree of arrays or shapes}, which the stored ones must match.
+        trees: {name: tree of arrays or shapes}, which the stored ones must match; shapes stand for
+        arrays that are whole on every device of ``mesh``.
 
         Raises:
           ValueError: the stored arrays are not those that were saved, or are of another model.

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
+    "sharding": ("replicated", "fsdp"),
     "objective": ("natural", "at", "trades", "mart"),
     "threat.norm": ("linf", "l2"),
     "threat.start": ("random", "zero"),
@@ -103,7 +104,7 @@ def one_sentence_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
 
 

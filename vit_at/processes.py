@@ -294,7 +294,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _group.end(EXIT_MISTAKE, str(error))
+        _group.end(EXIT_MISTAKE, " ".join(str(error).splitlines()))
     except Terminated as error:
         _group.end(error.status, str(error))
     except KeyboardInterrupt:

@@ -80,7 +80,7 @@ def prepare(config: ConfigDict) -> Setup:
 
 
 def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step, whole on every device: pre-trained or from the seed."""
+    """The state before the first step, on the devices: pre-trained or from the seed."""
     config, model = setup.config, setup.model
     key = jax.random.key(config.seed)
     if config.model.pretrained:
@@ -88,7 +88,7 @@ def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> Trai
     else:
         params = jax.jit(functools.partial(models.init_params, model))(key)
     state = init_state(params, optimizer, ema=config.ema_decay > 0)
-    return sharding.replicate(state, setup.mesh)
+    return sharding.distribute(state, setup.mesh, config.sharding)
 
 
 def _pretrained(source: str) -> dict[str, np.ndarray]:

@@ -2,6 +2,10 @@
 
 The step is written in the global view under jit. Only the attack loop is mapped shard by shard,
 so that it provably holds no collective: ``map_shards``.
+
+With ``config.sharding='fsdp'`` the training state is split over the same axis, each array along the
+longest dimension that the devices divide (``layout``). A step then gathers the parameters once, for
+all of its attack steps and its gradient; each device keeps its part of the gradient and update.
 """
 
 from collections.abc import Callable
@@ -40,6 +44,27 @@ def check_batch_size(field: str, batch_size: int, mesh: Mesh, parts: int = 1) ->
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Puts every array whole on every device; all processes must hold the same."""
     return jax.tree.map(lambda x: place(x, NamedSharding(mesh, WHOLE)), tree)
+
+
+def layout(tree: Any, mesh: Mesh, sharding: str) -> Any:
+    """How a training state lies on the devices: a NamedSharding for each of its arrays.
+
+    sharding: 'replicated', or 'fsdp': then arrays that no device count divides stay whole.
+    """
+
+    def of_array(x):
+        sizes = [size if size % mesh.size == 0 else 0 for size in x.shape]
+        if sharding == "replicated" or not any(sizes):
+            return NamedSharding(mesh, WHOLE)
+        axis = int(np.argmax(sizes))
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
+
+    return jax.tree.map(of_array, tree)
+
+
+def distribute(tree: Any, mesh: Mesh, sharding: str) -> Any:
+    """Puts a training state, which every process holds whole, on the devices; see ``layout``."""
+    return jax.tree.map(place, tree, layout(tree, mesh, sharding))
 
 
 def place(x: Any, sharding: Sharding) -> jax.Array:

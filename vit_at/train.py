@@ -206,7 +206,8 @@ class Loop:
 
     def _validate(self, state: TrainState, step: int) -> None:
         """Robust validation; the weights are kept where they are the best so far."""
-        accuracies = {n: float(c.mean()) for n, c in self._evaluator(state.eval_params)}
+        params = sharding.replicate(state.eval_params, self._setup.mesh)
+        accuracies = {n: float(c.mean()) for n, c in self._evaluator(params)}
         robust = accuracies[self._config.eval.validation_attack]
         epoch = step / self._setup.steps_per_epoch
         values = {f"validation/{name}": accuracy for name, accuracy in accuracies.items()}
@@ -255,9 +256,11 @@ def _tested_weights(
     if setup.config.eval.checkpoint == "best":
         restored = checkpoints.restore_best(state.eval_params, setup.mesh)
         if restored is not None:
-            return restored[0], {"checkpoint": "best", "step": restored[1]}
+            params = sharding.replicate(restored[0], setup.mesh)
+            return params, {"checkpoint": "best", "step": restored[1]}
         logging.warning("no best checkpoint can be read; testing the last weights instead")
-    return state.eval_params, {"checkpoint": "last", "step": int(state.step)}
+    params = sharding.replicate(state.eval_params, setup.mesh)
+    return params, {"checkpoint": "last", "step": int(state.step)}
 
 
 def _final_evaluation(

@@ -159,18 +159,26 @@ def train_step(
         std=config.data.std,
     )
 
+    def constrain(tree, kind):
+        if config.sharding == "replicated":  # nothing to say
+            return tree
+        return jax.lax.with_sharding_constraint(tree, sharding.layout(tree, mesh, kind))
+
+    params = constrain(state.params, "replicated")  # gathered, once for all that follows
+
     def loss_and_gradient(examples, key):
         images, targets, delta = examples
         micro_draws = draws._replace(delta=delta)
         adversarial = _perturb_shards(
-            mesh, apply, state.params, images, targets, micro_draws, threat, config.objective
+            mesh, apply, params, images, targets, micro_draws, threat, config.objective
         )
         loss = functools.partial(
             objectives.training_loss, config.objective, apply, beta=config.beta
         )
         (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(
-            state.params, images, adversarial, targets, rngs={"drop_path": key}
+            params, images, adversarial, targets, rngs={"drop_path": key}
         )
+        gradient = constrain(gradient, config.sharding)
         return gradient, {"loss": value} | _batch_metrics(aux, targets)
 
     gradient, metrics = _accumulate(
@@ -183,7 +191,8 @@ def train_step(
     }
     if masking.ard or masking.prm:
         metrics["keep_probability"] = masks.keep_probability(masking, progress)
-    return _update(state, gradient, optimizer, config.ema_decay), metrics
+    state = _update(state, gradient, optimizer, config.ema_decay)
+    return constrain(state, config.sharding), metrics
 
 
 def _inputs(key, batch, config, num_classes):

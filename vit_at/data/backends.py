@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 from etils import epath
 
 from vit_at.config import UserError
@@ -90,15 +91,19 @@ def _folders(path: Path) -> list[str]:
 
 def _files(split: Path) -> list[str]:
     """Lists <class>/<image> of a split, sorted."""
-    files = []
+    files, left_out = [], 0
     for folder in _folders(split):
-        names = (name for name in os.listdir(split / folder) if not name.startswith("."))
-        found = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+        names = os.listdir(split / folder)
+        found = sorted(n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and n[0] != ".")
+        left_out += len(names) - len(found)
         if not found:
             raise UserError(
                 f"{split / folder} has no images ({', '.join(IMAGE_SUFFIXES)}); fill or remove it."
             )
         files += [f"{folder}/{name}" for name in found]
+    if left_out:
+        kinds = ", ".join(IMAGE_SUFFIXES)
+        logging.warning("%d files of %s are hidden or no %s: left out", left_out, split, kinds)
     return files
 
 

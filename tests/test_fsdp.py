@@ -1,0 +1,103 @@
+"""A training state that is split over the devices: the same numbers in a fraction of the memory."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+import runs
+from etils import epath
+from jax.sharding import PartitionSpec
+
+from vit_at import sharding
+from vit_at.checkpoint import Checkpoints
+from vit_at.setup import initial_state
+from vit_at.train_step import TrainState
+
+OPTIONS = {"model__embed_dim": 16, "ema_decay": 0.75}
+
+
+def start(kind: str, devices: int = 4, **changes):
+    setup = runs.tiny_setup(devices, sharding=kind, **OPTIONS | changes)
+    return setup, initial_state(setup, runs.optimizer_of(setup))
+
+
+def two_steps(kind: str, **changes):
+    """(metrics of two steps, the last state, the compiled step)."""
+    setup, state = start(kind, **changes)
+    host = list(runs.batches(setup, 2))
+    batches = [sharding.split_batch(batch, setup.mesh) for batch in host]
+    step, metrics = runs.quick_step(setup, state, batches[0]), []
+    for batch in batches:
+        state, of_step = step(state, batch)
+        metrics.append(jax.device_get(of_step))
+    return metrics, state, step
+
+
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2])
+def both(request):
+    """{'replicated' and 'fsdp': ``two_steps``}, with so many micro-batches."""
+    kinds = ("replicated", "fsdp")
+    return {kind: two_steps(kind, accumulate_steps=request.param) for kind in kinds}
+
+
+def bytes_on(device: jax.Device, tree) -> int:
+    shards = (s for x in jax.tree.leaves(tree) for s in x.addressable_shards)
+    return sum(shard.data.nbytes for shard in shards if shard.device == device)
+
+
+def test_losses_and_weights_equal_those_of_replicated_training(both):
+    for ours, theirs in zip(both["fsdp"][0], both["replicated"][0], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            np.testing.assert_allclose(ours[name], value, rtol=2e-5, err_msg=name)
+    ours, theirs = (jax.device_get(both[kind][1]) for kind in ("fsdp", "replicated"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours, theirs)
+
+
+def test_a_device_holds_about_a_quarter_of_the_state_before_and_after_a_step(both):
+    total = sum(x.nbytes for x in jax.tree.leaves(both["fsdp"][1]))
+    for state in (start("fsdp")[1], both["fsdp"][1]):
+        for device in jax.devices()[:4]:
+            assert total / 4 <= bytes_on(device, state) < 0.3 * total
+    assert bytes_on(jax.devices()[0], both["replicated"][1]) == total
+
+
+def test_parameters_are_gathered_outside_of_the_attacks_loop(both):
+    hlo = both["fsdp"][2].as_text()
+    (body,) = re.findall(r'body=%?([\w.\-]+)[^\n]*op_name="[^"]*/shard_map/while"', hlo)
+    text = re.search(rf"^%?{re.escape(body)} [^\n]*\{{\n(.*?)^\}}", hlo, re.M | re.S)[1]
+    assert "all-gather" not in text
+    assert "all-gather" in hlo
+
+
+def test_an_array_is_split_along_its_longest_dimension_that_the_devices_divide():
+    mesh = sharding.make_mesh(jax.devices()[:4])
+
+    def spec(*shape):
+        return sharding.layout(jax.ShapeDtypeStruct(shape, np.float32), mesh, "fsdp").spec
+
+    assert spec(2, 8, 32) == PartitionSpec(None, None, "data")
+    assert spec(2, 32, 8) == PartitionSpec(None, "data")
+    assert spec(16, 30) == PartitionSpec("data")
+    assert spec(3, 5) == spec() == PartitionSpec()
+    whole = sharding.layout(jax.ShapeDtypeStruct((4, 4), np.float32), mesh, "replicated")
+    assert whole.spec == PartitionSpec()
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 4), (4, 2)])
+def test_a_checkpoint_is_restored_on_another_number_of_devices(tmp_path, before, after):
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(8, 12)).astype(np.float32), "b": np.ones(3, np.float32)}
+    host = TrainState(np.int32(3), params, {"m": params}, None)
+    meshes = {n: sharding.make_mesh(jax.devices()[:n]) for n in (before, after)}
+    for n, kind in ((before, "fsdp"), (after, "replicated"), (after, "fsdp")):
+        checkpoints = Checkpoints(epath.Path(tmp_path), keep=2)
+        state = sharding.distribute(host, meshes[n], kind)
+        if n == before and checkpoints.last.latest_step() is None:
+            checkpoints.save(state, {"step": 3})
+        restored, _ = checkpoints.restore(state, meshes[n])
+        checkpoints.close()
+        for ours, given, wanted in zip(*map(jax.tree.leaves, (restored, state, host)), strict=True):
+            assert ours.sharding == given.sharding
+            np.testing.assert_array_equal(ours, wanted)
