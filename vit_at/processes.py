@@ -289,7 +289,16 @@ class Group:
 def together() -> Iterator[None]:
     """What ends a process inside ends all of them, with the same sentence and exit status."""
     if _group is None:
-        yield
+        before = signal.getsignal(signal.SIGTERM)
+        end_on_sigterm()
+        try:
+            yield
+        except Terminated as error:
+            print(error, file=sys.stderr)
+            sys.exit(error.status)
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
         return
     try:
         yield
@@ -318,12 +327,13 @@ class Terminated(BaseException):
 
 
 def end_on_sigterm() -> None:
-    """From here on SIGTERM raises Terminated."""
+    """From here on SIGTERM raises Terminated; only the main thread can have that."""
 
     def end(number: int, frame: Any) -> None:
         raise Terminated(number)
 
-    signal.signal(signal.SIGTERM, end)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
 
 
 def agree(value: bool) -> bool:
