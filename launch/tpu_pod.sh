@@ -7,6 +7,7 @@
 # ARGS are those of vit_at.main; --workdir must be a bucket (gs://...), as the slice's disks go with
 # it. Settings from the environment, and their defaults:
 #     NAME=vit-at ZONE=us-west4-a ACCELERATOR=v5litepod-64 VERSION=v2-alpha-tpuv5-lite SPOT=1
+#     DATA_BUCKET=          a bucket to be mounted on all workers as ~/data, read-only (by gcsfuse)
 # (v6e: ACCELERATOR=v6e-64 VERSION=v2-alpha-tpuv6e). The gcloud command line must be logged in.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -43,7 +44,10 @@ setup() { # the tree as committed, in an environment of its own, on every worker
   do_it git archive --format=tar.gz --output=/tmp/vit_at.tar.gz HEAD &&
     do_it gcloud compute tpus tpu-vm scp /tmp/vit_at.tar.gz "$name": --zone="$zone" --worker=all &&
     on_all "mkdir -p vit_at && tar xzf vit_at.tar.gz -C vit_at && python3 -m venv venv &&
-    venv/bin/pip install -q 'jax[tpu]' -e './vit_at[hub,gcs]'"
+    venv/bin/pip install -q 'jax[tpu]' -e './vit_at[hub,gcs]'" &&
+    if [ -n "${DATA_BUCKET:-}" ]; then
+      on_all "mkdir -p data && gcsfuse --implicit-dirs -o ro $DATA_BUCKET data"
+    fi
 }
 
 run() { # the exit status of the run, as its process 0 gives it
@@ -73,5 +77,5 @@ all() {
 case ${1:-} in
   create | setup | delete) "$1" ;;
   run | all) "$@" ;;
-  *) sed -n '2,11s/^# \{0,1\}//p' "$0" && exit 2 ;;
+  *) sed -n '2,12s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

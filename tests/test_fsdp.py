@@ -9,7 +9,7 @@ import runs
 from etils import epath
 from jax.sharding import PartitionSpec
 
-from vit_at import sharding
+from vit_at import scaling, sharding
 from vit_at.checkpoint import Checkpoints
 from vit_at.setup import initial_state
 from vit_at.train_step import TrainState
@@ -101,3 +101,18 @@ def test_a_checkpoint_is_restored_on_another_number_of_devices(tmp_path, before,
         for ours, given, wanted in zip(*map(jax.tree.leaves, (restored, state, host)), strict=True):
             assert ours.sharding == given.sharding
             np.testing.assert_array_equal(ours, wanted)
+
+
+@pytest.mark.parametrize("kind", ["replicated", "fsdp"])
+def test_the_compiled_step_sends_what_the_formula_says(both, kind):
+    """Results of collectives, each once: a gradient's is run for each micro-batch."""
+    _, state, step = both[kind]
+    sent = scaling.collective_bytes(step.as_text())
+    whole = scaling.FLOAT32 * sum(x.size for x in jax.tree.leaves(state.params))
+    split = sum(
+        x.nbytes for x in jax.tree.leaves(both["fsdp"][1].params) if not x.is_fully_replicated
+    )
+    reduced = sent["all-reduce"] + 4 * sent.get("reduce-scatter", 0)
+    assert whole <= reduced < 1.02 * whole + 200  # 200: metrics and the gradient's norm
+    gathered = sent.get("all-gather", 0)
+    assert gathered == (0 if kind == "replicated" else split)

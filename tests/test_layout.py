@@ -40,6 +40,7 @@ ORDER = [
     ["export", "autoattack_evaluation"],
     ["sweep"],
     ["evaluate"],
+    ["scaling"],
     ["setup"],
     ["train"],
     ["main"],

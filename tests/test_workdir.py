@@ -1,19 +1,29 @@
 """Work directories: used by one process at a time, and a sentence where they can't be written."""
 
+import json
 import os
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+from unittest import mock
 
+import numpy as np
 import pytest
 import runs
+import tensorboardX
 from etils import epath
+from etils.epath.backend import fsspec_backend
+from fsspec.implementations.local import LocalFileSystem
 
+from vit_at import metrics
+from vit_at.attacks import Threat
 from vit_at.config import UserError
+from vit_at.results import Attack, Results, record
+from vit_at.setup import resolve
 from vit_at.train import train
-from vit_at.workdir import locked
+from vit_at.workdir import locked, read_config, write_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOLD = """
@@ -81,3 +91,49 @@ def test_a_read_only_work_directory_is_one_sentence(read_only):
         train(runs.smoke(**runs.QUICK), read_only / "run")
     assert "could not be written, as it may not be written: choose another" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# --- Object stores: a stand-in, as no bucket is at hand ---------------------------------------
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """gs://bucket, kept below tmp_path; as of an object, nothing can be appended to a file."""
+
+    class Bucket(LocalFileSystem):
+        cachable = False
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(str(path).replace("gs:/", str(tmp_path)).rstrip("/"))
+
+        def open(self, path, mode="rb", **options):
+            assert "a" not in mode
+            return super().open(path, mode, **options)
+
+    store = Bucket(auto_mkdir=True)
+    monkeypatch.setattr(type(fsspec_backend), "fs", lambda self, path: store)
+    monkeypatch.setattr(tensorboardX, "SummaryWriter", mock.MagicMock())
+    return epath.Path("gs://bucket/run")
+
+
+def test_files_of_a_run_work_in_an_object_store(bucket, tmp_path):
+    config = resolve(runs.smoke(**runs.QUICK))
+    write_config(bucket, config)
+    assert read_config(bucket).to_dict() == config.to_dict()
+    with locked(bucket, "training"), locked(bucket, "training"):  # there are no locks
+        pass
+    for first in (0, 2):
+        writer = metrics.Writer(bucket, resumed_step=first)
+        for step in range(first + 1, first + 4):
+            writer.write(step, {"loss": 1.0})
+        writer.close()
+    lines = (tmp_path / "bucket" / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+    examples, results = runs.examples(5), Results(bucket)
+    attack = Attack("clean", None, Threat("linf", 0.1, 0.1, 1))
+    about = {"examples": examples, "seed": 0, "weights": {"digest": "d"}}
+    entry = record(attack, np.ones(5, bool), **about)
+    for _ in range(2):
+        results.add(entry, np.ones(5, bool), examples)
+    assert Results(bucket).records == [entry]

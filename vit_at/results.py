@@ -7,6 +7,7 @@ per_example.npz   for each of them the images' places in their split, and which 
 import dataclasses
 import hashlib
 import importlib.metadata
+import io
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -110,10 +111,9 @@ class Results:
                 table = dict(archive)
         key = f"{entry['protocol']['weights']['digest']}/{examples.name}/{_short(entry)}"
         table |= {f"{key}/index": examples.indices, f"{key}/correct": correct}
-        partial = self._npz.parent / f".{self._npz.name}.partial"
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **table)
-        partial.replace(self._npz)
+        content = io.BytesIO()
+        np.savez_compressed(content, **table)
+        write_atomically(self._npz, content.getvalue())
         write_atomically(self._json, json.dumps(self.records, indent=2) + "\n")
 
 

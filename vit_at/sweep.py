@@ -96,6 +96,12 @@ def runs_of(recipe: str, root: epath.Path | None = None, flags: Sequence[str] = 
     return runs
 
 
+def load_recipe(recipe: str) -> ConfigDict:
+    """The configuration of 'FILE.py' or 'FILE.py:variants'; UserError where that fails."""
+    file, _, variants = recipe.partition(":")
+    return _config(_load(file), file, variants)
+
+
 def _load(file: str) -> Any:
     """The module of a recipe."""
     try:

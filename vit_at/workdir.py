@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,7 +81,7 @@ def locked(workdir: epath.Path, use: str) -> Iterator[None]:
     Raises:
       UserError: another process holds it; the sentence says which.
     """
-    if jax.process_index() or "://" in str(workdir):
+    if jax.process_index() or is_object(workdir):
         yield
         return
     with open(workdir / f".{use}.lock", "a+") as file:
@@ -149,6 +150,32 @@ def read_json(path: epath.Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from error
+
+
+def is_object(path: epath.Path) -> bool:
+    """Whether it lies in an object store, such as gs://, which knows no appending and no locks."""
+    return "://" in str(path)
+
+
+class Rewritten:
+    """A text file of an object store: kept in memory, and written whole now and then."""
+
+    def __init__(self, path: epath.Path, seconds: float = 30.0):
+        self._path, self._seconds, self._written = path, seconds, time.monotonic()
+        self._text = path.read_text() if path.exists() else ""
+
+    def write(self, text: str) -> None:
+        self._text += text
+
+    def flush(self) -> None:
+        """Writes it if that was last done ``seconds`` ago."""
+        if time.monotonic() - self._written >= self._seconds:
+            self.close()
+
+    def close(self) -> None:
+        """Writes it."""
+        self._path.write_text(self._text)
+        self._written = time.monotonic()
 
 
 def write_atomically(path: epath.Path, content: str | bytes) -> None:
