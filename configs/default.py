@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     model.mlp_ratio = 0.0
     model.qk_scale = 0.0  # of the attention logits; 0: head_dim ** -0.5
     model.drop_path = 0.0  # stochastic depth of the last block's attention; linear from 0
+    model.remat = False  # a gradient computes blocks again instead of keeping them: less memory
     model.pretrained = ""  # weights to start from; '': from scratch
     model.allow_few_tokens = False  # permit a patch that leaves fewer than 16 tokens
 

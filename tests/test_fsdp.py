@@ -9,8 +9,9 @@ import runs
 from etils import epath
 from jax.sharding import PartitionSpec
 
-from vit_at import scaling, sharding
+from vit_at import models, scaling, sharding
 from vit_at.checkpoint import Checkpoints
+from vit_at.models.build import build
 from vit_at.setup import initial_state
 from vit_at.train_step import TrainState
 
@@ -116,3 +117,36 @@ def test_the_compiled_step_sends_what_the_formula_says(both, kind):
     assert whole <= reduced < 1.02 * whole + 200  # 200: metrics and the gradient's norm
     gathered = sent.get("all-gather", 0)
     assert gathered == (0 if kind == "replicated" else split)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [
+        ("deit_tiny_patch16_224", 6),
+        pytest.param("convit_tiny", 12, marks=SLOW),
+        pytest.param("swin_tiny_patch4_window7_224", 12, marks=SLOW),
+    ],
+)
+def test_blocks_that_are_computed_again_give_the_same_gradient_in_less_memory(name, depth):
+    options = {"data__image_size": 32, "model__patch_size": 4, "model__embed_dim": 16}
+    config = runs.smoke(model__name=name, model__depth=depth, **options)
+    x = np.random.default_rng(0).normal(size=(8, 32, 32, 1)).astype(np.float32)
+    found = []
+    for remat in (False, True):
+        with config.unlocked():
+            config.model.remat = remat
+        model = build(config, 3, "float32")
+        params = models.init_params(model, jax.random.key(0))
+        keep = np.arange(model.num_blocks) % 2 == 0
+
+        def loss(params, model=model, keep=keep):
+            return (model.apply({"params": params}, x, keep, train=True) ** 2).sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        found.append((compiled(params), compiled.memory_analysis().temp_size_in_bytes))
+    (plain, memory), (again, less) = found
+    assert less < 0.8 * memory
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), again, plain)

@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from vit_at import metrics
 from vit_at.attacks import Threat
-from vit_at.config import UserError
+from vit_at.config import ADDED, UserError
 from vit_at.results import Attack, Results, record
 from vit_at.setup import resolve
 from vit_at.train import train
@@ -74,6 +74,19 @@ def test_a_second_run_in_a_work_directory_is_refused(tmp_path, holder):
     with pytest.raises(UserError, match="in use by another training"):
         train(runs.smoke(**runs.QUICK), epath.Path(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", ".training.lock"}
+
+
+def test_a_run_from_before_a_field_existed_goes_on(tmp_path):
+    config = resolve(runs.smoke(**runs.QUICK))
+    write_config(epath.Path(tmp_path), config)
+    path = tmp_path / "config.json"
+    old = json.loads(path.read_text())
+    for field in ADDED:
+        group, _, name = field.rpartition(".")
+        del (old[group] if group else old)[name]
+    path.write_text(json.dumps(old))
+    write_config(epath.Path(tmp_path), config)  # the same configuration still
+    assert read_config(epath.Path(tmp_path)).to_dict() == config.to_dict()
 
 
 @pytest.fixture

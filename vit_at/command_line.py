@@ -107,6 +107,8 @@ class _Plain(standard_logging.Formatter):
 
 def quiet_logging() -> None:
     """Shows our own messages, and other libraries' from warnings up."""
+    if not flags.FLAGS.is_parsed():  # by argparse instead; absl would warn of it
+        flags.FLAGS.mark_as_parsed()
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
     handler = logging.get_absl_handler()

@@ -104,7 +104,8 @@ def one_sentence_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        sentence = " ".join(str(error).splitlines())
+        sys.stderr.write(f"error: {sentence}\n")  # in one piece, if several processes say it
         sys.exit(2)
 
 
@@ -118,6 +119,22 @@ def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
 
     near = sorted((c for c in choices if likeness(c) > 0.5), key=likeness, reverse=True)
     return ", ".join(near[:count] or choices[:12])
+
+
+# Fields that a ``config.json`` may lack, as it was written before they existed, with the value that
+# means what runs did then.
+ADDED = {"sharding": "replicated", "model.remat": False, "checkpoint.every_steps": 0}
+
+
+def with_added(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the fields that it is too old to have."""
+    for field, value in ADDED.items():
+        *groups, name = field.split(".")
+        group = stored
+        for part in groups:
+            group = group.setdefault(part, {})
+        group.setdefault(name, value)
+    return stored
 
 
 def get(config: ConfigDict, field: str) -> Any:

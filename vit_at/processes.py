@@ -273,7 +273,9 @@ class Group:
         with self._leaving:  # the first reason is the one that counts
             for line in self._lines:
                 line.send(exit=status, text=text)
-            print(f"error: {text}" if status else text, file=sys.stderr, flush=True)
+            # In one piece, as the others write to the same terminal.
+            sys.stderr.write(f"error: {text}\n")
+            sys.stderr.flush()
             sys.stdout.flush()
             # Python's usual end would wait for the others.
             os._exit(status)

@@ -22,7 +22,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_at.command_line import field_names
-from vit_at.config import UserError, differences, nearest, validate
+from vit_at.config import UserError, differences, nearest, validate, with_added
 from vit_at.results import RESULTS_FILE
 from vit_at.workdir import CONFIG_FILE, read_json, write_atomically
 
@@ -60,7 +60,7 @@ class Run(NamedTuple):
         if not path.exists():
             return False
         stored = read_json(path)
-        changes = differences(stored, json.loads(json.dumps(self.config.to_dict())))
+        changes = differences(with_added(stored), json.loads(json.dumps(self.config.to_dict())))
         changed = {change.partition(" ")[0] for change in changes}
         wanted = {attack.strip() for attack in stored["eval"]["attacks"].split(",")}
         return changed <= self.free and wanted <= self.accuracies.keys()

@@ -110,7 +110,8 @@ def write_config(workdir: epath.Path, config: ConfigDict) -> None:
     """
     path, text = workdir / CONFIG_FILE, configuration.to_json(config)
     if path.exists():
-        changes = configuration.differences(read_json(path), json.loads(text))
+        stored = configuration.with_added(read_json(path))
+        changes = configuration.differences(stored, json.loads(text))
         if changes:
             raise UserError(
                 f"the work directory {workdir} holds a run of another configuration "
@@ -135,7 +136,7 @@ def read_config(workdir: epath.Path) -> ConfigDict:
 
 def as_config(values: dict[str, Any]) -> ConfigDict:
     """The locked configuration that JSON values were written from."""
-    return ConfigDict(_with_tuples(values)).lock()
+    return ConfigDict(_with_tuples(configuration.with_added(values))).lock()
 
 
 def _with_tuples(value: Any) -> Any:

@@ -40,8 +40,6 @@ def check_protocol(
     if queries < 1:
         raise UserError(f"queries is {queries}; it must be 1 or more")
     sharding.check_batch_size("batch_size", batch_size, mesh)
-    if jax.process_count() > 1:
-        raise UserError("AutoAttack runs in one process; start it on one host, with its devices")
 
 
 def check_shapes(images: Any, labels: Any) -> tuple[Any, np.ndarray]:

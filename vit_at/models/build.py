@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from vit_at import models
 from vit_at.config import check_tokens
 
-_ARCHITECTURE = ("embed_dim", "depth", "num_heads", "mlp_ratio", "qk_scale", "drop_path")
+_ARCHITECTURE = ("embed_dim", "depth", "num_heads", "mlp_ratio", "qk_scale", "drop_path", "remat")
 
 
 def build(config: ConfigDict, num_classes: int, dtype: str) -> nn.Module:

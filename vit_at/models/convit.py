@@ -98,6 +98,7 @@ class ConViT(nn.Module):
     in_channels: int = 3
     qk_scale: float = 0.0
     drop_path: float = 0.0
+    remat: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -155,13 +156,13 @@ class ConViT(nn.Module):
         keep = attn_grad_keep
         first, last = (None, None) if keep is None else (keep[:split], keep[split:])
         block = (self.mlp_ratio, self.norm_eps, self.dtype)
-        x, _ = layers.scan_blocks(layers.Block, split)(gpsa, *block, name="local_blocks")(
-            x, first, rates[:split], train
-        )
+        x, _ = layers.scan_blocks(layers.Block, split, self.remat)(
+            gpsa, *block, name="local_blocks"
+        )(x, first, rates[:split], train)
         cls_token = self.param("cls_token", init, (1, 1, d), weights)
         cls_token = jnp.broadcast_to(cls_token, (b, 1, d))
         x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1)
-        blocks = layers.scan_blocks(layers.Block, self.depth - split)
+        blocks = layers.scan_blocks(layers.Block, self.depth - split, self.remat)
         x, _ = blocks(attention, *block, name="blocks")(x, last, rates[split:], train)
         x = layers.layer_norm(self.norm_eps, weights, "norm")(x[:, 0])
         return layers.dense(self.num_classes, weights, name="head")(x)

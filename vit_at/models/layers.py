@@ -212,12 +212,17 @@ class Block(nn.Module):
         return x + Mlp(hidden_dim, self.dtype, name="mlp")(y), None
 
 
-def scan_blocks(block: type[nn.Module], length: int) -> Callable[..., nn.Module]:
+def scan_blocks(
+    block: type[nn.Module], length: int, remat: bool = False
+) -> Callable[..., nn.Module]:
     """``length`` equal blocks in a row, called as (x, keep, drop_rate, train) -> (x, None).
 
     Their parameters are stacked along axis 0, as are keep and drop_rate, with a row per block. The
-    program holds one block, so compile time does not grow with depth.
+    program holds one block, so compile time does not grow with depth. remat: a gradient keeps the
+    input of each block alone, and computes the block once more.
     """
+    if remat:
+        block = nn.remat(block, prevent_cse=False, static_argnums=(4,))
     return nn.scan(
         block,
         variable_axes={"params": 0},

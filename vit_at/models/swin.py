@@ -168,6 +168,7 @@ class SwinTransformer(nn.Module):
     in_channels: int = 3
     qk_scale: float = 0.0
     drop_path: float = 0.1
+    remat: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -239,7 +240,7 @@ class SwinTransformer(nn.Module):
                 x = Merging(self.norm_eps, self.dtype, name=f"layers_{i - 1}_downsample")(x)
             rows = slice(first, first + depth)
             keep = None if attn_grad_keep is None else attn_grad_keep[rows].reshape(-1, 2)
-            pairs = layers.scan_blocks(Pair, depth // 2)(
+            pairs = layers.scan_blocks(Pair, depth // 2, self.remat)(
                 self.num_heads * 2**i,
                 window,
                 shift,

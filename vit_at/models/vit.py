@@ -44,6 +44,7 @@ class VisionTransformer(nn.Module):
     in_channels: int = 3
     qk_scale: float = 0.0
     drop_path: float = 0.0
+    remat: bool = False
     dtype: str = "float32"
 
     @property
@@ -82,7 +83,7 @@ class VisionTransformer(nn.Module):
         attention = functools.partial(
             layers.Attention, self.num_heads, self.qkv_bias, self.qk_scale, self.dtype
         )
-        blocks = layers.scan_blocks(layers.Block, self.depth)(
+        blocks = layers.scan_blocks(layers.Block, self.depth, self.remat)(
             attention, self.mlp_ratio, self.norm_eps, self.dtype, name="blocks"
         )
         x, _ = blocks(x, attn_grad_keep, jnp.linspace(0.0, self.drop_path, self.depth), train)
