@@ -13,7 +13,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "vit_at"
 # From the top down; files of one line don't import each other.
 ORDER = [
     ["config", "__init__"],
-    ["processes", "command_line"],
+    ["meeting", "command_line"],
+    ["processes"],
     ["sharding", "workdir"],
     ["metrics", "data.backends", "data.augment", "data.__init__"],
     ["data.sources", "prepare"],

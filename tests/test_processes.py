@@ -16,7 +16,7 @@ import pytest
 import runs
 from etils import epath
 
-from vit_at import processes
+from vit_at import meeting, processes
 from vit_at.config import UserError
 from vit_at.train import train
 
@@ -41,7 +41,7 @@ def meet(count: int, who, seconds: float = 20.0, claims=None):
     def come(process):
         believed = (claims or {}).get(process, count)
         try:
-            found[process] = processes._meet("127.0.0.1", port, believed, process, seconds)
+            found[process] = meeting.meet("127.0.0.1", port, believed, process, seconds)
         except UserError as error:
             found[process] = str(error)
 
@@ -87,7 +87,7 @@ def test_a_port_in_use_is_named():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"process 0 can't listen on port {port}"):
-            processes._meet("127.0.0.1", port, 2, 0, 1)
+            meeting.meet("127.0.0.1", port, 2, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -126,10 +126,10 @@ def test_slurm_is_recognised(monkeypatch):
 
 STAND_IN = """
 import os, sys, time
-from vit_at import processes
+from vit_at import meeting, processes
 from vit_at.config import UserError
 port, process, deed = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-lines = processes._meet("127.0.0.1", port, 2, process, 20)
+lines = meeting.meet("127.0.0.1", port, 2, process, 20)
 processes._group = processes.Group(process, 2, lines)
 with processes.together():
     if process == 1:

@@ -155,6 +155,7 @@ class Evaluator:
                 progress=progress,
             )
             return correct
+        params = sharding.replicate(params, self._mesh)
         total = -(-len(self._examples) // batch_size)
         bar = Progress(total, 0, "batch") if progress else None
         correct, seen = np.zeros(len(self._examples), bool), 0
