@@ -14,6 +14,7 @@ it. The table lies in the root of the runs, as table.md and table.json.
 """
 
 import argparse
+import os
 import pathlib
 import shlex
 import signal
@@ -100,8 +101,12 @@ class Pool:
             run.workdir.parent.mkdir(parents=True, exist_ok=True)
             said = open(f"{run.workdir}.log", "w")  # noqa: SIM115 - the process keeps it
         command = _command(run, self._options)
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path}
         # A session of its own: ctrl-C then reaches it once, through _end.
-        return subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, start_new_session=True)
+        return subprocess.Popen(
+            command, env=environment, stdout=said, stderr=said, start_new_session=True
+        )
 
     def _wait(self, most: int) -> None:
         """Returns once at most so many are running."""
