@@ -74,10 +74,11 @@ class Campaign:
     def run(self, times: int, seconds: float) -> dict[str, int]:
         """Signals so often, at moments up to ``seconds`` after the start."""
         while self.counts["signals"] < times:
-            self._once(seconds, in_writing=self.counts["signals"] % 3 == 2)
+            self.once(seconds, in_writing=self.counts["signals"] % 3 == 2)
         return self.counts
 
-    def _once(self, seconds: float, in_writing: bool) -> None:
+    def once(self, seconds: float, in_writing: bool) -> None:
+        """One start, ended at a random moment or in the next write of a checkpoint."""
         process = subprocess.Popen(
             self._command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
         )
@@ -137,23 +138,30 @@ def assert_same_outcomes(workdir, reference, pattern):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """(work directory, seconds of a start with compiled programs at hand)."""
-    root = tmp_path_factory.mktemp("runs")
-    to_the_end(training(root / "first"))  # fills the cache of compiled programs
-    return root / "second", to_the_end(training(root / "second"))
+    """A work directory; the run also fills the cache of compiled programs."""
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    to_the_end(training(workdir))
+    return workdir
 
 
 def disturb(undisturbed, workdir, number, times, allowed):
-    reference, seconds = undisturbed
+    seconds = to_the_end(training(workdir.parent / "again"))
     counts = Campaign(training(workdir), workdir, number, allowed).run(times, 1.1 * seconds)
     to_the_end(training(workdir))
-    assert_same_training(workdir, reference)
+    assert_same_training(workdir, undisturbed)
     print(f"\n{signal.Signals(number).name} in training: {counts}")
 
 
 def test_killed_while_it_writes_checkpoints_a_run_loses_nothing(undisturbed, tmp_path):
-    """The campaign in small: three times, one of them in a write."""
-    disturb(undisturbed, tmp_path / "run", signal.SIGKILL, 3, {-signal.SIGKILL})
+    """The campaign in small: once where half of the run may be done, once in a write."""
+    workdir = tmp_path / "run"
+    campaign = Campaign(training(workdir), workdir, signal.SIGKILL, {-signal.SIGKILL})
+    for in_writing in (True, False):
+        campaign.once(60.0 if in_writing else 5.0, in_writing)
+    assert campaign.counts["signals"] == 2
+    assert campaign.counts["while writing a checkpoint"] >= 1
+    to_the_end(training(workdir))
+    assert_same_training(workdir, undisturbed)
 
 
 @pytest.mark.slow
@@ -169,9 +177,8 @@ def test_sigterm_at_twenty_moments_of_training(undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_kill_9_at_twenty_moments_of_autoattack(undisturbed, tmp_path):
-    trained, _ = undisturbed
     for name in ("warm", "reference", "run"):
-        shutil.copytree(trained, tmp_path / name)
+        shutil.copytree(undisturbed, tmp_path / name)
     to_the_end(evaluation(tmp_path / "warm"))
     seconds = to_the_end(evaluation(tmp_path / "reference"))
     campaign = Campaign(

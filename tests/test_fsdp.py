@@ -125,7 +125,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "depth"),
     [
-        ("deit_tiny_patch16_224", 6),
+        ("deit_tiny_patch16_224", 4),
         pytest.param("convit_tiny", 12, marks=SLOW),
         pytest.param("swin_tiny_patch4_window7_224", 12, marks=SLOW),
     ],
