@@ -4,8 +4,8 @@
 #     launch/slurm.sh [--dry_run] --config=configs/imagenet_vit_b.py --workdir=DIR ...
 #     SBATCH="--array=0-8" launch/slurm.sh [--dry_run] configs/digits_sgd.py [-- FLAGS...]
 #
-# Submits itself. SBATCH: more flags of sbatch, such as "--nodes=4 --gpus-per-node=8 --time=8:00:00".
-# One process a GPU, which JAX arranges from Slurm's variables. An interrupted job (preempted, out of
+# Submits itself. SBATCH: more flags of sbatch, such as "--nodes=4 --ntasks-per-node=8
+# --gpus-per-node=8 --time=8:00:00": one process a GPU, which JAX arranges from Slurm's variables. An interrupted job (preempted, out of
 # time, a node lost) is queued again and goes on from its last checkpoint.
 #SBATCH --job-name=vit_at
 #SBATCH --requeue

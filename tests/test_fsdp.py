@@ -145,7 +145,8 @@ def test_blocks_that_are_computed_again_give_the_same_gradient_in_less_memory(na
         def loss(params, model=model, keep=keep):
             return (model.apply({"params": params}, x, keep, train=True) ** 2).sum()
 
-        compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+        lowered = jax.jit(jax.grad(loss)).lower(params)
+        compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
         found.append((compiled(params), compiled.memory_analysis().temp_size_in_bytes))
     (plain, memory), (again, less) = found
     assert less < 0.8 * memory

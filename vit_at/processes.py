@@ -79,6 +79,7 @@ def start(
         num_processes,
         process_id,
         local_device_ids,
+        cluster_detection_method="deactivate",  # all has been found out
         initialization_timeout=seconds,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
