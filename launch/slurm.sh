@@ -5,8 +5,9 @@
 #     SBATCH="--array=0-8" launch/slurm.sh [--dry_run] configs/digits_sgd.py [-- FLAGS...]
 #
 # Submits itself. SBATCH: more flags of sbatch, such as "--nodes=4 --ntasks-per-node=8
-# --gpus-per-node=8 --time=8:00:00": one process a GPU, which JAX arranges from Slurm's variables. An interrupted job (preempted, out of
-# time, a node lost) is queued again and goes on from its last checkpoint.
+# --gpus-per-node=8 --time=8:00:00": one process a GPU, which JAX arranges from Slurm's variables.
+# An interrupted job (preempted, out of time, a node lost) is queued again and goes on from its last
+# checkpoint.
 #SBATCH --job-name=vit_at
 #SBATCH --requeue
 #SBATCH --open-mode=append
