@@ -7,15 +7,21 @@ from vit_at import scaling
 from vit_at.config import UserError
 
 HLO = """
+%body (p: f32[10,4]) -> f32[10,4] {
   %all-reduce.1 = f32[10,4]{1,0} all-reduce(f32[10,4]{1,0} %a), channel_id=1
-  %all-reduce.2 = (f32[], bf16[3]{0}) all-reduce(f32[] %b, bf16[3]{0} %c), to_apply=%add
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %all-reduce.2 = (f32[], /*index=1*/bf16[3]{0}) all-reduce(f32[] %b, bf16[3]{0} %c), to_apply=%add
+  %while.1 = (f32[2]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   ROOT %all-gather.7 = f32[8]{0} all-gather(f32[2]{0} %d), dimensions={0}
   %add.1 = f32[8]{0} add(f32[8]{0} %all-reduce.1, f32[8]{0} %all-gather.7)
-"""
+}
+"""  # noqa: E501
 
 
-def test_collectives_are_counted_by_their_results():
-    assert scaling.collective_bytes(HLO) == {"all-reduce": 160 + 4 + 6, "all-gather": 32}
+def test_collectives_are_counted_by_their_results_and_loops():
+    assert scaling.collective_bytes(HLO) == {"all-reduce": 3 * 160 + 4 + 6, "all-gather": 32}
 
 
 def test_imagenets_cost_is_that_counted_by_hand():
