@@ -79,7 +79,8 @@ def _run(
     if int(state.step) < setup.total_steps:
         loop = Loop(setup, compile_step(setup, optimizer), checkpoints, workdir, values["best"])
         state = loop.run(state)
-    processes.end_on_sigterm()  # nothing is lost from here on
+    if jax.process_count() > 1:  # JAX's service, which took SIGTERM, has done its part
+        processes.end_on_sigterm()
     params, weights = _tested_weights(setup, state, checkpoints)
     checkpoints.close()
     return _final_evaluation(setup, params, weights, workdir)
