@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_at.config import UserError
-from vit_at.models import layers
+from vit_at.models import layers, ops
 
 _CONVIT = {"depth": 12, "mlp_ratio": 4.0, "norm_eps": 1e-6, "patch_size": 16}
 
@@ -77,7 +77,7 @@ class GatedPositionalAttention(nn.Module):
         position = jnp.moveaxis(to_heads(relative_positions(n, weights)), -1, 0)  # [h, n, n]
         gate = self.param("gating_param", nn.initializers.ones, (heads,), weights)
         gate = jax.nn.sigmoid(gate)[:, None, None]
-        attention = (1 - gate) * jax.nn.softmax(content) + gate * jax.nn.softmax(position)
+        attention = (1 - gate) * ops.softmax(content) + gate * ops.softmax(position)
         out = jnp.einsum(
             "bhqk,bkhc->bqhc", attention.astype(self.dtype), v.reshape(b, n, heads, -1)
         )
@@ -139,6 +139,7 @@ class ConViT(nn.Module):
         attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
         train: stochastic depth, if an rng 'drop_path' is given.
         """
+        train = train and self.drop_path > 0
         b, d, split = images.shape[0], self.embed_dim, self.local_blocks
         weights = layers.param_dtype(self.dtype)
         init = layers.EMBEDDING_INIT
@@ -164,8 +165,14 @@ class ConViT(nn.Module):
         x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1)
         blocks = layers.scan_blocks(layers.Block, self.depth - split, self.remat)
         x, _ = blocks(attention, *block, name="blocks")(x, last, rates[split:], train)
-        x = layers.layer_norm(self.norm_eps, weights, "norm")(x[:, 0])
+        x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x[:, 0])
         return layers.dense(self.num_classes, weights, name="head")(x)
+
+    def attention_flops(self) -> float:
+        """The part of ``forward_flops`` that is products of two activations."""
+        n, split = self.num_tokens, self.local_blocks
+        total = split * 2 * n * n + (self.depth - split) * 2 * (n + 1) ** 2
+        return 2.0 * total * self.embed_dim
 
     def forward_flops(self) -> float:
         """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""

@@ -1,6 +1,7 @@
 """The parts of a vision transformer, and the gate that ARD needs.
 
 PatchEmbed     images -> patch tokens
+LayerNorm      with float32 statistics
 Attention      multi-head self-attention over all tokens
 Mlp            the two-layer perceptron of a block
 Block          x + attention(norm(x)), then x + mlp(norm(x)), with any attention
@@ -20,6 +21,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from vit_at.models import ops
 
 # As the original ViT. timm's truncated normal of 0.02 does not know the width, and narrow models
 # trained from scratch with SGD then hardly learn.
@@ -72,31 +75,36 @@ def dense(features: int, dtype: str, *, use_bias: bool = True, name: str | None 
     )
 
 
-def layer_norm(epsilon: float, dtype: str, name: str) -> nn.LayerNorm:
-    """LayerNorm with float32 statistics, in the two-pass form that PyTorch uses."""
-    return nn.LayerNorm(
-        epsilon=epsilon,
-        dtype=dtype,
-        param_dtype=param_dtype(dtype),
-        use_fast_variance=False,
-        name=name,
-    )
+class LayerNorm(nn.Module):
+    """LayerNorm over the last axis, with float32 statistics; its result is of ``dtype``."""
+
+    epsilon: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape, weights = (x.shape[-1],), param_dtype(self.dtype)
+        scale = self.param("scale", nn.initializers.ones, shape, weights)
+        bias = self.param("bias", nn.initializers.zeros, shape, weights)
+        return ops.layer_norm(x.astype(self.dtype), scale, bias, self.epsilon)
 
 
-def dot_product_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, bias: jax.Array | None = None
-) -> jax.Array:
-    """softmax(scale * q k + bias) v for q, k, v [b, n, h, head_dim], bias [..., h, n, n].
+def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+    """softmax(scale * q k) v for q, k, v [b, n, h, head_dim].
 
     The softmax is in float32 at least. (jax.nn's own is in float32 always, too coarse for the
     float64 checks.)
     """
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = param_dtype(q.dtype)
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide) * scale
-    if bias is not None:
-        logits = logits + bias.astype(wide)
-    weights = jax.nn.softmax(logits).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    return jnp.einsum("bhqk,bkhd->bqhd", ops.softmax(logits).astype(v.dtype), v)
+
+
+def head_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+    """The same of one head, for q, k, v [b, n, head_dim]."""
+    wide = param_dtype(q.dtype)
+    logits = jnp.einsum("bqd,bkd->bqk", q, k, preferred_element_type=wide) * scale
+    return jnp.einsum("bqk,bkd->bqd", ops.softmax(logits).astype(v.dtype), v)
 
 
 class Attention(nn.Module):
@@ -112,10 +120,15 @@ class Attention(nn.Module):
         b, n, d = x.shape
         head_dim = d // self.num_heads
         qkv = dense(3 * d, self.dtype, use_bias=self.qkv_bias, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.num_heads, head_dim), 2, 0)
         scale = self.qk_scale or head_dim**-0.5
-        out = dot_product_attention(q, k, v, scale)
-        return dense(d, self.dtype, name="proj")(out.reshape(b, n, d))
+        if jax.default_backend() == "cpu":  # slices, where all heads at once are transpositions
+            parts = (jnp.split(part, self.num_heads, -1) for part in jnp.split(qkv, 3, -1))
+            heads = [head_attention(*qkv, scale) for qkv in zip(*parts, strict=True)]
+            out = jnp.concatenate(heads, -1)
+        else:
+            q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.num_heads, head_dim), 2, 0)
+            out = dot_product_attention(q, k, v, scale).reshape(b, n, d)
+        return dense(d, self.dtype, name="proj")(out)
 
 
 class Mlp(nn.Module):
@@ -128,7 +141,7 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         d = x.shape[-1]
         x = dense(self.hidden_dim, self.dtype, name="fc1")(x)
-        x = jax.nn.gelu(x, approximate=False)
+        x = ops.gelu(x)
         return dense(d, self.dtype, name="fc2")(x)
 
 
@@ -155,7 +168,12 @@ def gate_gradient(
 
 
 def _gate_forward(branch, params, x, keep):
-    out, vjp = jax.vjp(branch, params, x)
+    differentiated = any(leaf.perturbed for leaf in jax.tree.leaves(params))
+    params, x, keep = jax.tree.map(lambda leaf: leaf.value, (params, x, keep))
+    if differentiated:
+        out, vjp = jax.vjp(branch, params, x)
+    else:  # an attack: what lax.cond returned would be computed even if nobody used it
+        out, vjp = jax.vjp(functools.partial(branch, params), x)
     return out, (vjp, keep)
 
 
@@ -163,11 +181,11 @@ def _gate_backward(branch, residuals, cotangent):
     del branch
     vjp, keep = residuals
     blocked = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(vjp, cotangent))
-    grads = lax.cond(keep, vjp, lambda _: blocked, cotangent)
-    return (*grads, None)
+    *to_params, to_x = lax.cond(keep, vjp, lambda _: blocked, cotangent)
+    return (to_params[0] if to_params else None, to_x, None)
 
 
-gate_gradient.defvjp(_gate_forward, _gate_backward)
+gate_gradient.defvjp(_gate_forward, _gate_backward, symbolic_zeros=True)
 
 
 def attention_branch(
@@ -202,13 +220,13 @@ class Block(nn.Module):
         self, x: jax.Array, keep: jax.Array | None, drop_rate: jax.Array, train: bool
     ) -> tuple[jax.Array, None]:
         """x [b, n, d]; keep, drop_rate: this block's scalars. Stochastic depth: attention only."""
-        norm1 = layer_norm(self.norm_eps, self.dtype, "norm1")
+        norm1 = LayerNorm(self.norm_eps, self.dtype, name="norm1")
         a = attention_branch(norm1, self.attention(name="attn"), x, keep)
         if train and self.has_rng("drop_path"):
             a = drop_path(self.make_rng("drop_path"), a, drop_rate)
         x = x + a
         hidden_dim = int(x.shape[-1] * self.mlp_ratio)
-        y = layer_norm(self.norm_eps, self.dtype, "norm2")(x)
+        y = LayerNorm(self.norm_eps, self.dtype, name="norm2")(x)
         return x + Mlp(hidden_dim, self.dtype, name="mlp")(y), None
 
 

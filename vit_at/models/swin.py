@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_at.config import UserError
-from vit_at.models import layers
+from vit_at.models import layers, ops
 
 _SWIN = {"mlp_ratio": 4.0, "norm_eps": 1e-5, "patch_size": 4, "window_size": 7, "drop_path": 0.1}
 _BASE = dict(_SWIN, embed_dim=128, depth=24, num_heads=4)
@@ -108,7 +108,7 @@ class WindowAttention(nn.Module):
             bias = bias + jnp.asarray(mask, weights)[:, None]
         scale = self.qk_scale or (d // heads) ** -0.5
         logits = jnp.einsum("bwqhc,bwkhc->bwhqk", q, k, preferred_element_type=weights)
-        attention = jax.nn.softmax(logits * scale + bias).astype(self.dtype)
+        attention = ops.softmax(logits * scale + bias).astype(self.dtype)
         return jnp.einsum("bwhqk,bwkhc->bwqhc", attention, v).reshape(b, w, n, d)
 
 
@@ -149,7 +149,7 @@ class Merging(nn.Module):
         b, n, d = x.shape
         half = round(n**0.5) // 2
         x = x.reshape(b, half, 2, half, 2, d).transpose(0, 1, 3, 4, 2, 5).reshape(b, -1, 4 * d)
-        x = layers.layer_norm(self.norm_eps, self.dtype, "norm")(x)
+        x = layers.LayerNorm(self.norm_eps, self.dtype, name="norm")(x)
         return layers.dense(2 * d, self.dtype, use_bias=False, name="reduction")(x)
 
 
@@ -226,11 +226,12 @@ class SwinTransformer(nn.Module):
         attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
         train: stochastic depth, if an rng 'drop_path' is given.
         """
+        train = train and self.drop_path > 0
         weights = layers.param_dtype(self.dtype)
         x = layers.PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")(
             images
         )
-        x = layers.layer_norm(self.norm_eps, self.dtype, "patch_norm")(x)
+        x = layers.LayerNorm(self.norm_eps, self.dtype, name="patch_norm")(x)
         rates = jnp.linspace(0.0, self.drop_path, self.depth)
         first = 0
         for i, (depth, (_, window, shift)) in enumerate(
@@ -252,8 +253,17 @@ class SwinTransformer(nn.Module):
             )
             x, _ = pairs(x, keep, rates[rows].reshape(-1, 2), train)
             first += depth
-        x = layers.layer_norm(self.norm_eps, weights, "norm")(x).mean(axis=1)
+        x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x).mean(axis=1)
         return layers.dense(self.num_classes, weights, name="head")(x)
+
+    def attention_flops(self) -> float:
+        """The part of ``forward_flops`` that is products of two activations."""
+        total, d = 0.0, self.embed_dim
+        for i, (depth, (side, window, _)) in enumerate(
+            zip(self.depths, self.stage_windows(), strict=True)
+        ):
+            total += depth * (side + -side % window) ** 2 * 2 * window**2 * d * 2**i
+        return 2.0 * total
 
     def forward_flops(self) -> float:
         """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""

@@ -71,6 +71,7 @@ class VisionTransformer(nn.Module):
         attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
         train: stochastic depth, if an rng 'drop_path' is given.
         """
+        train = train and self.drop_path > 0
         b, d = images.shape[0], self.embed_dim
         weights = layers.param_dtype(self.dtype)
         init = layers.EMBEDDING_INIT
@@ -87,8 +88,13 @@ class VisionTransformer(nn.Module):
             attention, self.mlp_ratio, self.norm_eps, self.dtype, name="blocks"
         )
         x, _ = blocks(x, attn_grad_keep, jnp.linspace(0.0, self.drop_path, self.depth), train)
-        x = layers.layer_norm(self.norm_eps, weights, "norm")(x[:, 0])
+        x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x[:, 0])
         return layers.dense(self.num_classes, weights, name="head")(x)
+
+    def attention_flops(self) -> float:
+        """The part of ``forward_flops`` that is products of two activations."""
+        n = 1 + self.num_tokens
+        return 2.0 * self.depth * 2 * n * n * self.embed_dim
 
     def forward_flops(self) -> float:
         """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""

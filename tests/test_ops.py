@@ -1,0 +1,73 @@
+"""The written-out gradients against automatic differentiation of the textbook formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_at.models import ops
+
+KEYS = jax.random.split(jax.random.key(0), 3)
+
+
+def textbook_layer_norm(x, scale, bias):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+
+
+CASES = {
+    "gelu": (ops.gelu, lambda x: x * jax.scipy.stats.norm.cdf(x), 1),
+    "layer_norm": (
+        lambda x, scale, bias: ops.layer_norm(x, scale, bias, 1e-5),
+        textbook_layer_norm,
+        3,
+    ),
+    "softmax": (ops.softmax, lambda x: jnp.exp(x) / jnp.exp(x).sum(-1, keepdims=True), 1),
+}
+
+
+def arguments(count, dtype):
+    shapes = ((2, 5, 7), (7,), (7,))[:count]
+    return [
+        3 * jax.random.normal(key, shape, dtype) for key, shape in zip(KEYS, shapes, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_the_formulas_in_float64(name):
+    ours, textbook, count = CASES[name]
+    with jax.enable_x64(True):
+        given = arguments(count, "float64")
+        expected, expected_vjp = jax.vjp(textbook, *given)
+        value, vjp = jax.vjp(ours, *given)
+        np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(ours(*given), expected, rtol=1e-12, atol=1e-13)
+        cotangent = jnp.cos(jnp.arange(value.size)).reshape(value.shape)
+        for a, b in zip(vjp(cotangent), expected_vjp(cotangent), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_is_rounded_once(name):
+    """What comes out is the float32 result, rounded: no intermediate value was."""
+    ours, _, count = CASES[name]
+    x, *rest = arguments(count, "float32")
+    x = x.astype("bfloat16")
+    value, vjp = jax.vjp(lambda x: ours(x, *rest), x)
+    exact, exact_vjp = jax.vjp(lambda x: ours(x, *rest), x.astype("float32"))
+    assert value.dtype == jnp.bfloat16
+    np.testing.assert_allclose(value.astype("float32"), exact, rtol=2**-7, atol=1e-6)
+    cotangent = jnp.cos(jnp.arange(value.size)).reshape(value.shape).astype("bfloat16")
+    (gradient,), (exact_gradient,) = vjp(cotangent), exact_vjp(cotangent.astype("float32"))
+    assert gradient.dtype == jnp.bfloat16
+    scale = np.abs(exact_gradient).max()
+    np.testing.assert_allclose(gradient.astype("float32"), exact_gradient, atol=0.02 * scale)
+
+
+def test_large_logits_and_a_far_tail_stay_finite():
+    logits = jnp.array([1e4, 1e4, -1e4])
+    np.testing.assert_allclose(ops.softmax(logits), [0.5, 0.5, 0])
+    x = jnp.array([-1e4, -20.0, 0.0, 20.0, 1e4])
+    np.testing.assert_allclose(ops.gelu(x), [0, 0, 0, 20, 1e4])
+    np.testing.assert_allclose(jax.vmap(jax.grad(ops.gelu))(x), [0, 0, 0.5, 1, 1])
