@@ -12,13 +12,14 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "vit_at"
 
 # From the top down; files of one line don't import each other.
 ORDER = [
-    ["config", "__init__"],
+    ["config", "runtime", "__init__"],
     ["meeting", "command_line"],
     ["processes"],
     ["sharding", "workdir"],
     ["metrics", "data.backends", "data.augment", "data.__init__"],
     ["data.sources", "prepare"],
     ["data.pipeline"],
+    ["models.ops"],
     ["models.layers"],
     ["models.vit", "models.convit", "models.swin"],
     ["models.__init__"],

@@ -21,7 +21,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_at import models, processes, sharding
+from vit_at import models, processes, runtime, sharding
 from vit_at.attacks import Threat, methods, pgd_attack
 from vit_at.attacks.threat import random_start
 from vit_at.autoattack_evaluation import evaluate_autoattack
@@ -305,6 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status, 2 for a mistake of the user's."""
     quiet_logging()
     options = _parse_arguments(arguments)
+    shares = max(1, options.num_processes)
+    runtime.set_up(*([options.batch_size // shares] if options.batch_size else []))
     with one_sentence_errors():
         processes.start(options.coordinator, options.num_processes, options.process_id)
         processes.end_on_sigterm()

@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from vit_at import command_line, processes
+from vit_at import command_line, processes, runtime
 from vit_at.config import one_sentence_errors
 from vit_at.results import table
 from vit_at.train import Diverged, Interrupted, train
@@ -21,7 +21,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the recipe, a
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept; default runs/<config name>.")
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
-    os.path.join("~", ".cache", "vit_at"),
+    runtime.CACHE,
     "Directory that keeps compiled programs for the next start; '': none.",
 )
 _COORDINATOR = flags.DEFINE_string(
@@ -39,8 +39,9 @@ def main(arguments: Sequence[str]) -> int:
     """Runs; see docs/reliability.md for the exit status."""
     del arguments
     command_line.quiet_logging()
-    if _CACHE.value:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(_CACHE.value))
+    config, shares = _CONFIG.value, max(1, _NUM_PROCESSES.value)
+    micro_batch = config.batch_size // (shares * max(1, config.accumulate_steps))
+    runtime.set_up(micro_batch, config.eval.batch_size // shares, cache=_CACHE.value)
     with one_sentence_errors():
         processes.start(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, seconds=_WAIT.value
