@@ -27,6 +27,7 @@ from vit_at.data import augment
 from vit_at.optim import learning_rate
 
 Array = jax.Array
+CPU_IMAGES_AT_A_TIME = range(4, 9)  # docs/performance.md
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -113,12 +114,30 @@ def perturb(
 ) -> Array:
     """The adversarial images that ``objective`` trains on, in [0, 1].
 
-    A plain per-device function: images, targets and draws.delta are any shard of a batch.
+    A plain per-device function: images, targets and draws.delta are any shard of a batch. On a CPU
+    a few images are attacked at a time, so that what a step computes stays in a core's cache.
     """
     if objective == "natural":
         return images
-    loss = objectives.attack_loss(objective, apply, params, images, targets)
-    return pgd.training_attack(loss, images, draws.delta, draws.attn_keep, draws.patch_keep, threat)
+
+    def attack(shard):
+        images, targets, delta = shard
+        loss = objectives.attack_loss(objective, apply, params, images, targets)
+        return pgd.training_attack(loss, images, delta, draws.attn_keep, draws.patch_keep, threat)
+
+    shard, count = (images, targets, draws.delta), images.shape[0]
+    few = _few(count)
+    if few == count:
+        return attack(shard)
+    parts = jax.tree.map(lambda x: x.reshape(count // few, few, *x.shape[1:]), shard)
+    return jax.lax.map(attack, parts).reshape(images.shape)
+
+
+def _few(count: int) -> int:
+    """How many of ``count`` images are attacked at a time: a divisor of it."""
+    if jax.default_backend() != "cpu":
+        return count
+    return max((n for n in CPU_IMAGES_AT_A_TIME if count % n == 0), default=count)
 
 
 def train_step(

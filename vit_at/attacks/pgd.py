@@ -101,6 +101,9 @@ def pgd_attack(
         starts = [random_start(k, images.shape, threat) for k in jax.random.split(key, restarts)]
         init = jnp.stack(starts)
     attack = functools.partial(_one_restart, logits_fn, images, labels, threat, loss)
+    if len(init) == 1:  # nothing to choose among: XLA drops the pass that computes the score
+        delta, _ = attack(init[0].astype(images.dtype))
+        return into_unit_range(images + delta)
 
     def restart(best, start):
         best_delta, best_score = best
