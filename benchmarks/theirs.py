@@ -1,0 +1,189 @@
+"""The same step in plain PyTorch on timm's model, as its users write it.
+
+eager      float32, as the authors' code does it: the clean pass of TRADES is computed anew in each
+           attack step and twice in the update, ARD multiplies gradients by 0 or 1
+compiled   torch.compile and bfloat16 autocast, as a strong user would: TRADES' clean pass once, the
+           rest alike
+
+Both differentiate the attack with respect to the perturbation alone (``torch.autograd.grad``), use
+timm's fused attention, and keep batches on the device. On a GPU, eager float32 multiplies in
+float32 proper (PyTorch's default), not in TF32.
+"""
+
+import timm
+import torch
+import torch.nn.functional as F
+from common import CLASSES, EPS, STEP_SIZE, Case, Contestant
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+BETA = 6.0
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class _Gate(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a scalar."""
+
+    @staticmethod
+    def forward(ctx, x, keep):
+        ctx.save_for_backward(keep)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (keep,) = ctx.saved_tensors
+        return gradient * keep, None
+
+
+class Classifier(torch.nn.Module):
+    """Pixels to logits; ``keep`` [blocks] scales the gradient through each attention."""
+
+    def __init__(self, case: Case):
+        super().__init__()
+        options = {"drop_path_rate": 0.1} if case.model.startswith("swin") else {}
+        if case.depth:
+            options["depth"] = case.depth
+        self.net = timm.create_model(
+            case.model,
+            pretrained=False,
+            num_classes=CLASSES,
+            img_size=case.image_size,
+            patch_size=case.patch_size,
+            **options,
+        )
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+        self.keep = None
+        attentions = [m for n, m in self.net.named_modules() if n.endswith(".attn")]
+        self.blocks = len(attentions)
+        for index, attention in enumerate(attentions):
+            attention.register_forward_hook(self._gate(index))
+
+    def _gate(self, index):
+        def hook(module, inputs, output):
+            return output if self.keep is None else _Gate.apply(output, self.keep[index])
+
+        return hook
+
+    def forward(self, x, keep=None):
+        self.keep = keep
+        return self.net((x - self.mean) / self.std)
+
+
+def _kl(clean, adversarial):
+    return F.kl_div(F.log_softmax(adversarial, 1), F.softmax(clean, 1), reduction="batchmean")
+
+
+def _mart(clean, adversarial, labels):
+    p_clean, p_adv = F.softmax(clean, 1), F.softmax(adversarial, 1)
+    others = p_adv.scatter(1, labels[:, None], -1.0)
+    boosted = F.cross_entropy(adversarial, labels)
+    boosted = boosted - torch.log(1.0001 - others.max(1).values + 1e-12).mean()
+    kl = (p_clean * (torch.log(p_clean + 1e-12) - torch.log(p_adv + 1e-12))).sum(1)
+    p_label = p_clean.gather(1, labels[:, None])[:, 0]
+    return boosted + BETA * (kl * (1.0000001 - p_label)).mean()
+
+
+class Step:
+    """One training step, or one PGD evaluation, of a case."""
+
+    def __init__(self, case: Case, compiled: bool):
+        self.case, self.compiled = case, compiled
+        generator = torch.Generator().manual_seed(0)
+        shape = (case.batch, 3, case.image_size, case.image_size)
+        self.images = torch.rand(shape, generator=generator).to(DEVICE)
+        self.labels = torch.randint(0, CLASSES, (case.batch,), generator=generator).to(DEVICE)
+        self.model = Classifier(case).to(DEVICE)
+        self.apply = torch.compile(self.model) if compiled else self.model
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4
+        )
+        if case.objective == "pgd":
+            self.model.eval()
+            with torch.no_grad():
+                self.labels = self.model(self.images).argmax(1)
+
+    def logits(self, x, keep=None):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.compiled):
+            return self.apply(x, keep).float()
+
+    def attack(self):
+        case, x, y = self.case, self.images, self.labels
+        tiny = 1e-5 if case.objective == "pgd" else 1.0
+        eps, step_size = EPS * tiny, STEP_SIZE * tiny
+        self.model.eval()
+        if case.objective in ("trades", "mart"):
+            delta = 0.001 * torch.randn_like(x)
+        else:
+            delta = torch.empty_like(x).uniform_(-eps, eps)
+        delta = torch.clamp(delta, -x, 1 - x)
+        clean = None
+        if case.objective == "trades" and self.compiled:
+            with torch.no_grad():
+                clean = self.logits(x)
+        for _ in range(case.steps):
+            delta, keep = self._masks(delta)
+            delta = delta.detach().requires_grad_()
+            logits = self.logits(x + delta, keep)
+            if case.objective == "trades":
+                reference = self.logits(x) if clean is None else clean
+                loss = F.kl_div(F.log_softmax(logits, 1), F.softmax(reference, 1), reduction="sum")
+            else:
+                loss = F.cross_entropy(logits, y, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, delta)
+            moved = torch.clamp(delta + step_size * gradient.sign(), -eps, eps)
+            moved = torch.clamp(moved, -x, 1 - x).detach()
+            if case.objective == "pgd":
+                correct = (logits.argmax(1) == y)[:, None, None, None]
+                moved = torch.where(correct, moved, delta.detach())
+            delta = moved
+        return (x + delta).detach()
+
+    def _masks(self, delta):
+        case = self.case
+        if not case.masked:
+            return delta, None
+        grid = case.image_size // (16 if case.image_size == 224 else case.patch_size)
+        side = case.image_size // grid
+        kept = torch.rand(grid * grid, device=DEVICE).argsort() < int(grid * grid * case.keep)
+        mask = kept.view(grid, grid).float()
+        mask = mask.repeat_interleave(side, 0).repeat_interleave(side, 1)
+        keep = (torch.rand(self.model.blocks, device=DEVICE) < case.keep).float()
+        return delta * mask, keep
+
+    def update(self, adversarial):
+        objective, x, y = self.case.objective, self.images, self.labels
+        self.model.train()
+        if objective == "at":
+            loss = F.cross_entropy(self.logits(adversarial), y)
+        else:
+            clean, adv = self.logits(x), self.logits(adversarial)
+            if objective == "mart":
+                loss = _mart(clean, adv, y)
+            else:
+                natural = clean if self.compiled else self.logits(x)
+                loss = F.cross_entropy(natural, y) + BETA * _kl(clean, adv)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+    def run(self):
+        adversarial = self.attack()
+        if self.case.objective == "pgd":
+            with torch.no_grad():
+                (self.logits(adversarial).argmax(1) == self.labels).cpu()
+        else:
+            self.update(adversarial)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+
+def contestant(case: Case, compiled: bool) -> Contestant:
+    """The case in PyTorch."""
+    name = "torch compile bfloat16" if compiled else "torch eager float32"
+    return Contestant(name, Step(case, compiled).run)
+
+
+def memory_peak() -> int | None:
+    """Bytes of GPU memory at most in use so far; None on a CPU."""
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
