@@ -101,20 +101,25 @@ VARIANTS: dict[str, Callable[..., None]] = {
 TAKES_VALUE = frozenset({"model"})
 
 
-def apply_variants(config: ConfigDict, variants: str) -> ConfigDict:
+def apply_variants(
+    config: ConfigDict, variants: str, own: dict[str, Callable[..., None]] | None = None
+) -> ConfigDict:
     """Applies a config string and adds it to the config's name.
+
+    own: bare variants of this recipe alone.
 
     Raises:
       ValueError: an item that is no variant, or lacks or does not take a value.
     """
+    known = VARIANTS | (own or {})
     for item in filter(None, variants.split(",")):
         word, equals, value = item.partition("=")
-        if word not in VARIANTS:
-            near = difflib.get_close_matches(word, VARIANTS, n=2) or sorted(VARIANTS)
+        if word not in known:
+            near = difflib.get_close_matches(word, known, n=2) or sorted(known)
             raise ValueError(f"config variant '{word}' is unknown; use {' or '.join(near)}")
         if (word in TAKES_VALUE) != bool(value):
             usage = f"{word}=NAME" if word in TAKES_VALUE else f"{word} without a value"
             raise ValueError(f"config variant '{item}' is malformed; write {usage}")
-        VARIANTS[word](config, *([value] if equals else []))
+        known[word](config, *([value] if equals else []))
         config.name += "-" + (value or word)
     return config

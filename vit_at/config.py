@@ -274,7 +274,7 @@ def to_json(config: ConfigDict) -> str:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Dotted fields in which two JSON configurations differ, as 'field old -> new'."""
-    old, new = _flat(old), _flat(new)
+    old, new = flatten(old), flatten(new)
     return [
         f"{field} {old.get(field)!r} -> {new.get(field)!r}"
         for field in sorted(old.keys() | new.keys())
@@ -282,11 +282,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat

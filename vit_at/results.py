@@ -109,12 +109,27 @@ class Results:
         if self._npz.exists():
             with np.load(self._npz.open("rb")) as archive:
                 table = dict(archive)
-        key = f"{entry['protocol']['weights']['digest']}/{examples.name}/{_short(entry)}"
+        key = _key(entry)
         table |= {f"{key}/index": examples.indices, f"{key}/correct": correct}
         content = io.BytesIO()
         np.savez_compressed(content, **table)
         write_atomically(self._npz, content.getvalue())
         write_atomically(self._json, json.dumps(self.records, indent=2) + "\n")
+
+    def outcomes(self, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
+        """(places in the split [N], correct [N] bool) of a record; None where they aren't kept."""
+        if not self._npz.exists():
+            return None
+        with np.load(self._npz.open("rb")) as archive:
+            names = [f"{_key(entry)}/{kind}" for kind in ("index", "correct")]
+            if not set(names) <= set(archive):
+                return None
+            return archive[names[0]], archive[names[1]]
+
+
+def _key(entry: dict[str, Any]) -> str:
+    protocol = entry["protocol"]
+    return f"{protocol['weights']['digest']}/{protocol['data']}/{_short(entry)}"
 
 
 def _identity(entry: dict[str, Any]) -> str:

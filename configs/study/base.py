@@ -1,0 +1,69 @@
+"""The three sizes of a study, and how its recipes are made.
+
+Each file here is one question of the paper's, as a ``get_config`` and a ``sweep``:
+
+    python launch/sweep.py configs/study/masking.py:cpu
+    python -m vit_at.report runs/study_masking-cpu-sweep --out=masking.html
+
+cpu    the packaged digits, 40 epochs: about three minutes a run on two CPU cores, and no more than
+       20 runs a table. Small enough to repeat, too small to carry over to photographs.
+gpu    CIFAR-10 with DeiT-tiny from published weights, 40 epochs, AutoAttack on 1 000 images
+paper  CIFAR-10 with ViT-B as published, AutoAttack on all test images
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from configs import cifar10_sgd, common, digits_sgd
+
+SEEDS = (0, 1, 2)
+Variants = dict[str, Callable[[ConfigDict], None]]
+
+
+def _gpu() -> ConfigDict:
+    config = cifar10_sgd.get_config("model=deit_tiny_patch16_224")
+    config.eval.attacks, config.eval.num_examples = "clean,pgd-20,autoattack", 1000
+    return config
+
+
+def _paper() -> ConfigDict:
+    config = cifar10_sgd.get_config()
+    config.eval.attacks = "clean,cw-20,pgd-20,pgd-100,autoattack"
+    return config
+
+
+SIZES: dict[str, Callable[[], ConfigDict]] = {
+    "cpu": digits_sgd.get_config,
+    "gpu": _gpu,
+    "paper": _paper,
+}
+
+
+def start(question: str, variants: str, own: Variants | None = None) -> ConfigDict:
+    """The configuration of a size, the first word of SIZES among ``variants``, with the others.
+
+    Args:
+      question: names the study, and with the size the configuration.
+      variants: of the config string; without a size: cpu.
+      own: bare variants of this study alone.
+
+    Raises:
+      ValueError: two sizes, or a variant that is unknown.
+    """
+    items = [item for item in variants.split(",") if item]
+    sizes = [item for item in items if item in SIZES]
+    if len(sizes) > 1:
+        raise ValueError(f"config variants '{sizes[0]}' and '{sizes[1]}' exclude each other")
+    size = sizes[0] if sizes else "cpu"
+    config = SIZES[size]()
+    config.name = f"study_{question}-{size}"
+    rest = ",".join(item for item in items if item not in SIZES)
+    return common.apply_variants(config, rest, own)
+
+
+def over_seeds(add: Callable[..., None], variants: str = "", **fields: object) -> None:
+    """One arm of a study, once for each seed; a dot in a field is written as two underscores."""
+    named = {name.replace("__", "."): value for name, value in fields.items()}
+    for seed in SEEDS:
+        add(variants, named | {"seed": seed})

@@ -1,0 +1,31 @@
+"""SGD or AdamW? The paper: SGD, clearly.
+
+    python launch/sweep.py configs/study/optimizer.py:cpu
+
+AdamW with its usual decoupled weight decay, cosine schedule and warm-up, at three rates.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from configs.study import base
+
+
+def _adamw(config: ConfigDict) -> None:
+    config.optimizer.name, config.optimizer.schedule = "adamw", "cosine"
+    config.optimizer.weight_decay, config.optimizer.warmup_epochs = 0.05, 1.0
+
+
+OWN = {"adamw": _adamw}
+
+
+def get_config(variants: str = "") -> ConfigDict:
+    return base.start("optimizer", variants, OWN)
+
+
+def sweep(add: Callable[..., None]) -> None:
+    for rate in (0.1, 0.03):
+        base.over_seeds(add, optimizer__learning_rate=rate)
+    for rate in (2e-3, 5e-4, 1e-4):
+        base.over_seeds(add, "adamw", optimizer__learning_rate=rate)
