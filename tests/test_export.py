@@ -8,11 +8,13 @@ import golden
 import jax
 import numpy as np
 import pytest
+import runs
 import safetensors.numpy
 
 from configs import default
 from vit_at import export, models, weights
 from vit_at.checkpoint import Trained
+from vit_at.model_card import model_card
 from vit_at.results import weights_digest
 
 CASES = [  # every family, with whatever changes what timm must be told
@@ -40,8 +42,9 @@ def trained():
 
 def record(attack, accuracy, num_examples=100, digest="", **protocol):
     digest = digest or weights_digest(trained().params)
-    protocol |= {"num_examples": num_examples, "weights": {"digest": digest}}
-    return {"attack": attack, "accuracy": accuracy, "protocol": protocol}
+    protocol |= {"data": "made", "num_examples": num_examples, "weights": {"digest": digest}}
+    entry = {"attack": attack, "accuracy": accuracy, "standard_error": 0.01}
+    return entry | {"protocol": protocol}
 
 
 def test_description_has_robustbench_fields():
@@ -75,7 +78,11 @@ def test_description_has_robustbench_fields():
 def test_files(tmp_path):
     about = export.describe(trained(), [])
     path = export.export(trained().params, trained().model, tmp_path / "new", about)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["model.json", "model.safetensors"]
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "README.md",
+        "model.json",
+        "model.safetensors",
+    ]
     stored = json.loads((path.parent / "model.json").read_text())
     assert stored["weights"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert stored["normalisation"]["mean"] == list(default.CIFAR_MEAN)
@@ -92,8 +99,25 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert "model.safetensors" in capsys.readouterr().out
     stored = json.loads((tmp_path / "export" / "model.json").read_text())
     assert stored["clean_acc"] == "50.00"
+    assert "clean       50.00 %" in (tmp_path / "export" / "README.md").read_text()
     assert export.main([str(tmp_path), f"--output={tmp_path / 'there'}"]) == 0
     assert (tmp_path / "there" / "model.safetensors").exists()
+
+
+def test_the_model_card_says_what_was_trained_and_what_not_measured():
+    trained = runs.smoke("ard_prm").to_dict()
+    about = {"architecture": "deit_tiny_patch16_224", "image_size": 8, "patch_size": 2}
+    about |= {"name": "digits", "dataset": "digits", "training": trained, "results": []}
+    card = model_card(about)
+    assert card.startswith("---\nlibrary_name: timm\n")
+    assert "trained on digits by vit_at: AT + ARD + PRM" in card
+    assert "started from scratch" in card
+    assert "Nothing has been measured of these weights" in card
+    assert "AutoAttack has not been run" in card
+    natural = model_card(about | {"training": trained | {"objective": "natural"}})
+    assert "they are not robust" in natural
+    bare = model_card({"architecture": "swin", "image_size": 8, "patch_size": 2})
+    assert "## Training" not in bare
 
 
 def test_no_work_directory_is_one_sentence(tmp_path, capsys):

@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "vit_at"
 # From the top down; files of one line don't import each other.
 ORDER = [
     ["config", "runtime", "__init__"],
-    ["meeting", "command_line"],
+    ["meeting", "command_line", "pictures"],
     ["processes"],
     ["sharding", "workdir"],
     ["metrics", "data.backends", "data.augment", "data.__init__"],
@@ -23,7 +23,7 @@ ORDER = [
     ["models.layers"],
     ["models.vit", "models.convit", "models.swin"],
     ["models.__init__"],
-    ["models.build"],
+    ["models.build", "explain"],
     ["weight_files", "weight_adaptation"],
     ["weights"],
     ["attacks.threat", "attacks.losses"],
@@ -39,8 +39,11 @@ ORDER = [
     ["train_step"],
     ["checkpoint"],
     ["results"],
+    ["model_card"],
     ["export", "autoattack_evaluation"],
-    ["sweep"],
+    ["sweep", "study", "exhibits"],
+    ["charts"],
+    ["report"],
     ["evaluate"],
     ["scaling"],
     ["setup"],
@@ -94,9 +97,9 @@ def test_the_reader_of_imports_finds_those_there_are():
     assert "attacks.__init__" in imported(PACKAGE / "evaluate.py")
 
 
-@pytest.mark.parametrize("entry", ["main", "evaluate", "export"])
-def test_the_training_command_imports_neither_tensorflow_nor_torch(entry):
-    code = f"import sys, vit_at.{entry}; print({{'tensorflow', 'torch'}} & sys.modules.keys())"
+def loaded_by(entry: str, packages: set[str]) -> str:
+    """Those of the packages that importing an entry point loads, as text."""
+    code = f"import sys, vit_at.{entry}; print({packages} & sys.modules.keys())"
     ended = subprocess.run(
         [sys.executable, "-c", code],
         cwd=PACKAGE.parent,
@@ -106,4 +109,13 @@ def test_the_training_command_imports_neither_tensorflow_nor_torch(entry):
         timeout=120,
         check=True,
     )
-    assert ended.stdout.strip() == "set()"
+    return ended.stdout.strip()
+
+
+@pytest.mark.parametrize("entry", ["main", "evaluate", "export", "report"])
+def test_the_training_command_imports_neither_tensorflow_nor_torch(entry):
+    assert loaded_by(entry, {"tensorflow", "torch"}) == "set()"
+
+
+def test_training_does_not_wait_for_what_only_the_report_needs():
+    assert loaded_by("main", {"matplotlib", "jinja2"}) == "set()"

@@ -4,7 +4,8 @@
 
 writes ``model.safetensors`` under the names of timm 1.x, for a strict ``load_state_dict``, and
 ``model.json``: what timm's ``create_model`` must be told, the normalisation, how the model was
-trained, and its results in the fields of RobustBench's ``model_info``. In PyTorch:
+trained, and its results in the fields of RobustBench's ``model_info``; ``README.md`` says the same
+to people, for a model hub. In PyTorch:
 
     about = json.load(open("model.json"))
     model = timm.create_model(**about["timm"]["create_model"])
@@ -34,6 +35,7 @@ from vit_at import weights
 from vit_at.checkpoint import Trained, load_trained
 from vit_at.command_line import quiet_logging
 from vit_at.config import UserError, one_sentence_errors
+from vit_at.model_card import model_card
 from vit_at.models.build import build
 from vit_at.models.convit import ConViT
 from vit_at.models.swin import STAGES, SwinTransformer
@@ -41,10 +43,11 @@ from vit_at.results import Results, in_255ths, weights_digest
 from vit_at.workdir import as_config, read_json, write_atomically
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"
+CARD_FILE = "README.md"
 
 
 def export(params: Any, model: Any, path: str | epath.Path, metadata: dict[str, Any]) -> epath.Path:
-    """Writes the weights and their description, each file whole or not at all.
+    """Writes the weights, their description and a model card, each file whole or not at all.
 
     Args:
       path: a directory; created if need be.
@@ -69,6 +72,7 @@ def export(params: Any, model: Any, path: str | epath.Path, metadata: dict[str, 
     path.mkdir(parents=True, exist_ok=True)
     write_atomically(path / WEIGHTS_FILE, content)
     write_atomically(path / DESCRIPTION_FILE, text)
+    write_atomically(path / CARD_FILE, model_card(description))
     return path / WEIGHTS_FILE
 
 

@@ -32,6 +32,7 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 )
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "This process's number, from 0.")
 _WAIT = flags.DEFINE_integer("wait_seconds", 300, "How long to wait for the other processes.")
+_REPORT = flags.DEFINE_bool("report", True, "Write WORKDIR/report/index.html at the end.")
 EXIT_DIVERGED = 3
 
 
@@ -67,6 +68,12 @@ def _train() -> int:
     if jax.process_index() == 0:
         print(table(records))
         print(f"results: {workdir / 'results.json'}")
+        if _REPORT.value:
+            # Imported only here: the start of a run should not wait for matplotlib.
+            from vit_at.report import write_after_training
+
+            if page := write_after_training(workdir):
+                print(f"report: {page}")
     return 0
 
 

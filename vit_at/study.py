@@ -60,7 +60,7 @@ class Run:
         workdir = epath.Path(workdir)
         config = read_config(workdir).to_dict()
         results = workdir / RESULTS_FILE
-        records = read_json(results) if results.exists() else []
+        records: Any = read_json(results) if results.exists() else []
         return cls(workdir, config, _metrics(workdir / METRICS_FILE), records)
 
     @property
@@ -103,7 +103,8 @@ def _metrics(path: epath.Path) -> list[dict[str, Any]]:
             lines.append(json.loads(line))
         except ValueError:
             break
-    return [line for line in lines if "epoch" in line]
+    per_step = next((line["epoch"] / line["step"] for line in lines if line.get("epoch")), 0.0)
+    return [{"epoch": per_step * line["step"]} | line for line in lines]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +132,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
 def _relevant(run: Run) -> dict[str, Any]:
     flat = flatten(run.config)
     # Each seed may start from pre-trained weights of its own.
-    own = re.compile(rf"(?<=seed)(.?){run.config['seed']}\b")
-    flat["model.pretrained"] = own.sub(r"\1*", flat["model.pretrained"])
+    flat["model.pretrained"] = re.sub(r"(seed\D?)\d+", r"\1*", flat["model.pretrained"])
     return {field: value for field, value in flat.items() if field not in _IRRELEVANT}
 
 
@@ -166,6 +166,13 @@ def describe(field: str, value: Any) -> str:
     return f"{word} {value:g}" if isinstance(value, (int, float)) else f"{word} {value}"
 
 
+def attack_name(attack: str) -> str:
+    """'pgd-20' -> 'PGD-20', 'autoattack' -> 'AutoAttack'."""
+    if attack == "clean":
+        return attack
+    return attack.upper().replace(AUTOATTACK.upper(), "AutoAttack")
+
+
 @dataclasses.dataclass(frozen=True)
 class Column:
     """An attack with its protocol: numbers of two columns are not to be averaged."""
@@ -194,7 +201,7 @@ class Column:
 
     def heading(self, others: Sequence["Column"]) -> str:
         """The attack, with as much of the protocol as tells it from the other columns."""
-        parts = [{AUTOATTACK: "AutoAttack", "clean": "clean"}.get(self.attack, self.attack.upper())]
+        parts = [attack_name(self.attack)]
         same = [other for other in others if other.attack == self.attack]
         words = {
             "norm": self.norm,
@@ -226,7 +233,7 @@ class Table:
 
 def table(members: Sequence[Group]) -> Table:
     """Accuracies in per cent: mean ± standard deviation over the seeds of each group."""
-    measured = [_accuracies(group) for group in members]
+    measured = [accuracies(group) for group in members]
     columns = sorted(
         dict.fromkeys(column for accuracies in measured for column in accuracies), key=_order
     )
@@ -243,7 +250,8 @@ def _cell(values: Sequence[float], group: Group) -> str:
     return text if len(values) in (0, len(group.runs)) else f"{text} ({len(values)} seeds)"
 
 
-def _accuracies(group: Group) -> dict[Column, list[float]]:
+def accuracies(group: Group) -> dict[Column, list[float]]:
+    """{column: a value for each seed that has been measured under its protocol}."""
     found: dict[Column, list[float]] = {}
     for run in group.runs:
         for record in run.tested:
@@ -253,9 +261,10 @@ def _accuracies(group: Group) -> dict[Column, list[float]]:
 
 def _order(column: Column) -> tuple[Any, ...]:
     """Clean first, then by attack and strength; AutoAttack last."""
-    rank = {"clean": 0, AUTOATTACK: 2}.get(column.attack, 1)
+    rank = 2 if column.attack.startswith(AUTOATTACK) else int(column.attack != "clean")
     kind, _, steps = column.attack.partition("-")
-    return rank, kind, int(steps or 0), column.eps or 0, column.step_size or 0, -column.num_examples
+    strength = int(steps) if steps.isdecimal() else 0
+    return rank, kind, strength, column.eps or 0, column.step_size or 0, -column.num_examples
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:

@@ -76,7 +76,7 @@ def _rename_1x(name: str, step: int) -> str:
 
 def timm_shapes(params: Any, model: Any) -> dict[str, tuple[int, ...]]:
     """{name of timm 0.5: PyTorch's shape} of Flax parameters, which may be abstract."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path, leaf in flax.traverse_util.flatten_dict(params).items():
         names, stacked = _rows(path, model)
         row = np.broadcast_to(np.zeros(()), leaf.shape[1:] if stacked else leaf.shape)
@@ -250,7 +250,8 @@ def _check(
 ) -> None:
     """Raises a UserError that names every array which does not fit, as its file does."""
     if new_names:
-        values, shapes = ({_rename_1x(n, 1): v for n, v in d.items()} for d in (values, shapes))
+        values = {_rename_1x(name, 1): value for name, value in values.items()}
+        shapes = {_rename_1x(name, 1): shape for name, shape in shapes.items()}
     fresh = [_rename_1x(n, 1) if new_names else n for n in report.initialised]
     common = [name for name in shapes if name in values]
     wrong = {

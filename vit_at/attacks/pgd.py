@@ -98,6 +98,8 @@ def pgd_attack(
     if loss not in LOSSES:
         raise ValueError(f"loss '{loss}' is unknown; use one of {', '.join(LOSSES)}")
     if init is None:
+        if key is None:
+            raise ValueError("give a key for the random starts, or the starts themselves as init")
         starts = [random_start(k, images.shape, threat) for k in jax.random.split(key, restarts)]
         init = jnp.stack(starts)
     attack = functools.partial(_one_restart, logits_fn, images, labels, threat, loss)

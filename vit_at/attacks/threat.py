@@ -47,9 +47,9 @@ class Threat:
 class Norm(NamedTuple):
     """The geometry of one norm; see the module's docstring."""
 
-    random_start: Callable[[Array, tuple[int, ...], float], Array]
-    steepest_step: Callable[[Array, float], Array]
-    project: Callable[[Array, float], Array]
+    random_start: Callable[[Array, tuple[int, ...], float | Array], Array]
+    steepest_step: Callable[[Array, float | Array], Array]
+    project: Callable[[Array, float | Array], Array]
 
 
 def _l2_norm(x: Array) -> Array:
@@ -57,19 +57,19 @@ def _l2_norm(x: Array) -> Array:
     return jnp.sqrt(jnp.sum(x**2, axis=tuple(range(1, x.ndim)), keepdims=True))
 
 
-def _linf_start(key: Array, shape: tuple[int, ...], eps: float) -> Array:
+def _linf_start(key: Array, shape: tuple[int, ...], eps: float | Array) -> Array:
     return jax.random.uniform(key, shape, minval=-1.0) * eps
 
 
-def _linf_step(gradient: Array, step_size: float) -> Array:
+def _linf_step(gradient: Array, step_size: float | Array) -> Array:
     return step_size * jnp.sign(gradient)
 
 
-def _linf_project(delta: Array, eps: float) -> Array:
+def _linf_project(delta: Array, eps: float | Array) -> Array:
     return jnp.clip(delta, -eps, eps)
 
 
-def _l2_start(key: Array, shape: tuple[int, ...], eps: float) -> Array:
+def _l2_start(key: Array, shape: tuple[int, ...], eps: float | Array) -> Array:
     direction_key, radius_key = jax.random.split(key)
     direction = jax.random.normal(direction_key, shape)
     volume = jax.random.uniform(radius_key, (shape[0],) + (1,) * (len(shape) - 1))
@@ -77,11 +77,11 @@ def _l2_start(key: Array, shape: tuple[int, ...], eps: float) -> Array:
     return radius * direction / jnp.maximum(_l2_norm(direction), _NORM_FLOOR)
 
 
-def _l2_step(gradient: Array, step_size: float) -> Array:
+def _l2_step(gradient: Array, step_size: float | Array) -> Array:
     return step_size * gradient / jnp.maximum(_l2_norm(gradient), _NORM_FLOOR)
 
 
-def _l2_project(delta: Array, eps: float) -> Array:
+def _l2_project(delta: Array, eps: float | Array) -> Array:
     return delta * jnp.minimum(1.0, eps / jnp.maximum(_l2_norm(delta), _NORM_FLOOR))
 
 

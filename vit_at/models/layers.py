@@ -243,7 +243,7 @@ def scan_blocks(
         block = nn.remat(block, prevent_cse=False, static_argnums=(4,))
     return nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "drop_path": True},
         in_axes=(0, 0, nn.broadcast),
         length=length,

@@ -1,0 +1,219 @@
+"""Charts and images for a page that has to stand alone: SVG and PNG as text, to be put inline.
+
+A chart takes its colours from the page, so it is right on a light and on a dark one: matplotlib
+draws in stand-in colours, which are then replaced by CSS variables (``--ink``, ``--grid``, and
+``--c0`` ... ``--c5``, which the page sets to a palette that colour-blind eyes can tell apart).
+Lines also differ in dashes or markers, never in colour alone.
+"""
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+SERIES = 6  # colours; a seventh line takes the first again, with other dashes
+_DASHES = ("-", "--", ":", "-.")
+# Stand-ins: colours that nothing else uses, for the page's variables.
+_INK, _GRID = "#010203", "#040506"
+_STAND_INS = [f"#0a0b{i:02x}" for i in range(SERIES)]
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.titlecolor": _INK,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": _GRID,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+}
+_MOST_POINTS = 160  # of one line; more are averaged
+
+Line = tuple[Sequence[float], Sequence[float]]
+
+
+def colour(index: int) -> str:
+    """The stand-in for the page's colour ``--c<index>``."""
+    return _STAND_INS[index % SERIES]
+
+
+def line_chart(
+    title: str,
+    lines: Mapping[str, Line],
+    *,
+    x: str,
+    y: str = "",
+    percent: bool = False,
+    log: bool = False,
+    marked: bool = False,
+) -> str:
+    """SVG of named lines, each (xs, ys); the name '' is not shown.
+
+    percent: the values are shares, shown in per cent from 0 up. log: the x axis is logarithmic,
+    with a tick at each x. marked: a marker at each point, which few points have anyway.
+    """
+
+    def draw(axes):
+        for i, (name, (xs, ys)) in enumerate(lines.items()):
+            xs, ys = thin(xs, ys)
+            scaled = 100 * np.asarray(ys) if percent else ys
+            few = marked or len(xs) <= 25
+            axes.plot(
+                xs,
+                scaled,
+                color=colour(i),
+                linestyle=_DASHES[i % len(_DASHES)],
+                marker="osD^vP"[i % 6] if few else None,
+                label=name,
+            )
+        axes.set(xlabel=x, ylabel="%" if percent else y)
+        if percent:
+            axes.set_ylim(0, max(5.0, 1.04 * axes.dataLim.y1))
+        if log:
+            places = sorted({float(v) for xs, _ in lines.values() for v in xs})
+            axes.set_xscale("log")
+            axes.minorticks_off()
+            axes.set_xticks(places, [f"{v:g}" for v in places])
+        if any(lines):
+            _legend(axes, len(lines))
+
+    return _svg(title, draw)
+
+
+def bar_chart(title: str, bars: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """SVG of horizontal bars of shares, in per cent: {row: {series: values}}.
+
+    A bar is as long as the mean of its values; where there are several, each is a circle on it.
+    """
+    rows, series = list(bars), list(dict.fromkeys(s for row in bars.values() for s in row))
+    thick = 0.8 / max(len(series), 1)
+
+    def draw(axes):
+        for i, name in enumerate(series):
+            _bars(axes, i, name, thick, (i - (len(series) - 1) / 2) * thick, bars)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.invert_yaxis()
+        axes.set(xlabel="% correct", xlim=(0, 112))
+        axes.set_xticks(range(0, 101, 20))
+        axes.grid(visible=False, axis="y")
+        if len(series) > 1:
+            _legend(axes, len(series))
+
+    return _svg(title, draw, 1.1 + 0.17 * len(rows) * max(len(series), 1.6))
+
+
+def _bars(axes, index, name, thick, offset, bars) -> None:
+    """The bars of one series: in a colour and a hatch of its own, with their means beside them."""
+    hatch = ("", "///", "...")[index % 3]
+    look = {"facecolor": "none" if hatch else colour(index), "edgecolor": colour(index)}
+    label = name
+    for place, row in enumerate(bars.values()):
+        if name not in row:
+            continue
+        values = 100 * np.asarray(row[name])
+        mean, place = values.mean(), place + offset
+        axes.barh(place, mean, 0.9 * thick, label=label, linewidth=1, hatch=hatch, **look)
+        label = None  # once is enough for the legend
+        end = mean
+        if len(values) > 1:
+            ring = {"facecolors": "none", "edgecolors": _INK, "linewidths": 0.8, "zorder": 3}
+            axes.scatter(values, np.full(len(values), place), s=14, **ring)
+            end = max(values)
+        axes.text(end + 1.5, place, f"{mean:.1f}", va="center", fontsize=8)
+
+
+def _legend(axes: Any, entries: int) -> None:
+    """Under the axes, where it hides nothing."""
+    columns = 2 if max(len(t) for t in axes.get_legend_handles_labels()[1]) < 30 else 1
+    axes.figure.legend(loc="outside lower left", ncols=min(columns, max(entries, 1)))
+
+
+def thin(xs: Sequence[float], ys: Sequence[float]) -> Line:
+    """At most 160 points, each the mean of as many neighbours as that takes."""
+    width = -(-len(xs) // _MOST_POINTS)
+    if width <= 1:
+        return xs, ys
+    starts = range(0, len(xs), width)
+    means = [[float(np.mean(v[i : i + width])) for i in starts] for v in (xs, ys)]
+    return means[0], means[1]
+
+
+def _svg(title: str, draw: Any, height: float = 2.9) -> str:
+    """The SVG element of one pair of axes, without size, in the page's colours."""
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
+        figure = Figure(figsize=(4.6, height), layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        axes.set_title(title)
+        file = io.StringIO()
+        figure.savefig(
+            file,
+            format="svg",
+            transparent=True,
+            bbox_inches="tight",
+            pad_inches=0.04,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    return _for_page(file.getvalue(), title)
+
+
+def _for_page(svg: str, title: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="[a-z]\w*_\d+"', "", svg)  # of groups: not used, and not unique in a page
+    head, _, rest = svg.partition(">")
+    head = re.sub(r' (width|height)="[^"]*"', "", head)
+    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    variables = {_INK: "var(--ink)", _GRID: "var(--grid)"}
+    variables |= {stand_in: f"var(--c{i})" for i, stand_in in enumerate(_STAND_INS)}
+    for stand_in, variable in variables.items():
+        rest = rest.replace(stand_in, variable)
+    rest = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", rest)
+    return f'{head} role="img" aria-label="{label}">{rest}'
+
+
+def png(pixels: np.ndarray, scale: int = 1) -> str:
+    """A data URI of pixels [H, W], [H, W, 1] or [H, W, 3] in [0, 1], enlarged without smoothing."""
+    values = np.clip(np.asarray(pixels) * 255 + 0.5, 0, 255).astype(np.uint8)
+    if values.ndim == 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    values = values.repeat(scale, 0).repeat(scale, 1)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def heat(weights: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """[H, W, 3]: an image [H, W, C], grey, under a heat map [h, w] whose maximum is full colour."""
+    grey = np.asarray(image).mean(-1)
+    rows, columns = (n // m for n, m in zip(grey.shape, weights.shape, strict=True))
+    spread = np.asarray(weights) / max(float(np.max(weights)), 1e-12)
+    spread = spread.repeat(rows, 0).repeat(columns, 1)
+    colours = matplotlib.colormaps["cividis"](spread)[..., :3]
+    return 0.65 * colours + 0.35 * grey[..., None]
+
+
+def masked(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """[H, W, 3]: an image [H, W, C] whose dropped patches, keep [h, w] False, are crossed out."""
+    pixels = np.asarray(image)
+    pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy()
+    rows, columns = (n // m for n, m in zip(pixels.shape, keep.shape, strict=False))
+    dropped = ~np.asarray(keep).repeat(rows, 0).repeat(columns, 1)
+    pixels[dropped] = 0.25 * pixels[dropped] + 0.75 * np.array([0.84, 0.37, 0.0])
+    return pixels
