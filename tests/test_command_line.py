@@ -6,30 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags
-from ml_collections import config_flags
-
-from vit_at import command_line
 
 RECIPE = "--config=configs/digits_sgd.py"
 ROOT = pathlib.Path(__file__).parent.parent
-
-
-@pytest.fixture
-def parse(monkeypatch):
-    """``parse(*arguments)`` -> the configuration, by fresh flags such as vit_at.main defines."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, flag_values=values)
-    flags.DEFINE_string("workdir", "", "", flag_values=values)
-    monkeypatch.setattr(flags, "FLAGS", values)
-    monkeypatch.chdir(ROOT)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["main", *arguments])
-        assert command_line.parse_flags(sys.argv) == ["main"]
-        return values.config
-
-    return run
 
 
 def test_overrides_of_every_type_take_effect(parse):

@@ -29,27 +29,32 @@ class Section:
     cards: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
 
 
-# Metric, title, whether it is a share, axis label.
+# Metric and title.
 _CURVES = (
-    ("loss", "Training loss", False),
-    ("learning_rate", "Learning rate", False),
-    ("gradient_norm", "Gradient norm (before clipping)", False),
-    ("keep_probability", "Keep probability of ARD and PRM", False),
-    ("eps", "eps of the training attack", False),
+    ("loss", "Training loss"),
+    ("learning_rate", "Learning rate"),
+    ("gradient_norm", "Gradient norm (before clipping)"),
+    ("keep_probability", "Keep probability of ARD and PRM"),
+    ("eps", "eps of the training attack"),
 )
 
 
 def training(runs: Mapping[str, Run]) -> Section:
     """Curves over epochs; of one run or, overlaid, of several by name."""
     charts = [_accuracies(runs)] if len(runs) == 1 else _compared_accuracies(runs)
-    for metric, title, _ in _CURVES:
-        lines = {name: run.series(metric) for name, run in runs.items()}
+    for metric, title in _CURVES:
+        under = runs if metric != "eps" else {n: r for n, r in runs.items() if _attacks(r)}
+        lines = {name: run.series(metric) for name, run in under.items()}
         lines = {name: line for name, line in lines.items() if line[0]}
         constant = all(len(set(line[1])) == 1 for line in lines.values())
         if lines and not (metric == "eps" and constant):
             charts.append(pictures.line_chart(title, lines, x="epoch"))
     note = "Each point of a long curve is the mean of its neighbours. "
     return Section("Training", note + _validation_note(runs), tuple(charts))
+
+
+def _attacks(run: Run) -> bool:
+    return run.config["objective"] != "natural"
 
 
 def _validation_note(runs: Mapping[str, Run]) -> str:
@@ -171,10 +176,14 @@ def by_class(found: Mapping[str, Mapping[str, float]]) -> Section:
         default=None,
     )
     shown = [attack for attack in ("clean", hardest) if attack in attacks]
-    bars = {name: {a: [of[a]] for a in shown if a in of} for name, of in found.items() if of}
+    bars = {
+        name: {attack_name(a): [of[a]] for a in shown if a in of}
+        for name, of in found.items()
+        if of
+    }
     note = ""
     if len(bars) > _MOST_CLASSES:
-        ranked = sorted(bars, key=lambda name: bars[name].get(shown[-1], [0]))
+        ranked = sorted(bars, key=lambda name: bars[name].get(attack_name(shown[-1]), [0]))
         half = _MOST_CLASSES // 2
         bars = {name: bars[name] for name in ranked[:half] + ranked[-half:]}
         note = f"The {half} least and the {half} most robust of {len(ranked)} classes."
@@ -218,7 +227,7 @@ def attacked(shown: Attacked, class_names: Sequence[str], exhibits: Exhibits) ->
 def _saw(probabilities: np.ndarray, label: int, class_names: Sequence[str]) -> str:
     seen = int(probabilities.argmax())
     mark = "✓" if seen == label else "✗"
-    return f"{mark} {class_names[seen]} {probabilities[seen]:.0%}"
+    return f"{mark} {class_names[seen]}, {probabilities[seen]:.0%}"
 
 
 def masks(exhibits: Exhibits) -> Section | None:

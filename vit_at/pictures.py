@@ -141,7 +141,10 @@ def _bars(axes, index, name, thick, offset, bars) -> None:
 def _legend(axes: Any, entries: int) -> None:
     """Under the axes, where it hides nothing."""
     columns = 2 if max(len(t) for t in axes.get_legend_handles_labels()[1]) < 30 else 1
-    axes.figure.legend(loc="outside lower left", ncols=min(columns, max(entries, 1)))
+    columns = min(columns, entries)
+    axes.figure.legend(loc="outside lower left", ncols=columns)
+    rows = -(-entries // columns)
+    axes.figure.set_figheight(axes.figure.get_figheight() + 0.2 * rows)
 
 
 def thin(xs: Sequence[float], ys: Sequence[float]) -> Line:
