@@ -26,8 +26,10 @@ import reference_autoattack as reference
 
 def ours(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
     """images [n, 32, 32, 3] in [0, 1]; the counts after each attack, the seconds and the work."""
+    from vit_at import runtime
     from vit_at.attacks import autoattack
 
+    runtime.set_up(options.batch, cache="")
     logits_fn = functools.partial(reference.apply(), reference.parameters())
     eps = reference.EPS[options.norm]
     result = autoattack.run(
@@ -116,8 +118,10 @@ def main() -> None:
     parser.add_argument("--only", default="", choices=("", "ours", "official"))
     parser.add_argument("--out", default="", help="a JSON file")
     options = parser.parse_args()
-    images, labels = (np.asarray(a)[: options.images] for a in reference.images())
-    report = {"machine": common.machine(), "arguments": vars(options)}
+    data = reference.arrays("images")  # not as JAX arrays: nothing of JAX is set up yet
+    images = (data["images"][: options.images] / np.float32(255)).astype(np.float32)
+    labels = data["labels"][: options.images].astype(np.int32)
+    report = {"arguments": vars(options)}
     if options.only != "official":
         report["ours"] = ours(images, labels, options)
     if options.only != "ours":
@@ -133,6 +137,7 @@ def main() -> None:
             counts = " ".join(str(count) for count in report[name]["robust"].values())
             seconds = f"{report[name]['seconds']:.0f}"
             rows.append([name, counts, seconds, f"{passes[0]:,}", f"{passes[1]:,}"])
+    report["machine"] = common.machine()
     common.print_table(["", "robust after each", "s", "forward", "backward"], rows)
     if len(rows) == 2:
         report["speedup"] = report["official"]["seconds"] / report["ours"]["seconds"]
