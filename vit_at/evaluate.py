@@ -309,8 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runtime.set_up(*([options.batch_size // shares] if options.batch_size else []))
     with one_sentence_errors():
         processes.start(options.coordinator, options.num_processes, options.process_id)
-        processes.end_on_sigterm()
         with processes.together():
+            processes.end_on_sigterm()  # there is nothing to save
             records = evaluate_workdir(options)
             if jax.process_index() == 0:
                 print(table(records))
