@@ -7,6 +7,7 @@ its figures, which docs/reliability.md reports.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -63,32 +64,38 @@ def to_the_end(command) -> float:
 
 
 class Campaign:
-    """Starts a command again and again and ends it; counts what has happened."""
+    """Starts a command again and again and ends it; counts what has happened.
 
-    def __init__(self, command, workdir, number: int, allowed: set[int], seed: int = 0):
-        """allowed: exit statuses of a process that the signal has ended."""
+    A third of the moments are anywhere in a start, a third once it does its work, and a third in
+    the next write of a checkpoint. A run that finishes first is checked, and begun anew.
+    """
+
+    def __init__(self, command, workdir, number, allowed, check=None, seed: int = 0):
+        """allowed: exit statuses of a process that the signal has ended; check: of a whole run."""
         self._command, self._workdir, self._number = command, pathlib.Path(workdir), number
-        self._allowed, self._random = allowed, random.Random(seed)
-        self.counts = {"signals": 0, "while writing a checkpoint": 0, "finished first": 0}
+        self._allowed, self._check, self._random = allowed, check, random.Random(seed)
+        self.counts = {"signals": 0, "while working": 0, "while writing": 0, "finished first": 0}
 
     def run(self, times: int, seconds: float) -> dict[str, int]:
-        """Signals so often, at moments up to ``seconds`` after the start."""
+        """Signals so often; seconds: that a start takes."""
+        moments = itertools.cycle(("any", "working", "writing"))
         while self.counts["signals"] < times:
-            self.once(seconds, in_writing=self.counts["signals"] % 3 == 2)
+            self.once(next(moments), seconds)
         return self.counts
 
-    def once(self, seconds: float, in_writing: bool) -> None:
-        """One start, ended at a random moment or in the next write of a checkpoint."""
+    def once(self, moment: str, seconds: float) -> None:
+        """One start, ended by the signal unless it finishes first."""
+        stamp = self._stamp()
         process = subprocess.Popen(
-            self._command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+            self._command,
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        deadline = time.monotonic() + self._random.uniform(0, seconds)
-        while process.poll() is None:
-            writing = in_writing and self._is_writing()
-            if writing or time.monotonic() > deadline + (seconds if in_writing else 0):
-                break
-            time.sleep(0.001)
-        writing = self._is_writing()
+        self._wait_for(process, moment, seconds, stamp)
+        working, writing = self._stamp() != stamp, self._is_writing()
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(self._number)
         said = process.communicate(timeout=120)[1]
@@ -96,13 +103,34 @@ class Campaign:
         assert "Traceback" not in said, said
         if process.returncode == 0:
             self.counts["finished first"] += 1
+            if self._check:
+                self._check()
             return
         assert process.returncode in self._allowed, said
         self.counts["signals"] += 1
-        self.counts["while writing a checkpoint"] += writing
+        self.counts["while working"] += working
+        self.counts["while writing"] += writing
+
+    def _wait_for(self, process, moment, seconds, stamp) -> None:
+        delay = self._random.uniform(0, seconds)
+        if moment != "any":
+            while process.poll() is None and self._stamp() == stamp:
+                time.sleep(0.002)
+            delay = self._random.uniform(0, 0.3 * seconds)
+        deadline = time.monotonic() + delay
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        while moment == "writing" and process.poll() is None and not self._is_writing():
+            time.sleep(0.0005)
+
+    def _stamp(self):
+        """What changes with the work: metrics of a training, the ledger of an evaluation."""
+        files = (self._workdir / "metrics.jsonl", *self._workdir.glob("autoattack/*/ledger.npz"))
+        return [file.stat().st_mtime_ns for file in files if file.exists()]
 
     def _is_writing(self) -> bool:
-        return any(self._workdir.glob("checkpoints/*/*.orbax-checkpoint-tmp*"))
+        partial = ("checkpoints/*/*.orbax-checkpoint-tmp*", "autoattack/*/.*.partial")
+        return any(found for pattern in partial for found in self._workdir.glob(pattern))
 
 
 def assert_same_training(workdir, reference):
@@ -146,9 +174,18 @@ def undisturbed(tmp_path_factory):
 
 def disturb(undisturbed, workdir, number, times, allowed):
     seconds = to_the_end(training(workdir.parent / "again"))
-    counts = Campaign(training(workdir), workdir, number, allowed).run(times, 1.1 * seconds)
+
+    def check():
+        assert_same_training(workdir, undisturbed)
+
+    def check_and_begin_anew():
+        check()
+        shutil.rmtree(workdir)
+
+    campaign = Campaign(training(workdir), workdir, number, allowed, check_and_begin_anew)
+    counts = campaign.run(times, seconds)
     to_the_end(training(workdir))
-    assert_same_training(workdir, undisturbed)
+    check()
     print(f"\n{signal.Signals(number).name} in training: {counts}")
 
 
@@ -156,10 +193,10 @@ def test_killed_while_it_writes_checkpoints_a_run_loses_nothing(undisturbed, tmp
     """The campaign in small: once where half of the run may be done, once in a write."""
     workdir = tmp_path / "run"
     campaign = Campaign(training(workdir), workdir, signal.SIGKILL, {-signal.SIGKILL})
-    for in_writing in (True, False):
-        campaign.once(60.0 if in_writing else 5.0, in_writing)
-    assert campaign.counts["signals"] == 2
-    assert campaign.counts["while writing a checkpoint"] >= 1
+    for moment in ("writing", "working"):
+        campaign.once(moment, 1.0)
+    assert campaign.counts["while working"] == 2
+    assert campaign.counts["while writing"] >= 1
     to_the_end(training(workdir))
     assert_same_training(workdir, undisturbed)
 
@@ -181,13 +218,24 @@ def test_kill_9_at_twenty_moments_of_autoattack(undisturbed, tmp_path):
         shutil.copytree(undisturbed, tmp_path / name)
     to_the_end(evaluation(tmp_path / "warm"))
     seconds = to_the_end(evaluation(tmp_path / "reference"))
+    workdir = tmp_path / "run"
+
+    def check():
+        assert_same_outcomes(workdir, tmp_path / "reference", "autoattack/*/per_example.npz")
+        assert_same_outcomes(workdir, tmp_path / "reference", "per_example.npz")
+
+    def check_and_begin_anew():
+        check()
+        shutil.copytree(undisturbed, tmp_path / "next")
+        shutil.rmtree(workdir)
+        (tmp_path / "next").rename(workdir)
+
     campaign = Campaign(
-        evaluation(tmp_path / "run"), tmp_path / "run", signal.SIGKILL, {-signal.SIGKILL}
+        evaluation(workdir), workdir, signal.SIGKILL, {-signal.SIGKILL}, check_and_begin_anew
     )
     counts = campaign.run(20, seconds)
-    to_the_end(evaluation(tmp_path / "run"))
-    assert_same_outcomes(tmp_path / "run", tmp_path / "reference", "autoattack/*/per_example.npz")
-    assert_same_outcomes(tmp_path / "run", tmp_path / "reference", "per_example.npz")
+    to_the_end(evaluation(workdir))
+    check()
     print(f"\nSIGKILL in AutoAttack: {counts}")
 
 
