@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_at import models, sweep
+from vit_at import models, study, sweep
 from vit_at.config import validate
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -130,3 +130,12 @@ def test_every_module_that_documentation_names_exists():
                 importlib.import_module(name)
             except ModuleNotFoundError:
                 assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_the_tables_of_the_study_are_those_of_the_committed_results():
+    text = (ROOT / "docs" / "study.md").read_text()
+    tables = re.findall(r"<!-- (results/\w+) -->\n\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    assert len(tables) == 2
+    for directory, table in tables:
+        found = study.table(study.groups(study.find([ROOT / directory]))).markdown()
+        assert table == found, f"python -m vit_at.report {directory} --out=table.md"

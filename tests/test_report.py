@@ -119,6 +119,14 @@ def test_curves_begin_with_clean_accuracy_and_steps_make_the_attack_stronger(tra
     assert by_steps[50] <= by_steps[1]
 
 
+def test_a_model_too_large_for_the_machine_has_no_curves(trained, monkeypatch):
+    shown = exhibits.Exhibits.of(load_trained(trained, "best"))
+    assert shown.affordable == 128
+    monkeypatch.setitem(exhibits._BUDGET, "cpu", 1e9)
+    assert shown.affordable == 0
+    assert len(shown.attacked(2).labels) == 2
+
+
 def test_accuracy_by_class_adds_up_to_the_whole(trained):
     shown = exhibits.Exhibits.of(load_trained(trained, "best"))
     results = Results(trained)

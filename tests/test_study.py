@@ -92,6 +92,13 @@ def test_where_much_differs_the_work_directory_names_the_group(tmp_path):
     assert names == ["AT (plain)", "AT (strange)"]
 
 
+def test_fields_of_the_attack_do_not_tell_natural_training_from_the_rest(tmp_path):
+    make_run(tmp_path / "a", [pgd(0.5)], threat__eps_warmup_epochs=1.0)
+    make_run(tmp_path / "n", [pgd(0.1)], objective="natural", threat__eps_warmup_epochs=0.0)
+    names = [group.name for group in study.groups(study.find([tmp_path]))]
+    assert names == ["AT", "natural"]
+
+
 def test_metrics_end_where_a_crash_has_cut_a_line(tmp_path):
     lines = '{"step": 1, "epoch": 0.5, "loss": 2.0}\n{"step": 2, "epoch": 1.0, "loss": 1.0}\n{"st'
     (run,) = study.find([make_run(tmp_path / "a", metrics=lines)])

@@ -259,7 +259,7 @@ def of_model(exhibits: Exhibits, run: Run, results: Results) -> list[Section]:
     found = exhibits.by_class(results, run.tested)
     sections = [
         by_class(found) if found else None,
-        curves(exhibits),
+        curves(exhibits) if exhibits.affordable else None,
         attacked(exhibits.attacked(), names, exhibits),
         masks(exhibits),
     ]

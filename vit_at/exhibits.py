@@ -25,8 +25,12 @@ from vit_at.train_step import Draws, draw
 Array = jax.Array
 CURVE_EPS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # times the trained eps
 CURVE_STEPS = (1, 2, 5, 10, 20, 50)
-CURVE_IMAGES = 128  # at most
+CURVE_IMAGES = (16, 128)  # at least, or there are no curves, and at most
+PICTURES = 6
 STEPS = 20  # of the attack on pictures, and of the curve over eps
+# Floating-point operations that the curves may take: a minute or so.
+_BUDGET = {"cpu": 2e12}
+_ACCELERATED_BUDGET = 1e15
 _MOST_LABELS = 20_000  # images that are decoded only to learn their classes
 
 
@@ -98,9 +102,18 @@ class Exhibits:
         with jax.default_matmul_precision("highest"):
             return np.asarray(jax.nn.softmax(self._logits(self._trained.params, images)))
 
-    def attacked(self, count: int = 6) -> Attacked:
+    @property
+    def affordable(self) -> int:
+        """How many images the curves are measured on; 0: too large a model for this machine."""
+        fewest, most = CURVE_IMAGES
+        gradients = len(CURVE_EPS) * STEPS + sum(CURVE_STEPS)
+        cost = 3 * self._trained.model.forward_flops() * gradients
+        count = int(_BUDGET.get(jax.default_backend(), _ACCELERATED_BUDGET) / cost)
+        return min(count, most) if count >= fewest else 0
+
+    def attacked(self, count: int = PICTURES) -> Attacked:
         """The first ``count`` test images and what PGD makes of them."""
-        images, labels = self._first(CURVE_IMAGES)  # the shape that the curves need too
+        images, labels = self._first(max(count, self.affordable))  # the curves' shape
         adversarial = self._perturb(images, labels, self.threat)
         before, after = self._predict(images)[:count], self._predict(adversarial)[:count]
         images, adversarial = images[:count], adversarial[:count]
@@ -113,8 +126,11 @@ class Exhibits:
         return Attacked(images, adversarial, labels[:count], before, after, rollout)
 
     def curves(self) -> tuple[dict[float, float], dict[int, float], int]:
-        """PGD accuracy by eps (0: clean) and by number of steps, on so many first test images."""
-        images, labels = self._first(CURVE_IMAGES)
+        """PGD accuracy by eps (0: clean) and by number of steps, on so many first test images.
+
+        Not to be called where none is ``affordable``.
+        """
+        images, labels = self._first(self.affordable)
 
         def accuracy(threat):
             adversarial = self._perturb(images, labels, threat)

@@ -102,6 +102,11 @@ def single(run: Run) -> str:
         missing.append(f"No attacked images and no accuracy by class, as {error}.")
     else:
         sections += charts.of_model(exhibits, run, Results(run.workdir))
+        if not exhibits.affordable:
+            missing.append(
+                "Accuracy over eps and over attack steps, which would take too long on this "
+                "machine; an AutoAttack evaluation has both in its audit."
+            )
     return _render(
         title=run.config["name"],
         runs=[run],

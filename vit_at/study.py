@@ -35,6 +35,18 @@ _IRRELEVANT = frozenset(
         "log_every_steps",
     }
 )
+# What natural training does not look at.
+_OF_THE_ATTACK = frozenset(
+    {
+        "beta",
+        "masking.keep_max",
+        "masking.patch_size",
+        "masking.warmup_epochs",
+        "threat.eps_warmup_epochs",
+        "threat.start",
+        "threat.steps",
+    }
+)
 _MOST_DIFFERENCES = 4  # in a group's name
 
 
@@ -122,7 +134,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         gathered.setdefault(json.dumps(_relevant(run), sort_keys=True), []).append(run)
     flat = [_relevant(members[0]) for members in gathered.values()]
     fields = dict.fromkeys(field for config in flat for field in config)
-    differing = [f for f in fields if len({json.dumps(config.get(f)) for config in flat}) > 1]
+    differing = [f for f in fields if len({json.dumps(c[f]) for c in flat if f in c}) > 1]
     return [
         Group(_name(config, differing, members[0]), tuple(members))
         for config, members in zip(flat, gathered.values(), strict=True)
@@ -133,7 +145,8 @@ def _relevant(run: Run) -> dict[str, Any]:
     flat = flatten(run.config)
     # Each seed may start from pre-trained weights of its own.
     flat["model.pretrained"] = re.sub(r"(seed\D?)\d+", r"\1*", flat["model.pretrained"])
-    return {field: value for field, value in flat.items() if field not in _IRRELEVANT}
+    without = _IRRELEVANT | (_OF_THE_ATTACK if flat["objective"] == "natural" else set())
+    return {field: value for field, value in flat.items() if field not in without}
 
 
 def _name(config: dict[str, Any], differing: Sequence[str], run: Run) -> str:
@@ -141,10 +154,11 @@ def _name(config: dict[str, Any], differing: Sequence[str], run: Run) -> str:
 
     Where that is more than can be read, the name of a work directory stands for it.
     """
-    rest = [f for f in differing if f not in ("objective", "masking.ard", "masking.prm")]
+    said = ("objective", "masking.ard", "masking.prm")
+    rest = [field for field in differing if field in config and field not in said]
     if len(rest) > _MOST_DIFFERENCES:
         return f"{method(config)} ({run.workdir.name})"
-    return ", ".join([method(config), *(describe(field, config.get(field)) for field in rest)])
+    return ", ".join([method(config), *(describe(field, config[field]) for field in rest)])
 
 
 def method(config: dict[str, Any]) -> str:
