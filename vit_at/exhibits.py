@@ -55,6 +55,8 @@ class Exhibits:
     def __init__(self, trained: Trained, examples: Examples):
         self._trained, config = trained, trained.config
         self._examples = examples
+        # One device is enough, and the others need not do the same.
+        self._params = jax.device_put(trained.params, jax.devices()[0])
         self.threat = dataclasses.replace(Threat.of(config.threat), steps=STEPS)
         apply = models.classifier(trained.model, config.data.mean, config.data.std)
         self._logits = jax.jit(apply)
@@ -89,7 +91,7 @@ class Exhibits:
     def _perturb(self, images: np.ndarray, labels: np.ndarray, threat: Threat) -> np.ndarray:
         with jax.default_matmul_precision("highest"):
             adversarial = self._attack(
-                self._trained.params,
+                self._params,
                 images,
                 labels,
                 jnp.float32(threat.eps),
@@ -100,7 +102,7 @@ class Exhibits:
 
     def _predict(self, images: np.ndarray) -> np.ndarray:
         with jax.default_matmul_precision("highest"):
-            return np.asarray(jax.nn.softmax(self._logits(self._trained.params, images)))
+            return np.asarray(jax.nn.softmax(self._logits(self._params, images)))
 
     @property
     def affordable(self) -> int:
@@ -122,7 +124,7 @@ class Exhibits:
             mean, std = self._trained.config.data.mean, self._trained.config.data.std
             looks = jax.jit(functools.partial(explain.rollout, self._trained.model))
             points = ((x - np.float32(mean)) / np.float32(std) for x in (images, adversarial))
-            rollout = tuple(np.asarray(looks(self._trained.params, x)) for x in points)
+            rollout = tuple(np.asarray(looks(self._params, x)) for x in points)
         return Attacked(images, adversarial, labels[:count], before, after, rollout)
 
     def curves(self) -> tuple[dict[float, float], dict[int, float], int]:
