@@ -121,7 +121,7 @@ def main() -> None:
     data = reference.arrays("images")  # not as JAX arrays: nothing of JAX is set up yet
     images = (data["images"][: options.images] / np.float32(255)).astype(np.float32)
     labels = data["labels"][: options.images].astype(np.int32)
-    report = {"arguments": vars(options)}
+    report = {"arguments": {k: v for k, v in vars(options).items() if k != "out"}}
     if options.only != "official":
         report["ours"] = ours(images, labels, options)
     if options.only != "ours":
