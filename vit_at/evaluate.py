@@ -189,8 +189,8 @@ def evaluate_and_store(
     describe = {"examples": examples, "seed": seed, "weights": weights}
     records = []
     for attack in evaluator.attacks:
-        placeholder = record(attack, np.zeros(len(examples), bool), **describe)
-        entry = results.find(placeholder)
+        wanted = record(attack, np.zeros(len(examples), bool), **describe)
+        entry = results.find(wanted)
         if not processes.agree(entry is not None):
             correct = evaluator.run(attack, params, progress=True, workdir=results.workdir)
             entry = record(attack, correct, **describe) | evaluator.details.get(attack.name, {})
