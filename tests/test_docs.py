@@ -6,8 +6,9 @@ import importlib
 import io
 import pathlib
 import re
-import runpy
 import shlex
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -94,13 +95,12 @@ def test_training_commands_give_a_valid_configuration(command, parse):
 @functools.cache
 def help_of(entry: str) -> str:
     """What a module of ours, or a script, says to --help."""
-    if entry.startswith("vit_at."):
-        main = importlib.import_module(entry).main
-    else:
-        main = runpy.run_path(str(ROOT / entry))["main"]
+    if not entry.startswith("vit_at."):
+        command = [sys.executable, ROOT / entry, "--help"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
-        main(["--help"])
+        importlib.import_module(entry).main(["--help"])
     return shown.getvalue()
 
 
