@@ -1,7 +1,12 @@
 """Toy runs that several test files share."""
 
+import contextlib
+import shutil
+import subprocess
+
 import jax
 import numpy as np
+import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -102,6 +107,16 @@ def arrays_of(workdir: epath.Path, step: int, series: str = "last") -> dict[str,
             leaves = jax.tree_util.tree_leaves_with_path(tree)
             found |= {item + jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
     return found
+
+
+@contextlib.contextmanager
+def mounted(directory, options: str):
+    """A file system in memory mounted there, such as with 'ro,size=1m'; skips where it can't be."""
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("file systems can't be mounted here")
+    yield epath.Path(directory)
+    subprocess.run(["umount", "-l", str(directory)], check=True)
 
 
 def trained(workdir) -> epath.Path:

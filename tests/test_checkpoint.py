@@ -296,11 +296,8 @@ def test_room_is_asked_only_of_local_disks():
 @pytest.fixture
 def full_disk(tmp_path):
     """A mounted file system of 2 MiB, where that is allowed."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("file systems can't be mounted here")
-    yield epath.Path(tmp_path)
-    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    with runs.mounted(tmp_path, "size=2m") as directory:
+        yield directory
 
 
 def test_a_disk_that_is_really_full(full_disk, monkeypatch):

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -92,11 +91,8 @@ def test_a_run_from_before_a_field_existed_goes_on(tmp_path):
 @pytest.fixture
 def read_only(tmp_path):
     """A mounted file system that can't be written, where that is allowed."""
-    command = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(tmp_path)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("file systems can't be mounted here")
-    yield epath.Path(tmp_path)
-    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+    with runs.mounted(tmp_path, "ro,size=1m") as directory:
+        yield directory
 
 
 def test_a_read_only_work_directory_is_one_sentence(read_only):
