@@ -100,12 +100,14 @@ def test_every_flag_is_documented():
             assert f"**{part}**" in section
 
 
-@pytest.mark.slow
 def test_the_masked_reference_model():
-    """Logits times 1000: the official count of clean images without a CE gradient, 36 of 128."""
+    """Logits times 1000: 36 of 128 clean images officially have no CE gradient; starts may add."""
     images, labels = (np.asarray(x)[:128] for x in reference.images())
     params, classify = reference.parameters(), reference.apply()
     scaled = functools.partial(lambda p, x: 1000 * classify(p, x), params)
     flags = audit.check_model(scaled, images, labels, batch_size=128)
-    assert "saturated-softmax" in flags
     assert "zero-gradients" not in flags
+    recorded = reference.arrays("masked")
+    count, _, of = flags["saturated-softmax"].partition(" of ")
+    assert 0 <= int(count) - recorded["scale1000_ce_zero_grad"].sum() <= 2
+    assert of.startswith(f"{recorded['scale1000_clean_correct'].sum()} correct images")
