@@ -10,7 +10,7 @@
 
 Flags after ``--`` go to every run. A launcher is the command that takes the place of
 ``python -m vit_at.main``: another script of this directory, which submits a job instead of running
-it. The table lies in the root of the runs, as table.md and table.json.
+it. The table lies in the root of the runs, as table.md.
 """
 
 import argparse

@@ -31,7 +31,8 @@ def fill(run: sweep.Run, accuracy: float, **changes) -> None:
     config.update_from_flattened_dict(changes)
     write_config(run.workdir, config)
     attacks = config.eval.attacks.split(",")
-    records = [{"attack": attack, "accuracy": accuracy} for attack in attacks]
+    protocol = {"data": "digits", "num_examples": 359, "weights": {"checkpoint": "best"}}
+    records = [{"attack": a, "accuracy": accuracy, "protocol": protocol} for a in attacks]
     (run.workdir / "results.json").write_text(json.dumps(records))
 
 
@@ -93,13 +94,16 @@ def test_the_table_averages_over_finished_seeds_only(tmp_path):
     for run, accuracy in zip(runs[:4], (0.1, 0.2, 0.3, 0.75), strict=True):
         fill(run, accuracy)
     lines = sweep.collect(runs, root).splitlines()
-    assert lines[0] == "| variants | fields | runs | clean % | cw-20 % | pgd-20 % | pgd-100 % |"
-    assert lines[2] == "| natural | - | 3 of 3 | " + " | ".join(["20.0 ± 10.0"] * 4) + " |"
-    assert lines[3] == "| - | - | 1 of 3 | " + " | ".join(["75.0"] * 4) + " |"
-    assert lines[4] == "| ard_prm | - | 0 of 3 | - | - | - | - |"
-    rows = json.loads((root / "table.json").read_text())
-    assert [row["finished"] for row in rows] == [True] * 4 + [False] * 5
-    assert rows[3]["accuracy"]["pgd-20"] == 0.75
+    assert lines[0] == "| training | seeds | clean % | CW-20 % | PGD-20 % | PGD-100 % |"
+    assert lines[2] == "| natural | 3 | " + " | ".join(["20.0 ± 10.0"] * 4) + " |"
+    assert lines[3] == "| AT | 1 | " + " | ".join(["75.0"] * 4) + " |"
+    assert len(lines) == 4
+    assert (root / "table.md").read_text().splitlines() == lines
+
+
+def test_a_sweep_that_has_just_begun_has_no_table(tmp_path):
+    runs = sweep.runs_of(DIGITS, epath.Path(tmp_path))
+    assert sweep.collect(runs, epath.Path(tmp_path)) == "no run has finished\n"
 
 
 @pytest.fixture
@@ -137,7 +141,7 @@ def test_the_launcher_runs_all_in_turn_and_reports_those_that_fail(
     assert "'config.epochs': '3'" in (root / "seed=2" / "flags").read_text()
     said = capsys.readouterr()
     assert "run seed=1 ended with status 3" in said.err
-    assert "| - | - | 0 of 3 |" in said.out
+    assert "no run has finished" in said.out
 
 
 def test_an_index_chooses_one_run_and_dry_run_starts_none(tmp_path, launcher, capsys):
@@ -158,6 +162,6 @@ def test_a_sweep_of_real_runs_is_resumed_and_collected(tmp_path, launcher, capsy
     quick = [f"--config.{f.replace('__', '.')}={v}" for f, v in toy.QUICK.items()]
     words = [f"{recipe(tmp_path, body)}:smoke", f"--root={tmp_path / 'root'}", "--", *quick]
     assert launcher.main(words) == 0
-    assert "| natural | - | 1 of 1 |" in capsys.readouterr().out
+    assert "| natural | 1 |" in capsys.readouterr().out
     assert launcher.main(words) == 0
     assert "2 runs, 2 of 2 finished" in capsys.readouterr().out

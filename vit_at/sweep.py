@@ -14,20 +14,19 @@ one root; ``collect`` reads what the finished ones have measured. ``launch/sweep
 import importlib.util
 import json
 import re
-import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from vit_at import study
 from vit_at.command_line import field_names
 from vit_at.config import UserError, differences, nearest, validate, with_added
 from vit_at.results import RESULTS_FILE
 from vit_at.workdir import CONFIG_FILE, read_json, write_atomically
 
-TABLE_FILE = "table"  # .json and .md, in the root of the runs
-SEED = "seed"
+TABLE_FILE = "table.md"  # in the root of the runs
 _FIELD_FLAG = re.compile(r"--?config\.([^=]+)")
 
 
@@ -159,59 +158,10 @@ def _run(
     return Run(name, variants, fields, config, root / name, arguments, frozenset(free))
 
 
-# --- The table --------------------------------------------------------------------------------
-
-
 def collect(runs: list[Run], root: epath.Path) -> str:
-    """Writes ``table.json`` (a row a run) and ``table.md`` (seeds as mean and spread) into root.
-
-    Returns:
-      The text of ``table.md``.
-    """
-    rows = [
-        {
-            "run": run.name,
-            "variants": run.variants,
-            "fields": run.fields,
-            "finished": run.finished,
-            "accuracy": run.accuracies,
-        }
-        for run in runs
-    ]
-    text = markdown(rows)
+    """Writes ``study.table`` of the finished runs into root, as ``table.md``; returns its text."""
+    done = [study.Run.read(run.workdir) for run in runs if run.finished]
+    text = study.table(study.groups(done)).markdown() if done else "no run has finished\n"
     root.mkdir(parents=True, exist_ok=True)
-    write_atomically(root / f"{TABLE_FILE}.json", json.dumps(rows, indent=2) + "\n")
-    write_atomically(root / f"{TABLE_FILE}.md", text)
+    write_atomically(root / TABLE_FILE, text)
     return text
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """A line for the runs that differ in nothing but their seed: mean ± standard deviation in %.
-
-    Runs that have not finished are counted but not averaged.
-    """
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(_settings(row), []).append(row)
-    attacks = list(dict.fromkeys(name for row in rows for name in row["accuracy"]))
-    lines = [["variants", "fields", "runs", *(f"{name} %" for name in attacks)]]
-    for (variants, fields), members in groups.items():
-        done = [row["accuracy"] for row in members if row["finished"]]
-        cells = [_spread([a[name] for a in done if name in a]) for name in attacks]
-        lines.append([variants or "-", fields or "-", f"{len(done)} of {len(members)}", *cells])
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _settings(row: dict[str, Any]) -> tuple[str, str]:
-    fields = {field: value for field, value in row["fields"].items() if field != SEED}
-    return row["variants"], " ".join(f"{field}={value}" for field, value in fields.items())
-
-
-def _spread(accuracies: list[float]) -> str:
-    if not accuracies:
-        return "-"
-    mean = f"{100 * statistics.mean(accuracies):.1f}"
-    if len(accuracies) == 1:
-        return mean
-    return f"{mean} ± {100 * statistics.stdev(accuracies):.1f}"
