@@ -54,31 +54,21 @@ def parse_model(text: str) -> dict[str, Any]:
     return {"model": name, "image_size": int(size), "patch_size": int(patch)}
 
 
-@dataclasses.dataclass
-class Contestant:
-    """A way to run a case. run(): does it once and waits for its end."""
+def interleaved(
+    runs: dict[str, Callable[[], float]], repetitions: int, seconds: float
+) -> dict[str, dict]:
+    """Takes turns, again and again, so that a slow moment of the machine hits all alike.
 
-    name: str
-    run: Callable[[], None]
-
-
-def interleaved(contestants: list[Contestant], repetitions: int, seconds: float) -> dict[str, dict]:
-    """Times each in turn, again and again, so that a slow moment of the machine hits all alike.
-
-    Each is run once beforehand. It ends after ``repetitions`` rounds, or after 3 or more once
-    ``seconds`` are over.
+    runs: {name: runs once and returns its duration}, each warmed up. It ends after ``repetitions``
+    rounds, or after 3 or more once ``seconds`` are over.
     """
-    for contestant in contestants:
-        contestant.run()
-    times: dict[str, list[float]] = {c.name: [] for c in contestants}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
     for done in range(repetitions):
         if done >= 3 and time.perf_counter() - start > seconds:
             break
-        for contestant in contestants:
-            before = time.perf_counter()
-            contestant.run()
-            times[contestant.name].append(time.perf_counter() - before)
+        for name, run in runs.items():
+            times[name].append(run())
     return {name: spread(values) for name, values in times.items()}
 
 
@@ -123,6 +113,11 @@ def write_json(path: str, content: dict[str, Any]) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(content, indent=1) + "\n")
         print(f"written: {path}")
+
+
+def mebibytes(count: int) -> str:
+    """'1536 MiB'."""
+    return f"{count / 2**20:.0f} MiB"
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

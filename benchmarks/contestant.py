@@ -1,22 +1,110 @@
-"""One case in a process of its own: imports, compilation, first step, peak memory. Prints JSON.
+"""One way to run a case, in a process of its own, so that no contestant disturbs another.
 
-    python benchmarks/cold.py '{"case": {...}, "subject": "ours", "cache": "", "steps": 2}'
+In one process they would share an allocator and compete with each other's idle threads:
+torch.compile beside our step cost the latter a tenth of its speed.
 
-Its last line holds, in seconds since ``start`` (the parent's clock, else this script's start):
-``imported``, ``first_step``; ``steps_s``, the duration of each later one; ``peak_rss`` in bytes;
-and ``device_peak``, bytes of accelerator memory, or null.
+Contestant    starts the process, asks it for one run after the other, and ends it
+the script    is that process: it does a case each time a line comes in, and answers in JSON
 """
 
+import dataclasses
 import json
 import os
 import resource
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
-START = time.time()
+
+class Contestant:
+    """A case, run by 'ours', 'eager' or 'compiled' (PyTorch).
+
+    cache: directory of our compiled programs; '': none. env: added to the environment.
+
+    Raises, here and in all methods:
+      RuntimeError: the process ended; its last words.
+    """
+
+    def __init__(self, case: Any, subject: str, cache: str = "", env: dict[str, str] | None = None):
+        request = {"case": dataclasses.asdict(case), "subject": subject, "cache": cache}
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - the process keeps it
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(request | {"start": time.time()})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=os.environ | (env or {}),
+        )
+        # Seconds since the start: when all was imported, and when the first run was done.
+        self.imported, self.first_run = self._answer()
+
+    def run(self) -> float:
+        """Does the case once more; returns its duration in seconds."""
+        print("run", file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def end(self) -> int:
+        """Ends the process; returns its peak memory in bytes, of its accelerator if it has one."""
+        print("end", file=self._process.stdin, flush=True)
+        peak = self._answer()
+        self._process.wait()
+        return peak
+
+    def _answer(self) -> Any:
+        for line in self._process.stdout:
+            if line.startswith("answer "):
+                return json.loads(line.removeprefix("answer "))
+        self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines() or ["no message"]
+        raise RuntimeError(lines[-1][:300])
 
 
-def _ours(request):
+def main() -> None:
+    """Runs the case of the first argument, a JSON object, as often as lines ask for it."""
+    request = json.loads(sys.argv[1])
+    from common import Case  # also puts the repository on the path
+
+    case = Case(**request["case"])
+    prepare = _ours if request["subject"] == "ours" else _theirs
+    imported, run, accelerator_peak = prepare(case, request)
+    run()
+    _say([imported - request["start"], time.time() - request["start"]])
+    for line in sys.stdin:
+        if line.strip() == "end":
+            _say(accelerator_peak() or _peak_resident())
+            return
+        before = time.perf_counter()
+        run()
+        _say(time.perf_counter() - before)
+
+
+def _peak_resident() -> int:
+    """Bytes of main memory at most in use by this program.
+
+    (Linux counts the parent's memory at the fork in getrusage's figure.)
+    """
+    try:
+        with open("/proc/self/status") as status:
+            line = next(line for line in status if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _say(value: Any) -> None:
+    print(f"answer {json.dumps(value)}", flush=True)
+
+
+Prepared = tuple[float, Callable[[], None], Callable[[], int | None]]
+
+
+def _ours(case: Any, request: dict[str, Any]) -> Prepared:
     import vit_at.main  # noqa: F401  all that a run imports
 
     imported = time.time()
@@ -24,40 +112,17 @@ def _ours(request):
 
     from vit_at import runtime
 
-    runtime.set_up(request["case"]["batch"], cache=request.get("cache") or "")
-    return imported, ours.contestant, ours.memory_peak
+    runtime.set_up(case.batch, cache=request["cache"])
+    return imported, ours.runner(case), ours.memory_peak
 
 
-def _theirs(request):
+def _theirs(case: Any, request: dict[str, Any]) -> Prepared:
     import theirs
     import torch
 
-    torch.set_num_threads(request.get("threads") or os.cpu_count())
-
-    def make(case):
-        return theirs.contestant(case, request["subject"] == "compiled")
-
-    return time.time(), make, theirs.memory_peak
-
-
-def main() -> None:
-    """Runs what the first argument asks for."""
-    request = json.loads(sys.argv[1])
-    from common import Case  # also puts the repository on the path
-
-    start = request.get("start") or START
-    prepare = _ours if request["subject"] == "ours" else _theirs
-    imported, make, device_peak = prepare(request)
-    contestant = make(Case(**request["case"]))
-    contestant.run()
-    result = {"imported": imported - start, "first_step": time.time() - start, "steps_s": []}
-    for _ in range(request.get("steps", 2)):
-        before = time.perf_counter()
-        contestant.run()
-        result["steps_s"].append(time.perf_counter() - before)
-    result["peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result["device_peak"] = device_peak()
-    print(json.dumps(result))
+    torch.set_num_threads(os.cpu_count())
+    imported = time.time()
+    return imported, theirs.runner(case, request["subject"] == "compiled"), theirs.memory_peak
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Our training step and PGD evaluation, exactly as ``vit_at.main`` runs them, on made-up images."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from common import CLASSES, EPS, STEP_SIZE, Case, Contestant
+from common import CLASSES, EPS, STEP_SIZE, Case
 
 from configs import default
 from vit_at import models, optim, sharding
@@ -50,10 +51,9 @@ def make_setup(case: Case) -> Setup:
     return Setup(config, sharding.make_mesh(), examples, None, examples, model, STEPS_PER_EPOCH)
 
 
-def contestant(case: Case) -> Contestant:
-    """The case in this package."""
-    name = f"vit_at {case.dtype}"
-    return Contestant(name, _evaluation(case) if case.objective == "pgd" else _training(case))
+def runner(case: Case) -> Callable[[], None]:
+    """Does the case once and waits for its end."""
+    return _evaluation(case) if case.objective == "pgd" else _training(case)
 
 
 def _training(case: Case):

@@ -13,8 +13,10 @@ import os
 import statistics
 from typing import Any
 
-from common import Case, machine, parse_model, print_table, write_json
-from step import child
+from common import Case, machine, mebibytes, parse_model, print_table, write_json
+from contestant import Contestant
+
+RUNS = 3  # of each point, after the first
 
 
 def main() -> None:
@@ -42,15 +44,21 @@ def main() -> None:
     result: dict[str, Any] = {"machine": about, "case": dataclasses.asdict(base), "points": []}
     rows = []
     for kind, value, case, env in points:
-        found = child(case, "ours", env=env)
-        seconds = statistics.median(found["steps_s"]) if "steps_s" in found else None
-        rate = case.batch / seconds if seconds else None
-        point = {"kind": kind, "value": value, "seconds": seconds, "images_per_second": rate}
-        result["points"].append(point | {"error": found.get("error")})
-        shown = [f"{seconds:.4g} s", f"{rate:.4g}"] if seconds else [found["error"][:60], "-"]
+        point: dict[str, Any] = {"kind": kind, "value": value}
+        try:
+            contestant = Contestant(case, "ours", env=env)
+            seconds = statistics.median(contestant.run() for _ in range(RUNS))
+            point |= {"seconds": seconds, "images_per_second": case.batch / seconds}
+            point["peak_memory"] = contestant.end()
+            rate, memory = point["images_per_second"], mebibytes(point["peak_memory"])
+            shown = [f"{seconds:.4g} s", f"{rate:.4g}", memory]
+        except RuntimeError as error:  # too large, say: the other points are measured
+            point["error"] = str(error)
+            shown = [point["error"][:60], "-", "-"]
+        result["points"].append(point)
         rows.append([kind, str(value), *shown])
     print(base.title)
-    print_table(["what varies", "value", "step", "images/s"], rows)
+    print_table(["what varies", "value", "step", "images/s", "peak memory"], rows)
     write_json(options.out, result)
 
 

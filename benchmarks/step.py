@@ -3,40 +3,30 @@
     python benchmarks/step.py --models deit_tiny_patch16_224@32/4 --batch 64 \
         --objectives at,trades,pgd --out benchmarks/results/NAME.json
 
-Every contestant does the same case in turn, again and again; medians and quartiles are kept.
-PyTorch takes part where torch and timm can be imported. See benchmarks/README.md.
+Every contestant, a process of its own, does the same case in turn, again and again; medians and
+quartiles are kept. PyTorch takes part where torch and timm can be imported. See
+benchmarks/README.md.
 """
 
 import argparse
 import dataclasses
-import json
+import importlib
 import os
-import subprocess
-import sys
 import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
-from common import (
-    Case,
-    interleaved,
-    machine,
-    parse_model,
-    print_table,
-    write_json,
-)
-
-HERE = Path(__file__).resolve().parent
+from common import Case, interleaved, machine, mebibytes, parse_model, print_table, write_json
+from contestant import Contestant
 
 
 def main() -> None:
     """The command line."""
     options = _parse_arguments()
+    # Several processes share an accelerator: none may take its memory in advance.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from vit_at import runtime
 
-    batches = map(int, options.batch.split(","))
-    runtime.set_up(*batches)
+    runtime.set_up(*map(int, options.batch.split(",")))
     missing = _why_no_torch() if "torch" in options.against else "not asked for"
     if missing:
         print(f"PyTorch does not take part: {missing}")
@@ -83,11 +73,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 def _why_no_torch() -> str:
     """'' where torch and timm can be imported, else why not."""
     try:
-        import timm
-        import torch
-
-        torch.set_num_threads(os.cpu_count())
-        del timm
+        importlib.import_module("timm")
     except Exception as error:  # a broken installation raises anything
         return f"{type(error).__name__}: {error}"
     return ""
@@ -98,22 +84,21 @@ def _measure(case: Case, options: argparse.Namespace, with_torch: bool) -> dict[
     import limits
     import ours
 
-    contestants, skipped = [], {}
-    makers = {f"vit_at {d}": (ours.contestant, _with(case, dtype=d)) for d in _dtypes(options)}
+    entrants = {f"vit_at {d}": (_with(case, dtype=d), "ours") for d in options.dtypes.split(",")}
     if with_torch:
-        import theirs
-
-        makers["torch eager float32"] = (lambda c: theirs.contestant(c, False), case)
+        entrants["torch eager float32"] = case, "eager"
         if options.against == "torch":
-            makers["torch compile bfloat16"] = (lambda c: theirs.contestant(c, True), case)
-    for name, (make, its_case) in makers.items():
+            entrants["torch compile bfloat16"] = case, "compiled"
+    contestants, skipped = {}, {}
+    for name, entrant in entrants.items():
         try:
-            contestant = make(its_case)
-            contestant.run()
-            contestants.append(contestant)
-        except Exception as error:  # out of memory, no compiler: said, and the others go on
-            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    times = interleaved(contestants, options.repetitions, options.seconds)
+            contestants[name] = Contestant(*entrant)
+        except RuntimeError as error:  # out of memory, no compiler: said, and the others go on
+            skipped[name] = str(error)
+    runs = {name: contestant.run for name, contestant in contestants.items()}
+    times = interleaved(runs, options.repetitions, options.seconds)
+    for name, contestant in contestants.items():
+        times[name]["peak_memory"] = contestant.end()
 
     config = ours.configuration(case)
     flops = limits.case_flops(case, config)
@@ -137,10 +122,6 @@ def _measure(case: Case, options: argparse.Namespace, with_torch: bool) -> dict[
     }
 
 
-def _dtypes(options: argparse.Namespace) -> list[str]:
-    return options.dtypes.split(",")
-
-
 def _with(case: Case, **changes: Any) -> Case:
     return dataclasses.replace(case, **changes)
 
@@ -160,53 +141,42 @@ def _print(case, times, peaks, flops, skipped):
                 f"{row['images_per_second']:.4g}",
                 f"{row['utilisation']:.1%}",
                 f"{row['median_s'] / ours:.2f}x",
+                mebibytes(row["peak_memory"]),
             ]
         )
     header = ["contestant", "median", "quartiles", "images/s", "of matmul peak", "time / ours"]
+    header.append("peak memory")
     print_table(header, rows)
     for name, reason in skipped.items():
         print(f"{name}: skipped, {reason}")
 
 
 def _cold(case: Case, with_torch: bool) -> dict[str, Any]:
-    """Start, compilation and peak memory of each subject, each in a process of its own."""
+    """From the start of a process to the end of its first step, and its peak memory."""
     with tempfile.TemporaryDirectory() as cache:
         subjects = {"ours, empty cache": ("ours", cache), "ours, warm cache": ("ours", cache)}
         if with_torch:
             subjects["torch eager"] = ("eager", "")
-        found = {name: child(case, *of) for name, of in subjects.items()}
+        found = {name: _start(case, *subject) for name, subject in subjects.items()}
     rows = []
     for name, result in found.items():
-        memory = result.get("device_peak") or result.get("peak_rss") or 0
-        values = [result.get(k) for k in ("imported", "first_step", "compile_s")]
-        seconds = ["-" if v is None else f"{v:.3g} s" for v in values]
-        rows.append([name, *seconds, f"{memory / 2**20:.0f} MiB"])
-        if "error" in result:
-            print(f"{name}: {result['error']}")
+        seconds = [f"{result[k]:.3g} s" for k in ("imported", "first_step", "compile_s")]
+        rows.append([name, *seconds, mebibytes(result["peak_memory"])])
     print(f"\n{case.title}, from the start of the process")
     print_table(["process", "imported", "first step done", "compilation", "peak memory"], rows)
     return {"case": dataclasses.asdict(case), "processes": found}
 
 
-def child(case: Case, subject: str, cache: str = "", env: dict[str, str] | None = None) -> dict:
-    """What benchmarks/cold.py says of a case; compile_s: the first step less a later one."""
-    request = {"case": dataclasses.asdict(case), "subject": subject, "cache": cache}
-    command = [sys.executable, str(HERE / "cold.py")]
-    environment = os.environ | (env or {})
-    start = time.time()
-    ended = subprocess.run(
-        [*command, json.dumps(request | {"start": start})],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    if ended.returncode:
-        lines = ended.stderr.strip().splitlines() or ["no message"]
-        return {"error": lines[-1][:300]}
-    result = json.loads(ended.stdout.splitlines()[-1])
-    later = sorted(result["steps_s"])[len(result["steps_s"]) // 2]
-    result["compile_s"] = result["first_step"] - result["imported"] - later
-    return result
+def _start(case: Case, subject: str, cache: str) -> dict[str, float]:
+    """Seconds and bytes; compile_s: the first step less a later one."""
+    contestant = Contestant(case, subject, cache)
+    later = min(contestant.run() for _ in range(2))
+    return {
+        "imported": contestant.imported,
+        "first_step": contestant.first_run,
+        "compile_s": contestant.first_run - contestant.imported - later,
+        "peak_memory": contestant.end(),
+    }
 
 
 if __name__ == "__main__":

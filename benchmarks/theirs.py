@@ -10,10 +10,12 @@ timm's fused attention, and keep batches on the device. On a GPU, eager float32 
 float32 proper (PyTorch's default), not in TF32.
 """
 
+from collections.abc import Callable
+
 import timm
 import torch
 import torch.nn.functional as F
-from common import CLASSES, EPS, STEP_SIZE, Case, Contestant
+from common import CLASSES, EPS, STEP_SIZE, Case
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 BETA = 6.0
@@ -178,10 +180,9 @@ class Step:
             torch.cuda.synchronize()
 
 
-def contestant(case: Case, compiled: bool) -> Contestant:
-    """The case in PyTorch."""
-    name = "torch compile bfloat16" if compiled else "torch eager float32"
-    return Contestant(name, Step(case, compiled).run)
+def runner(case: Case, compiled: bool) -> Callable[[], None]:
+    """Does the case once and waits for its end."""
+    return Step(case, compiled).run
 
 
 def memory_peak() -> int | None:

@@ -18,7 +18,7 @@ part() {
   shift 3
   local left=$((deadline - SECONDS))
   if [ "$left" -lt 15 ]; then echo "$name: left out, no time"; return; fi
-  timeout $((seconds < left ? seconds : left)) "$python" "benchmarks/$script" "$@" \
+  timeout $((seconds < left ? seconds : left)) "$python" -u "benchmarks/$script" "$@" \
     --out "$out/$name.json" 2>&1 | tee "$out/$name.txt" || echo "$name: ended with an error"
 }
 
