@@ -1,6 +1,8 @@
 """Toy runs that several test files share."""
 
 import contextlib
+import os
+import pathlib
 import shutil
 import subprocess
 
@@ -18,6 +20,13 @@ from vit_at.sharding import make_mesh
 from vit_at.train import train
 
 CLASSES = ("zero", "one", "two")
+# Real CIFAR-10 and ImageNet photographs, where the machine has them.
+TFDS = pathlib.Path(
+    os.environ.get("VIT_AT_TFDS", pathlib.Path(__file__).parents[2] / "shared" / "tfds")
+)
+needs_tfds = pytest.mark.skipif(
+    not (TFDS / "imagenet2012").is_dir(), reason=f"no TFDS data in {TFDS} (set VIT_AT_TFDS)"
+)
 # The smoke recipe at the digits' own size.
 QUICK = {
     "data__image_size": 8,

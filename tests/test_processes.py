@@ -24,6 +24,24 @@ ROOT = pathlib.Path(__file__).parent.parent
 QUICK = [f"--config.{field.replace('__', '.')}={value}" for field, value in runs.QUICK.items()]
 RECIPE = ["--config=configs/digits_sgd.py:smoke", *QUICK, f"--compilation_cache={conftest.CACHE}"]
 
+CIFAR10 = [
+    "--config=configs/cifar10_sgd.py:ard_prm,scratch",
+    f"--config.data.dir={runs.TFDS}",
+    "--config.data.train_split=train[:288]",
+    "--config.data.validation_examples=32",
+    "--config.data.test_split=test[:64]",
+    "--config.model.embed_dim=32",
+    "--config.model.depth=2",
+    "--config.model.num_heads=2",
+    "--config.epochs=1",
+    "--config.batch_size=32",
+    "--config.log_every_steps=1",
+    "--config.threat.steps=3",
+    "--config.eval.attacks=clean,pgd-3",
+    "--config.eval.batch_size=32",
+    f"--compilation_cache={conftest.CACHE}",
+]
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -256,6 +274,26 @@ def test_four_processes_reach_the_losses_of_one(alone, tmp_path):
     assert ended.returncode == 0, ended.stderr
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-5)
     assert_same_outcomes(tmp_path / "run", alone)
+
+
+@pytest.fixture(scope="module")
+def cifar10_alone(tmp_path_factory):
+    """A run of one process with one device on real photographs."""
+    workdir = tmp_path_factory.mktemp("runs") / "cifar10"
+    ended = local(1, *CIFAR10, f"--workdir={workdir}")
+    assert ended.returncode == 0, ended.stderr
+    return workdir
+
+
+@pytest.mark.slow
+@runs.needs_tfds
+@pytest.mark.parametrize("count", [2, 4])
+def test_cifar10_on_several_processes(cifar10_alone, tmp_path, count):
+    ended = local(count, *CIFAR10, f"--workdir={tmp_path / 'run'}")
+    assert ended.returncode == 0, ended.stderr
+    assert len(losses(cifar10_alone)) == 8
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(cifar10_alone), rtol=1e-5)
+    assert_same_outcomes(tmp_path / "run", cifar10_alone)
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Reading images: TFDS, folders and digits give the right pixels, labels and error sentences."""
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
@@ -17,14 +17,8 @@ from PIL import Image
 from vit_at.config import UserError
 from vit_at.data import backends, sources
 
-REPOSITORY = Path(__file__).parents[1]
-TFDS = Path(os.environ.get("VIT_AT_TFDS", REPOSITORY.parent / "shared" / "tfds"))
 DIGITS = backends.PACKAGED / "digits" / "1.0.0"
 DIGITS_SHA256 = "6c5bf357dcf4e2941347db518b991789d1dc0b1e3181b078659b42c42b040585"
-
-needs_tfds = pytest.mark.skipif(
-    not (TFDS / "imagenet2012").is_dir(), reason=f"no TFDS data in {TFDS} (set VIT_AT_TFDS)"
-)
 
 
 def data_config(name="digits", **fields) -> ConfigDict:
@@ -99,7 +93,7 @@ def test_no_tensorflow_is_imported():
         "sources.load(d, 'train'); assert 'tensorflow' not in sys.modules"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "OpenCV" not in done.stderr
@@ -384,9 +378,9 @@ def test_a_damaged_record_file_is_named(prepared):
         sources.load(data_config("copied", dir=str(prepared)), "test")
 
 
-@needs_tfds
+@runs.needs_tfds
 def test_cifar10():
-    config = data_config("cifar10", dir=str(TFDS), image_size=32, mean=(0, 0, 0), cache_gib=0)
+    config = data_config("cifar10", dir=str(runs.TFDS), image_size=32, mean=(0, 0, 0), cache_gib=0)
     examples = sources.load(config, "train")
     assert len(examples) == 50_000
     assert examples.class_names[3] == "cat"
@@ -395,9 +389,9 @@ def test_cifar10():
     assert set(labels) == set(range(10))
 
 
-@needs_tfds
+@runs.needs_tfds
 def test_imagenet_photos_are_resized():
-    config = data_config("imagenet2012", dir=str(TFDS), image_size=64, mean=(0, 0, 0))
+    config = data_config("imagenet2012", dir=str(runs.TFDS), image_size=64, mean=(0, 0, 0))
     examples = sources.load(config, "validation[:20]")
     images, labels = examples.read(np.arange(20))
     assert examples.num_classes == 1000
