@@ -186,11 +186,11 @@ def evaluate_and_store(
     weights: what to say of them besides their digest: their source and step.
     """
     weights = {"digest": weights_digest(params), **weights}
-    describe = {"examples": examples, "seed": seed, "weights": weights}
+    describe: dict[str, Any] = {"examples": examples, "seed": seed, "weights": weights}
     records = []
     for attack in evaluator.attacks:
         wanted = record(attack, np.zeros(len(examples), bool), **describe)
-        entry = results.find(wanted)
+        entry: Any = results.find(wanted)
         if not processes.agree(entry is not None):
             correct = evaluator.run(attack, params, progress=True, workdir=results.workdir)
             entry = record(attack, correct, **describe) | evaluator.details.get(attack.name, {})

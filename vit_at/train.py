@@ -171,7 +171,7 @@ class Loop:
         save = epoch_ends or ending or self._save_is_due(step, logs)
         text = self._log(step) if save or logs else ""
         if epoch_ends and self._evaluator and self._validates(step // per_epoch):
-            self._validate(state, step)
+            self._validate(self._evaluator, state, step)
         if save:
             self._checkpoints.save(state, self._values(step))
             self._saved = time.monotonic()
@@ -205,10 +205,10 @@ class Loop:
             self._progress.say(f"warning: {alarm}")
         return metrics.status_line(means, epoch, self._config.epochs)
 
-    def _validate(self, state: TrainState, step: int) -> None:
+    def _validate(self, evaluator: Evaluator, state: TrainState, step: int) -> None:
         """Robust validation; the weights are kept where they are the best so far."""
         params = sharding.replicate(state.eval_params, self._setup.mesh)
-        accuracies = {n: float(c.mean()) for n, c in self._evaluator(params)}
+        accuracies = {n: float(c.mean()) for n, c in evaluator(params)}
         robust = accuracies[self._config.eval.validation_attack]
         epoch = step / self._setup.steps_per_epoch
         values = {f"validation/{name}": accuracy for name, accuracy in accuracies.items()}

@@ -139,8 +139,8 @@ def run(
         num_classes = clean.probe.shape[1]
         names, notes = methods.for_classes(names, num_classes)
         options = {"iterations": iterations, "queries": queries}
-        settings = {"version": version, "norm": norm, "num_classes": num_classes, **options}
-        settings = tuple(settings.items())
+        known = {"version": version, "norm": norm, "num_classes": num_classes, **options}
+        settings = tuple(known.items())
         protocol = {
             "format": _FORMAT,
             "attacks": list(names),
