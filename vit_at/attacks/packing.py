@@ -25,11 +25,27 @@ from vit_at.attacks.methods import Context, Method, Problem
 
 Array = jax.Array
 EMPTY = -1
-# Steps of a round: long enough that the host's part in between does not count, and no longer.
-_STEPS_PER_ROUND = {"cpu": {1: 50, None: 8}, None: {1: 200, None: 25}}  # by passes of a step
-_SLOTS_PER_DEVICE = {"cpu": 1}  # the width of a batch is a multiple of it; elsewhere of 8
-_CACHED = {"cpu": 8}  # slots of a device whose activations stay in its cache; more are slower
-_WORTH_COMPILING = {"cpu": 12_000}  # forward passes that a narrower batch must save; else 10^6
+
+
+class Cut(NamedTuple):
+    """How the work is cut into programs and rounds.
+
+    forward_steps, gradient_steps: of a round, of methods without and with gradients; long enough
+      that the host's part in between does not count, and no longer.
+    slots: of a device; the width of a batch is a multiple of it.
+    most_slots: of a device whose activations stay in its cache, more are slower; None: no limit.
+    worth_compiling: forward passes that a narrower batch must save.
+    """
+
+    forward_steps: int
+    gradient_steps: int
+    slots: int
+    most_slots: int | None
+    worth_compiling: int
+
+
+_ON_A_CPU = Cut(50, 8, slots=1, most_slots=8, worth_compiling=12_000)
+_ON_AN_ACCELERATOR = Cut(200, 25, slots=8, most_slots=None, worth_compiling=1_000_000)
 
 
 class Finished(NamedTuple):
@@ -148,7 +164,8 @@ class Packing:
         self.method, self._programs, self._mesh = programs.method, programs, mesh
         self._shared = (model, np.uint32(seed), np.float32(eps))
         self._source = source
-        at_most = _CACHED.get(jax.default_backend())
+        self._cut = _ON_A_CPU if jax.default_backend() == "cpu" else _ON_AN_ACCELERATOR
+        at_most = self._cut.most_slots
         self._batch_size = min(batch_size, at_most * mesh.size) if at_most else batch_size
         self.work = {"steps": 0, "computed": 0}
         self.waiting: list[Waiting] = []
@@ -181,10 +198,10 @@ class Packing:
 
     def _round(self) -> list[Finished]:
         problem, state, active = self._slots
-        limits = _STEPS_PER_ROUND.get(jax.default_backend(), _STEPS_PER_ROUND[None])
-        limit = np.int32(limits.get(self.method.passes, limits[None]))
+        forward_only = self.method.passes == 1
+        limit = self._cut.forward_steps if forward_only else self._cut.gradient_steps
         state, running, outcome, counts = self._programs.advance(
-            *self._shared, problem, state, active, limit
+            *self._shared, problem, state, active, np.int32(limit)
         )
         self._slots = (problem, state, running)
         running, steps, success = sharding.gather((running, outcome.steps, outcome.success))
@@ -211,7 +228,7 @@ class Packing:
 
     def _width_for(self, count: int) -> int:
         """The narrowest batch that holds ``count`` runs, at most the batch size."""
-        unit = _SLOTS_PER_DEVICE.get(jax.default_backend(), 8) * self._mesh.size
+        unit = self._cut.slots * self._mesh.size
         return min(self._batch_size, -(-max(count, 1) // unit) * unit)
 
     def _shrink(self) -> None:
@@ -221,7 +238,7 @@ class Packing:
         if not count or narrow >= width:
             return
         saved = (width - narrow) * self.method.passes * self.steps_left() / count
-        if saved < _WORTH_COMPILING.get(jax.default_backend(), 10**6):
+        if saved < self._cut.worth_compiling:
             return
         keep = np.argsort(self._image == EMPTY, kind="stable")[:narrow]
         self._restore_slots(
