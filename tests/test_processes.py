@@ -276,6 +276,25 @@ def test_four_processes_reach_the_losses_of_one(alone, tmp_path):
     assert_same_outcomes(tmp_path / "run", alone)
 
 
+@pytest.fixture
+def one_core():
+    """Restricts this process, and those that it starts, to one core."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.slow
+def test_both_series_write_the_same_step_at_a_time(one_core, tmp_path):
+    """On a slow machine the best weights are still being written when the last ones begin."""
+    often = {"epochs": 10, "eval.every_epochs": 5, "checkpoint.every_steps": 2}
+    fields = [f"--config.{name}={value}" for name, value in often.items()]
+    ended = local(2, *RECIPE, *fields, f"--workdir={tmp_path / 'run'}")
+    assert ended.returncode == 0, ended.stderr
+    assert len(losses(tmp_path / "run")) == 40
+
+
 @pytest.fixture(scope="module")
 def cifar10_alone(tmp_path_factory):
     """A run of one process with one device on real photographs."""

@@ -65,6 +65,8 @@ class Series:
 
     def __init__(self, directory: epath.Path, keep: int | None, *, read_only: bool = False):
         self._directory = directory = directory.resolve()  # orbax takes no relative path
+        # Two series may write the same step at a time: their processes must not meet crosswise.
+        apart = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name)
         self._manager = ocp.CheckpointManager(
             directory,
             options=ocp.CheckpointManagerOptions(
@@ -72,6 +74,7 @@ class Series:
                 create=not read_only,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
+                multiprocessing_options=apart,
             ),
         )
 
