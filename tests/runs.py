@@ -108,11 +108,18 @@ def arrays_of(workdir: epath.Path, step: int, series: str = "last") -> dict[str,
     """Every array of a checkpoint by its path, as it lies on disk."""
     import orbax.checkpoint as ocp
 
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # not on the devices that wrote it
+
+    def target(stored):
+        return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=here)
+
     found = {}
     for item in ("params", "opt_state"):
         directory = workdir / "checkpoints" / series / str(step) / item
         if directory.exists():
-            tree = ocp.StandardCheckpointer().restore(directory)
+            checkpointer = ocp.StandardCheckpointer()
+            shapes = jax.tree.map(target, checkpointer.metadata(directory).item_metadata.tree)
+            tree = checkpointer.restore(directory, shapes)
             leaves = jax.tree_util.tree_leaves_with_path(tree)
             found |= {item + jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
     return found
