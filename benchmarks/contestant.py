@@ -1,12 +1,12 @@
 """One way to run a case, in a process of its own, so that no contestant disturbs another.
 
-In one process they would share an allocator and compete with each other's idle threads:
-torch.compile beside our step cost the latter a tenth of its speed.
+In one process they would share an allocator, thread pools and the memory that is measured.
 
 Contestant    starts the process, asks it for one run after the other, and ends it
 the script    is that process: it does a case each time a line comes in, and answers in JSON
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -44,15 +44,18 @@ class Contestant:
 
     def run(self) -> float:
         """Does the case once more; returns its duration in seconds."""
-        print("run", file=self._process.stdin, flush=True)
-        return self._answer()
+        return self._ask("run")
 
     def end(self) -> int:
         """Ends the process; returns its peak memory in bytes, of its accelerator if it has one."""
-        print("end", file=self._process.stdin, flush=True)
-        peak = self._answer()
+        peak = self._ask("end")
         self._process.wait()
         return peak
+
+    def _ask(self, word: str) -> Any:
+        with contextlib.suppress(BrokenPipeError):  # it has ended: the answer says why
+            print(word, file=self._process.stdin, flush=True)
+        return self._answer()
 
     def _answer(self) -> Any:
         for line in self._process.stdout:
