@@ -127,15 +127,15 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("name", "depth", "most"),
+    ("name", "depth"),
     [
-        ("deit_tiny_patch16_224", 4, 0.5),
-        pytest.param("convit_tiny", 12, 0.8, marks=SLOW),
-        # A single pair of its first stage has most of the memory.
-        pytest.param("swin_tiny_patch4_window7_224", 12, 0.9, marks=SLOW),
+        ("deit_tiny_patch16_224", 4),
+        pytest.param("convit_tiny", 12, marks=SLOW),
+        # Deep: only the third stage has many blocks, and at 12 the first outweighs it.
+        pytest.param("swin_tiny_patch4_window7_224", 24, marks=SLOW),
     ],
 )
-def test_blocks_that_are_computed_again_give_the_same_gradient_in_less_memory(name, depth, most):
+def test_blocks_that_are_computed_again_give_the_same_gradient_in_less_memory(name, depth):
     options = {"data__image_size": 32, "model__patch_size": 4, "model__embed_dim": 16}
     config = runs.smoke(model__name=name, model__depth=depth, **options)
     x = np.random.default_rng(0).normal(size=(8, 32, 32, 1)).astype(np.float32)
@@ -154,5 +154,5 @@ def test_blocks_that_are_computed_again_give_the_same_gradient_in_less_memory(na
         compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
         found.append((compiled(params), compiled.memory_analysis().temp_size_in_bytes))
     (plain, memory), (again, less) = found
-    assert less < most * memory
+    assert less < 0.8 * memory
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), again, plain)
