@@ -18,6 +18,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+# This process and its contestants share an accelerator: none may take its memory in advance.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 
 class Contestant:
     """A case, run by 'ours', 'eager' or 'compiled' (PyTorch).

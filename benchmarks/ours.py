@@ -52,7 +52,7 @@ def make_setup(case: Case) -> Setup:
 
 
 def runner(case: Case) -> Callable[[], None]:
-    """Does the case once and waits for its end."""
+    """What does the case once, and waits for its end, each time it is called."""
     return _evaluation(case) if case.objective == "pgd" else _training(case)
 
 

@@ -11,7 +11,6 @@ benchmarks/README.md.
 import argparse
 import dataclasses
 import importlib
-import os
 import tempfile
 from typing import Any
 
@@ -22,8 +21,6 @@ from contestant import Contestant
 def main() -> None:
     """The command line."""
     options = _parse_arguments()
-    # Several processes share an accelerator: none may take its memory in advance.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from vit_at import runtime
 
     runtime.set_up(*map(int, options.batch.split(",")))

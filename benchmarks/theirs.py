@@ -181,7 +181,7 @@ class Step:
 
 
 def runner(case: Case, compiled: bool) -> Callable[[], None]:
-    """Does the case once and waits for its end."""
+    """What does the case once, and waits for its end, each time it is called."""
     return Step(case, compiled).run
 
 
