@@ -133,6 +133,20 @@ def test_results_do_not_depend_on_the_number_of_devices(objective, devices):
     assert len({metrics["loss"] for metrics in one}) == 4
 
 
+def test_stochastic_depth_does_not_depend_on_devices_or_micro_batches():
+    def step(devices, drop_path, **changes):
+        setup = runs.tiny_setup(devices, objective="natural", **changes)
+        setup = setup._replace(model=setup.model.clone(drop_path=drop_path))
+        state = initial_state(setup, runs.optimizer_of(setup))
+        batch = sharding.split_batch(next(runs.batches(setup, 1)), setup.mesh)
+        _, metrics = runs.quick_step(setup, state, batch)(state, batch)
+        return {name: float(value) for name, value in metrics.items()}
+
+    one = step(1, 0.5)
+    assert step(4, 0.5, accumulate_steps=2) == pytest.approx(one, rel=1e-5)
+    assert step(1, 0.0)["loss"] != pytest.approx(one["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_does_not_change_the_update(parts):
     """AT with masks: the draws are those of the whole batch."""

@@ -10,6 +10,7 @@ result is stored with its protocol in ``results.json``, the outcome of each imag
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -80,16 +81,16 @@ def make_outcome_fn(
         return jnp.swapaxes(jax.vmap(of_image)(indices), 0, 1)
 
     def outcome(params, batch):
-        images, labels = augment.to_float(batch["image"]), batch["label"]
+        def of_part(part):
+            images, labels = augment.to_float(part["image"]), part["label"]
+            logits_fn = functools.partial(apply, params)
+            if attack.loss is not None:
+                init = starts(part["index"], images.shape[1:])
+                options = {"loss": attack.loss, "init": init}
+                images = pgd_attack(logits_fn, images, labels, None, attack.threat, **options)
+            return jnp.argmax(logits_fn(images), axis=-1) == labels
 
-        def logits_fn(x):
-            return apply(params, x)
-
-        if attack.loss is not None:
-            init = starts(batch["index"], images.shape[1:])
-            options = {"loss": attack.loss, "init": init}
-            images = pgd_attack(logits_fn, images, labels, None, attack.threat, **options)
-        return jnp.argmax(logits_fn(images), axis=-1) == labels
+        return jax.lax.map(of_part, sharding.in_parts(batch)).reshape(-1)
 
     specs = (sharding.WHOLE, sharding.SPLIT)
     compiled = jax.jit(sharding.map_shards(outcome, mesh, specs))

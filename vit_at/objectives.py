@@ -53,7 +53,8 @@ def training_loss(
     """The loss to minimise, and its terms.
 
     Args:
-      apply: ``apply(params, images01, attn_grad_keep, train, rngs) -> logits``.
+      apply: ``apply(params, images01, attn_grad_keep, train, rngs) -> logits``, see
+        ``models.classifier``.
       images, adversarial: [B, H, W, C] in [0, 1]; no gradient flows into ``adversarial``.
       targets: [B, num_classes] probabilities.
 

@@ -3,11 +3,11 @@
     python -m vit_at.scaling configs/imagenet_vit_b.py [--chip=v6e] [--utilisation=0.4]
 
 An update computes F operations (``metrics.step_flops``, nearly all of them the attack's) and sends
-the gradient of P float32 parameters around once, or once for each of ``accumulate_steps``
-micro-batches A. On N chips, of C operations and W bytes a second, of which a share u is used,
+the gradient of P float32 parameters around once, which is an all-reduce ('replicated'), or a
+gathering of the parameters and a reduce-scatter of the gradient ('fsdp'), of as many bytes. On N
+chips, of C operations and W bytes a second, of which a share u is used,
 
-    compute = F / (N u C)        send = 2 A (N-1)/N 4 P / W         'replicated': an all-reduce
-                                 send = (1 + A) (N-1)/N 4 P / W     'fsdp': gather, reduce-scatter
+    compute = F / (N u C)        send = 2 (N-1)/N 4 P / W
     efficiency = compute / (compute + send)
 
 which assumes that nothing overlaps: a lower bound. These are estimates from data sheets; u is an
@@ -110,18 +110,15 @@ def _passes(config: ConfigDict, attacks: str) -> int:
     return sum(1 + 2 * a.threat.steps * (a.loss not in (None, AUTOATTACK)) for a in parsed)
 
 
-def sent_bytes(parameters: int, chips: int, sharding: str, parts: int = 1) -> float:
-    """Bytes that a chip sends in an update; parts: ``accumulate_steps``."""
-    trips = 2 * parts if sharding == "replicated" else 1 + parts
-    return trips * (chips - 1) / chips * FLOAT32 * parameters
+def sent_bytes(parameters: int, chips: int) -> float:
+    """Bytes that a chip sends in an update."""
+    return 2 * (chips - 1) / chips * FLOAT32 * parameters
 
 
-def efficiency(cost: Cost, chips: int, chip: Chip, *, sharding: str, utilisation: float) -> float:
+def efficiency(cost: Cost, chips: int, chip: Chip, utilisation: float) -> float:
     """Share of the time that computes; see the module's docstring."""
     compute = cost.step_flops / (chips * utilisation * chip.flops)
-    return compute / (
-        compute + sent_bytes(cost.parameters, chips, sharding) / chip.bandwidth(chips)
-    )
+    return compute / (compute + sent_bytes(cost.parameters, chips) / chip.bandwidth(chips))
 
 
 def chip_hours(flops: float, chip: Chip, utilisation: float) -> float:
@@ -177,20 +174,16 @@ def report(config: ConfigDict, chip_name: str, utilisation: float) -> str:
         f"{metrics.with_prefix(cost.step_flops)}FLOP, batch {cost.batch_size}",
         f"chip-hours on {chip_name} at {utilisation:.0%} of its peak, estimated: "
         f"{hours[0]:.2g} training, {hours[1]:.2g} evaluation",
-        "chips  images a chip  sent MB  replicated  fsdp",
+        "chips  images a chip  sent MB  efficiency",
     ]
     for chips in (8, 64, 256):
         if cost.batch_size % chips:
             lines.append(f"{chips:>5}  the batch of {cost.batch_size} does not divide")
             continue
-        shares = [
-            efficiency(cost, chips, chip, sharding=kind, utilisation=utilisation)
-            for kind in ("replicated", "fsdp")
-        ]
-        megabytes = sent_bytes(cost.parameters, chips, "replicated") / 1e6
+        share = efficiency(cost, chips, chip, utilisation)
+        megabytes = sent_bytes(cost.parameters, chips) / 1e6
         lines.append(
-            f"{chips:>5}  {cost.batch_size // chips:>13}  {megabytes:>7.0f}"
-            f"  {shares[0]:>10.0%}  {shares[1]:>4.0%}"
+            f"{chips:>5}  {cost.batch_size // chips:>13}  {megabytes:>7.0f}  {share:>10.0%}"
         )
     return "\n".join(lines)
 

@@ -1,23 +1,26 @@
 """Devices as one mesh axis, ``data``: batches are split over it, parameters are whole on each.
 
-The step is written in the global view under jit. Only the attack loop is mapped shard by shard,
-so that it provably holds no collective: ``map_shards``.
+The step is written in the global view under jit. Only attack and gradient are mapped shard by
+shard (``map_shards``): so they provably hold no collective but the one at their end.
 
 With ``config.sharding='fsdp'`` the training state is split over the same axis, each array along the
 longest dimension that the devices divide (``layout``). A step then gathers the parameters once, for
 all of its attack steps and its gradient; each device keeps its part of the gradient and update.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from vit_at.config import UserError
 
+_CPU_IMAGES = range(4, 9)  # at a time, so that activations stay in cache; docs/performance.md
 AXIS = "data"
 SPLIT, WHOLE = PartitionSpec(AXIS), PartitionSpec()
 
@@ -111,3 +114,35 @@ def map_shards(
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
+
+
+def mean_over_devices(trees: Any, specs: Any) -> Any:
+    """The mean over devices of what each of them holds, inside ``map_shards``.
+
+    specs: how the results lie on the devices: WHOLE, or split along an axis, for each array or
+      each tree of them. A device receives no more than it keeps.
+    """
+
+    def mean(spec, x):
+        if AXIS not in tuple(spec):
+            return lax.pmean(x, AXIS)
+        axis = tuple(spec).index(AXIS)
+        total = lax.psum_scatter(x, AXIS, scatter_dimension=axis, tiled=True)
+        return total / lax.axis_size(AXIS)
+
+    def means(spec, tree):
+        return jax.tree.map(functools.partial(mean, spec), tree)
+
+    return jax.tree.map(means, specs, trees, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def in_parts(examples: Any, at_least: int = 1) -> Any:
+    """A device's examples [b, ...] as parts [parts, b / parts, ...], to be done one by one.
+
+    On an accelerator there are no more parts than asked for; on a CPU, parts are small.
+    """
+    count = len(jax.tree.leaves(examples)[0])
+    size = count // at_least
+    if jax.default_backend() == "cpu":
+        size = max((n for n in _CPU_IMAGES if size % n == 0), default=size)
+    return jax.tree.map(lambda x: x.reshape(count // size, size, *x.shape[1:]), examples)

@@ -4,7 +4,9 @@ Everything random is drawn up front from ``fold_in(key(seed), step)``; what foll
 deterministic. So a step can be checked number by number against the PyTorch reference, replayed
 after a crash, and gives the same result on any number of devices.
 
-    augment, mix -> draw -> perturb (mapped over shards, no collective) -> gradient -> update
+    augment, mix -> draw -> [perturb -> gradient, on every device] -> mean over devices -> update
+
+What is in brackets is mapped over the shards of the batch and sends nothing.
 """
 
 import dataclasses
@@ -27,7 +29,6 @@ from vit_at.data import augment
 from vit_at.optim import learning_rate
 
 Array = jax.Array
-CPU_IMAGES_AT_A_TIME = range(4, 9)  # docs/performance.md
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -114,30 +115,12 @@ def perturb(
 ) -> Array:
     """The adversarial images that ``objective`` trains on, in [0, 1].
 
-    A plain per-device function: images, targets and draws.delta are any shard of a batch. On a CPU
-    a few images are attacked at a time, so that what a step computes stays in a core's cache.
+    A plain per-device function: images, targets and draws.delta are any shard of a batch.
     """
     if objective == "natural":
         return images
-
-    def attack(shard):
-        images, targets, delta = shard
-        loss = objectives.attack_loss(objective, apply, params, images, targets)
-        return pgd.training_attack(loss, images, delta, draws.attn_keep, draws.patch_keep, threat)
-
-    shard, count = (images, targets, draws.delta), images.shape[0]
-    few = _few(count)
-    if few == count:
-        return attack(shard)
-    parts = jax.tree.map(lambda x: x.reshape(count // few, few, *x.shape[1:]), shard)
-    return jax.lax.map(attack, parts).reshape(images.shape)
-
-
-def _few(count: int) -> int:
-    """How many of ``count`` images are attacked at a time: a divisor of it."""
-    if jax.default_backend() != "cpu":
-        return count
-    return max((n for n in CPU_IMAGES_AT_A_TIME if count % n == 0), default=count)
+    loss = objectives.attack_loss(objective, apply, params, images, targets)
+    return pgd.training_attack(loss, images, draws.delta, draws.attn_keep, draws.patch_keep, threat)
 
 
 def train_step(
@@ -184,25 +167,8 @@ def train_step(
         return jax.lax.with_sharding_constraint(tree, sharding.layout(tree, mesh, kind))
 
     params = constrain(state.params, "replicated")  # gathered, once for all that follows
-
-    def loss_and_gradient(examples, key):
-        images, targets, delta = examples
-        micro_draws = draws._replace(delta=delta)
-        adversarial = _perturb_shards(
-            mesh, apply, params, images, targets, micro_draws, threat, config.objective
-        )
-        loss = functools.partial(
-            objectives.training_loss, config.objective, apply, beta=config.beta
-        )
-        (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(
-            params, images, adversarial, targets, rngs={"drop_path": key}
-        )
-        gradient = constrain(gradient, config.sharding)
-        return gradient, {"loss": value} | _batch_metrics(aux, targets)
-
-    gradient, metrics = _accumulate(
-        loss_and_gradient, (images, targets, draws.delta), train_key, config.accumulate_steps
-    )
+    keys = jax.random.split(train_key, len(images))  # one an image: no split of the batch shows
+    gradient, metrics = _gradient(mesh, apply, params, images, targets, draws, keys, threat, config)
     metrics |= {
         "gradient_norm": optax.tree.norm(gradient),
         "learning_rate": learning_rate(config, steps_per_epoch)(state.step),
@@ -236,17 +202,34 @@ def _eps_factor(config, progress):
     return jnp.minimum(1.0, progress / config.threat.eps_warmup_epochs)
 
 
-def _perturb_shards(mesh, apply, params, images, targets, draws, threat, objective):
-    """``perturb`` on every device's shard."""
+def _gradient(mesh, apply, params, images, targets, draws, keys, threat, config):
+    """(gradient laid out as the state is, metrics): the means over all images of the batch.
 
-    def shard(params, images, targets, draws, eps, step_size):
+    Every device attacks and differentiates its own images, a part of them after the other; only
+    their mean is sent, once.
+    """
+    loss = functools.partial(objectives.training_loss, config.objective, apply, beta=config.beta)
+    specs = jax.tree.map(lambda x: x.spec, sharding.layout(params, mesh, config.sharding))
+
+    def of_part(params, draws, threat, part):
+        images, targets, delta, keys = part
+        draws, options = draws._replace(delta=delta), {"objective": config.objective}
+        adversarial = perturb(apply, params, images, targets, draws, threat=threat, **options)
+        (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(
+            params, images, adversarial, targets, rngs={"drop_path": keys}
+        )
+        return gradient, {"loss": value} | _batch_metrics(aux, targets)
+
+    def of_shard(params, images, targets, draws, keys, eps, step_size):
         mine = dataclasses.replace(threat, eps=eps, step_size=step_size)
-        return perturb(apply, params, images, targets, draws, objective=objective, threat=mine)
+        parts = sharding.in_parts((images, targets, draws.delta, keys), config.accumulate_steps)
+        means = _mean_over_parts(functools.partial(of_part, params, draws, mine), parts)
+        return sharding.mean_over_devices(means, (specs, sharding.WHOLE))
 
     split, whole = sharding.SPLIT, sharding.WHOLE
-    specs = (whole, split, split, Draws(split, whole, whole), whole, whole)
-    mapped = sharding.map_shards(shard, mesh, specs)
-    return mapped(params, images, targets, draws, threat.eps, threat.step_size)
+    in_specs = (whole, split, split, Draws(split, whole, whole), split, whole, whole)
+    mapped = sharding.map_shards(of_shard, mesh, in_specs, (specs, whole))
+    return mapped(params, images, targets, draws, keys, threat.eps, threat.step_size)
 
 
 def _batch_metrics(aux, targets):
@@ -259,27 +242,19 @@ def _batch_metrics(aux, targets):
     return metrics
 
 
-def _accumulate(loss_and_gradient, examples, key, parts):
-    """Means of gradient and metrics over ``parts`` micro-batches.
+def _mean_over_parts(function, parts):
+    """Mean of function(part), a tree of arrays, over the leading axis of ``parts``."""
+    first = jax.tree.map(lambda x: x[0], parts)
+    count = len(jax.tree.leaves(parts)[0])
+    if count == 1:
+        return function(first)
 
-    Micro-batch i takes the rows i, i + parts, ...: so each stays split evenly over the devices.
-    """
-    if parts == 1:
-        return loss_and_gradient(examples, key)
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(part)), None
 
-    def micro_batches(x):
-        return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-
-    def body(total, inputs):
-        return jax.tree.map(jnp.add, total, loss_and_gradient(*inputs)), None
-
-    stacked = jax.tree.map(micro_batches, examples)
-    keys = jax.random.split(key, parts)
-    first = jax.tree.map(lambda x: x[0], (stacked, keys))
-    shapes = jax.eval_shape(loss_and_gradient, *first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(body, zeros, (stacked, keys))
-    return jax.tree.map(lambda x: x / parts, total)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, first))
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda x: x / count, total)
 
 
 def _update(state, gradient, optimizer, ema_decay):

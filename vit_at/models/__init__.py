@@ -6,6 +6,7 @@ classifier(model)    images in [0, 1] -> logits: normalisation is the first thin
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,11 +90,21 @@ def classifier(model: nn.Module, mean: Sequence[float], std: Sequence[float]) ->
     """Pixels to logits: ``apply(params, images01, attn_grad_keep=None, train=False, rngs=None)``.
 
     images01 [B, H, W, C] in [0, 1]; mean, std: per channel, in the same units.
+    rngs: {'drop_path': a key, or an array [B] of keys, one for each image}.
     """
 
     def apply(params, images01, attn_grad_keep=None, train=False, rngs=None):
         shift, scale = jnp.asarray(mean, images01.dtype), jnp.asarray(std, images01.dtype)
         images = (images01 - shift) / scale
-        return model.apply({"params": params}, images, attn_grad_keep, train, rngs=rngs)
+        forward = functools.partial(model.apply, {"params": params})
+        if not (train and rngs and model.drop_path):
+            return forward(images, attn_grad_keep)
+        if rngs["drop_path"].ndim == 0:
+            return forward(images, attn_grad_keep, train, rngs=rngs)
+
+        def of_one(image, rngs):
+            return forward(image[None], attn_grad_keep, train, rngs=rngs)[0]
+
+        return jax.vmap(of_one)(images, rngs)
 
     return apply
