@@ -25,31 +25,25 @@ def test_the_maps_are_the_attention_that_the_model_applies(name):
     params = random_params(model)
     images = np.random.default_rng(1).normal(size=(4, 8, 8, 3)).astype(np.float32)
     maps = jax.jit(functools.partial(explain.attention_maps, model))(params, images)
-    tokens = {"deit_tiny_patch16_224": [17, 17], "convit_tiny": [16, 17]}[name]
-    assert [attention.shape for attention in maps] == [(4, 2, n, n) for n in tokens]
+    first = {"deit_tiny_patch16_224": 17, "convit_tiny": 16}[name]
+    assert [attention.shape for attention in maps] == [(4, 2, first, first), (4, 2, 1, 17)]
     # What each attention module gives out, from the maps and the values it captured.
     capture = {"capture_intermediates": True, "mutable": ["intermediates"]}
     run = jax.jit(functools.partial(model.apply, **capture))
     _, state = jax.device_get(run({"params": params}, images))
-    block = 0
-    for stack in ("local_blocks", "blocks"):
-        if stack not in params:
-            continue
+    stacks = ["blocks" if "blocks" in params else "local_blocks", "last_block"]
+    for stack, attention in zip(stacks, maps, strict=True):
         captured, own = state["intermediates"][stack]["attn"], params[stack]["attn"]
-        outputs = captured["__call__"][0]
-        for i in range(len(outputs)):
-            if "v" in captured:
-                values = captured["v"]["__call__"][0][i]
-            else:
-                values = captured["qkv"]["__call__"][0][i][..., 32:]
-            b, n, d = values.shape
-            heads = values.reshape(b, n, 2, d // 2)
-            mixed = np.einsum("bhqk,bkhc->bqhc", maps[block], heads).reshape(b, n, d)
-            proj = jax.tree.map(lambda x, i=i: x[i], own["proj"])
-            expected = mixed @ proj["kernel"] + proj["bias"]
-            np.testing.assert_allclose(outputs[i], expected, rtol=1e-4, atol=1e-5)
-            block += 1
-    assert block == len(maps)
+        values = (
+            captured["v"]["__call__"][0] if "v" in captured else captured["qkv"]["__call__"][0][2]
+        )
+        outputs, proj = captured["__call__"][0], own["proj"]
+        if stack != "last_block":  # a stack of one
+            outputs, values, proj = jax.tree.map(lambda x: x[0], (outputs, values, proj))
+        b, n, d = values.shape
+        mixed = np.einsum("bhqk,bkhc->bqhc", attention, values.reshape(b, n, 2, d // 2))
+        expected = mixed.reshape(b, -1, d) @ proj["kernel"] + proj["bias"]
+        np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rollout_multiplies_the_blocks_and_keeps_half_for_the_residual(monkeypatch):

@@ -89,7 +89,7 @@ def test_trades_computes_its_clean_logits_once_before_the_attack():
 def test_an_attack_has_no_gradient_of_weights():
     """Backward, a linear layer costs one product and an attention product two."""
     (_, in_loop), forward = products_of_attack("at")
-    attention = 2 * 2  # of a block with two heads; the blocks are one scanned body
+    attention = 2 * 2 * 2  # of two heads in two bodies: that of all other blocks, and the last
     assert in_loop == 2 * forward + attention
 
 

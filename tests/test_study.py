@@ -87,9 +87,11 @@ def test_pretrained_weights_of_each_seed_s_own_do_not_split_a_group(tmp_path):
 def test_where_much_differs_the_work_directory_names_the_group(tmp_path):
     make_run(tmp_path / "plain", [pgd(0.5)])
     other = {"epochs": 3, "batch_size": 8, "beta": 2.0, "label_smoothing": 0.1, "ema_decay": 0.5}
-    make_run(tmp_path / "strange", [pgd(0.5)], **other)
+    make_run(tmp_path / "seed=0", [pgd(0.5)], **other | {"epochs": 4})
+    for seed in (0, 1):
+        make_run(tmp_path / f"strange-seed={seed}", [pgd(0.5)], seed=seed, **other)
     names = [group.name for group in study.groups(study.find([tmp_path]))]
-    assert names == ["AT (plain)", "AT (strange)"]
+    assert names == ["AT (plain)", "AT", "AT (strange)"]
 
 
 def test_fields_of_the_attack_do_not_tell_natural_training_from_the_rest(tmp_path):

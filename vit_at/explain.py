@@ -32,8 +32,8 @@ def rollout(model: Any, params: Any, images: Array) -> Array:
     """
     total = None
     for attention in attention_maps(model, params, images):
-        n = attention.shape[-1]
-        mixing = (attention.mean(1) + jnp.eye(n)) / 2
+        queries, n = attention.shape[2:]
+        mixing = (attention.mean(1) + jnp.eye(queries, n)) / 2
         if total is not None and total.shape[-1] < n:  # ConViT: the class token joins here
             total = jnp.pad(total, ((0, 0), (1, 0), (1, 0))).at[:, 0, 0].set(1)
         total = mixing if total is None else mixing @ total
@@ -44,7 +44,8 @@ def rollout(model: Any, params: Any, images: Array) -> Array:
 def attention_maps(model: Any, params: Any, images: Array) -> list[Array]:
     """[b, heads, n, n] of each block in forward order; each row adds up to 1.
 
-    ConViT's first blocks lack the class token, which is token 0 of all others.
+    ConViT's first blocks lack the class token, which is token 0 of all others. The last block's
+    map is [b, heads, 1, n]: of the class token, the only one it computes.
     """
     _, state = model.apply(
         {"params": params},
@@ -54,25 +55,24 @@ def attention_maps(model: Any, params: Any, images: Array) -> list[Array]:
     )
     stacks = state["intermediates"]
     maps = []
-    for stack in ("local_blocks", "blocks"):  # in forward order; a ViT has only the latter
+    for stack in ("local_blocks", "blocks", "last_block"):  # in forward order, as far as there are
         if stack not in stacks:
             continue
-        captured = stacks[stack]["attn"]
+        captured = {n: out["__call__"][0] for n, out in stacks[stack]["attn"].items()}
+        if stack == "last_block":  # not stacked
+            captured = jax.tree.map(lambda x: x[None], captured)
         gates = params[stack]["attn"].get("gating_param")
         for block in range(len(jax.tree.leaves(captured)[0])):
-            of_block = {n: out["__call__"][0][block] for n, out in captured.items()}
-            gate = None if gates is None else gates[block]
-            maps.append(_attention(model, of_block, gate))
+            of_block = jax.tree.map(lambda x, i=block: x[i], captured)
+            maps.append(_attention(model, of_block, None if gates is None else gates[block]))
     return maps
 
 
-def _attention(model: Any, captured: dict[str, Array], gate: Array | None) -> Array:
+def _attention(model: Any, captured: dict[str, Any], gate: Array | None) -> Array:
     """softmax(scale q k) of one block; with a gate, mixed with its positional attention."""
-    features = captured.get("qkv", captured.get("qk"))
-    b, n, _ = features.shape
     head_dim = model.embed_dim // model.num_heads
-    parts = features.astype(jnp.float32).reshape(b, n, -1, model.num_heads, head_dim)
-    q, k = parts[:, :, 0], parts[:, :, 1]
+    q, k = captured["qkv"][:2] if "qkv" in captured else jnp.split(captured["qk"], 2, -1)
+    q, k = (x.astype(jnp.float32).reshape(*x.shape[:2], -1, head_dim) for x in (q, k))
     scale = model.qk_scale or head_dim**-0.5
     content = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * scale)
     if gate is None:

@@ -152,12 +152,13 @@ def _relevant(run: Run) -> dict[str, Any]:
 def _name(config: dict[str, Any], differing: Sequence[str], run: Run) -> str:
     """'AT + ARD + PRM' or 'TRADES, learning_rate 0.01': the method, then what else differs.
 
-    Where that is more than can be read, the name of a work directory stands for it.
+    Where that is more than can be read, the name of a work directory stands for it, less its seed.
     """
     said = ("objective", "masking.ard", "masking.prm")
     rest = [field for field in differing if field in config and field not in said]
     if len(rest) > _MOST_DIFFERENCES:
-        return f"{method(config)} ({run.workdir.name})"
+        arm = re.sub(r"-?seed\W?\d+", "", run.workdir.name)
+        return f"{method(config)} ({arm})" if arm else method(config)
     return ", ".join([method(config), *(describe(field, config[field]) for field in rest)])
 
 

@@ -58,7 +58,8 @@ def _rows(path: tuple[str, ...], model: Any) -> tuple[list[str], bool]:
         if path[: len(parts)] == parts:
             prefixes, rest = names, path[len(parts) :]
     *modules, leaf = rest
-    modules = [_MODULE_NAMES.get(m, re.sub(r"layers_(\d)_", r"layers.\1.", m)) for m in modules]
+    renamed = _MODULE_NAMES | {"last_block": f"blocks.{model.depth - 1}"}
+    modules = [renamed.get(m, re.sub(r"layers_(\d)_", r"layers.\1.", m)) for m in modules]
     name = ".".join([*modules, _LEAF_NAMES.get(leaf, leaf)])
     if prefixes is None:
         return [name], False

@@ -121,9 +121,12 @@ class ConViT(nn.Module):
 
     @property
     def stacks(self) -> dict[str, tuple[str, ...]]:
-        """timm's name of each row of the parameters that are stacked along axis 0."""
+        """timm's name of each row of the parameters that are stacked along axis 0.
+
+        (Last of all comes ``last_block``, which is no stack.)
+        """
         names = tuple(f"blocks.{i}" for i in range(self.depth))
-        return {"local_blocks": names[: self.local_blocks], "blocks": names[self.local_blocks :]}
+        return {"local_blocks": names[: self.local_blocks], "blocks": names[self.local_blocks : -1]}
 
     @property
     def num_tokens(self) -> int:
@@ -163,23 +166,23 @@ class ConViT(nn.Module):
         cls_token = self.param("cls_token", init, (1, 1, d), weights)
         cls_token = jnp.broadcast_to(cls_token, (b, 1, d))
         x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1)
-        blocks = layers.scan_blocks(layers.Block, self.depth - split, self.remat)
-        x, _ = blocks(attention, *block, name="blocks")(x, last, rates[split:], train)
-        x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x[:, 0])
+        x = layers.last_blocks(attention, block, x, last, rates[split:], train, self.remat)
+        x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x)
         return layers.dense(self.num_classes, weights, name="head")(x)
 
     def attention_flops(self) -> float:
         """The part of ``forward_flops`` that is products of two activations."""
-        n, split = self.num_tokens, self.local_blocks
-        total = split * 2 * n * n + (self.depth - split) * 2 * (n + 1) ** 2
-        return 2.0 * total * self.embed_dim
+        return 2.0 * self._multiply_adds()[1]
 
     def forward_flops(self) -> float:
         """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
         n, d = self.num_tokens, self.embed_dim
         patch = n * self.patch_size**2 * self.in_channels * d
-        total = patch + d * self.num_classes
-        for tokens, count in ((n, self.local_blocks), (n + 1, self.depth - self.local_blocks)):
-            block = tokens * d * d * (4 + 2 * self.mlp_ratio) + 2 * tokens * tokens * d
-            total += count * block
-        return 2.0 * (total + self.local_blocks * 3 * n * n * self.num_heads)
+        position = self.local_blocks * 3 * n * n * self.num_heads
+        return 2.0 * (patch + position + sum(self._multiply_adds()) + d * self.num_classes)
+
+    def _multiply_adds(self) -> tuple[float, float]:
+        """Of all blocks' linear layers and of their products of two activations."""
+        n, local = self.num_tokens, self.local_blocks
+        kinds = [(local, n, n), (self.depth - local - 1, n + 1, n + 1), (1, n + 1, 1)]
+        return layers.multiply_adds(kinds, self.embed_dim, self.mlp_ratio)

@@ -6,6 +6,8 @@ Attention      multi-head self-attention over all tokens
 Mlp            the two-layer perceptron of a block
 Block          x + attention(norm(x)), then x + mlp(norm(x)), with any attention
 scan_blocks    equal blocks as one scanned module
+last_blocks    the same, down to the class token
+multiply_adds  of blocks
 drop_path      stochastic depth, per example
 gate_gradient  a branch whose backward pass a Boolean switches off (ARD)
 
@@ -14,7 +16,7 @@ and LayerNorm statistics stay in float32 (float64 where ``dtype`` is float64).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -107,6 +109,34 @@ def head_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> ja
     return jnp.einsum("bqk,bkd->bqd", ops.softmax(logits).astype(v.dtype), v)
 
 
+class QueryKeyValue(nn.Module):
+    """Linear, to the queries of the first tokens and to the keys and values of all of them.
+
+    The features of the kernel [d, 3 d] are [q | k | v], as in timm.
+    """
+
+    use_bias: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, queries: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [b, n, d] -> q [b, queries, d], k [b, n, d], v [b, n, d]."""
+        d, weights, init = x.shape[-1], param_dtype(self.dtype), nn.initializers.zeros
+        kernel = self.param("kernel", KERNEL_INIT, (d, 3 * d), weights)
+        bias = self.param("bias", init, (3 * d,), weights) if self.use_bias else None
+
+        def linear(x, features):
+            out = x.astype(self.dtype) @ kernel[:, features].astype(self.dtype)
+            return out if bias is None else out + bias[features].astype(self.dtype)
+
+        if queries == x.shape[1]:
+            q, k, v = jnp.split(linear(x, slice(None)), 3, -1)
+        else:
+            q = linear(x[:, :queries], slice(d))
+            k, v = jnp.split(linear(x, slice(d, None)), 2, -1)
+        return q, k, v
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; the qkv features are [q | k | v], each heads x head_dim."""
 
@@ -114,20 +144,22 @@ class Attention(nn.Module):
     qkv_bias: bool
     qk_scale: float  # of the attention logits; 0: head_dim ** -0.5
     dtype: str
+    class_token_only: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, n, d] -> [b, n, d], or [b, 1, d] of the class token, which attends to all tokens."""
         b, n, d = x.shape
-        head_dim = d // self.num_heads
-        qkv = dense(3 * d, self.dtype, use_bias=self.qkv_bias, name="qkv")(x)
+        head_dim, queries = d // self.num_heads, 1 if self.class_token_only else n
+        qkv = QueryKeyValue(self.qkv_bias, self.dtype, name="qkv")(x, queries)
         scale = self.qk_scale or head_dim**-0.5
         if jax.default_backend() == "cpu":  # slices, where all heads at once are transpositions
-            parts = (jnp.split(part, self.num_heads, -1) for part in jnp.split(qkv, 3, -1))
-            heads = [head_attention(*qkv, scale) for qkv in zip(*parts, strict=True)]
+            parts = (jnp.split(part, self.num_heads, -1) for part in qkv)
+            heads = [head_attention(*of_head, scale) for of_head in zip(*parts, strict=True)]
             out = jnp.concatenate(heads, -1)
         else:
-            q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.num_heads, head_dim), 2, 0)
-            out = dot_product_attention(q, k, v, scale).reshape(b, n, d)
+            q, k, v = (part.reshape(b, -1, self.num_heads, head_dim) for part in qkv)
+            out = dot_product_attention(q, k, v, scale).reshape(b, queries, d)
         return dense(d, self.dtype, name="proj")(out)
 
 
@@ -208,7 +240,10 @@ def attention_branch(
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); ``attention(name=...)`` makes the former."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); ``attention(name=...)`` makes the former.
+
+    Of the tokens whose attention is not computed, the last ones, the block returns nothing.
+    """
 
     attention: Callable[..., nn.Module]
     mlp_ratio: float
@@ -224,7 +259,7 @@ class Block(nn.Module):
         a = attention_branch(norm1, self.attention(name="attn"), x, keep)
         if train and self.has_rng("drop_path"):
             a = drop_path(self.make_rng("drop_path"), a, drop_rate)
-        x = x + a
+        x = x[:, : a.shape[1]] + a
         hidden_dim = int(x.shape[-1] * self.mlp_ratio)
         y = LayerNorm(self.norm_eps, self.dtype, name="norm2")(x)
         return x + Mlp(hidden_dim, self.dtype, name="mlp")(y), None
@@ -248,3 +283,39 @@ def scan_blocks(
         in_axes=(0, 0, nn.broadcast),
         length=length,
     )
+
+
+def last_blocks(
+    attention: Callable[..., nn.Module],
+    block: tuple[float, float, str],
+    x: jax.Array,
+    keep: jax.Array | None,
+    drop_rates: jax.Array,
+    train: bool,
+    remat: bool,
+) -> jax.Array:
+    """x [b, n, d] -> the class token [b, d] after all blocks, a row of ``drop_rates`` for each.
+
+    Nothing reads the other tokens of the last block, so that one, ``last_block``, computes none of
+    them: a twelfth of the work of twelve blocks, nearly. The others are the stack ``blocks``.
+    """
+    count = len(drop_rates) - 1
+    first, last = (None, None) if keep is None else (keep[:count], keep[count])
+    if count:
+        blocks = scan_blocks(Block, count, remat)(attention, *block, name="blocks")
+        x, _ = blocks(x, first, drop_rates[:count], train)
+    class_token = functools.partial(attention, class_token_only=True)
+    x, _ = Block(class_token, *block, name="last_block")(x, last, drop_rates[count], train)
+    return x[:, 0]
+
+
+def multiply_adds(
+    blocks: Sequence[tuple[int, int, int]], d: int, mlp_ratio: float
+) -> tuple[float, float]:
+    """Of all blocks' linear layers, and of their products of two activations, for one image.
+
+    blocks: (number of such blocks, tokens, queries) of each kind. Keys and values are computed of
+      all tokens, all else of the queries alone.
+    """
+    linear = sum(n * d * d * (2 * t + q * (2 + 2 * mlp_ratio)) for n, t, q in blocks)
+    return linear, sum(n * 2.0 * q * t * d for n, t, q in blocks)

@@ -1,6 +1,7 @@
 """ViT and DeiT: Dosovitskiy et al. 2021, Touvron et al. 2021, in the shapes of timm 0.5.
 
-The blocks are one scanned module: their parameters are stacked along a leading axis [depth, ...].
+All blocks but the last are one scanned module, their parameters stacked along a leading axis
+[depth - 1, ...]. The last computes nothing but the class token, which is all that the head reads.
 """
 
 import functools
@@ -54,8 +55,11 @@ class VisionTransformer(nn.Module):
 
     @property
     def stacks(self) -> dict[str, tuple[str, ...]]:
-        """timm's name of each row of the parameters that are stacked along axis 0."""
-        return {"blocks": tuple(f"blocks.{i}" for i in range(self.depth))}
+        """timm's name of each row of the parameters that are stacked along axis 0.
+
+        (Last of all comes ``last_block``, which is no stack.)
+        """
+        return {"blocks": tuple(f"blocks.{i}" for i in range(self.depth - 1))}
 
     @property
     def num_tokens(self) -> int:
@@ -84,21 +88,24 @@ class VisionTransformer(nn.Module):
         attention = functools.partial(
             layers.Attention, self.num_heads, self.qkv_bias, self.qk_scale, self.dtype
         )
-        blocks = layers.scan_blocks(layers.Block, self.depth, self.remat)(
-            attention, self.mlp_ratio, self.norm_eps, self.dtype, name="blocks"
-        )
-        x, _ = blocks(x, attn_grad_keep, jnp.linspace(0.0, self.drop_path, self.depth), train)
-        x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x[:, 0])
+        block = (self.mlp_ratio, self.norm_eps, self.dtype)
+        rates = jnp.linspace(0.0, self.drop_path, self.depth)
+        x = layers.last_blocks(attention, block, x, attn_grad_keep, rates, train, self.remat)
+        x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x)
         return layers.dense(self.num_classes, weights, name="head")(x)
 
     def attention_flops(self) -> float:
         """The part of ``forward_flops`` that is products of two activations."""
-        n = 1 + self.num_tokens
-        return 2.0 * self.depth * 2 * n * n * self.embed_dim
+        return 2.0 * self._multiply_adds()[1]
 
     def forward_flops(self) -> float:
         """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
-        n, d = 1 + self.num_tokens, self.embed_dim
-        patch = self.num_tokens * self.patch_size**2 * self.in_channels * d
-        block = n * d * d * (4 + 2 * self.mlp_ratio) + 2 * n * n * d
-        return 2.0 * (patch + self.depth * block + d * self.num_classes)
+        patch = self.num_tokens * self.patch_size**2 * self.in_channels * self.embed_dim
+        return 2.0 * (patch + sum(self._multiply_adds()) + self.embed_dim * self.num_classes)
+
+    def _multiply_adds(self) -> tuple[float, float]:
+        """Of all blocks' linear layers and of their products of two activations."""
+        n = 1 + self.num_tokens
+        return layers.multiply_adds(
+            [(self.depth - 1, n, n), (1, n, 1)], self.embed_dim, self.mlp_ratio
+        )
