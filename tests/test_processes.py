@@ -269,8 +269,9 @@ def test_evaluation_and_autoattack_give_the_same_for_every_image(alone, tmp_path
 
 
 @pytest.mark.slow
-def test_four_processes_reach_the_losses_of_one(alone, tmp_path):
-    ended = local(4, *RECIPE, f"--workdir={tmp_path / 'run'}")
+@pytest.mark.parametrize("kind", ["replicated", "fsdp"])
+def test_four_processes_reach_the_losses_of_one(alone, tmp_path, kind):
+    ended = local(4, *RECIPE, f"--config.sharding={kind}", f"--workdir={tmp_path / 'run'}")
     assert ended.returncode == 0, ended.stderr
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-5)
     assert_same_outcomes(tmp_path / "run", alone)

@@ -94,11 +94,26 @@ def test_where_much_differs_the_work_directory_names_the_group(tmp_path):
     assert names == ["AT (plain)", "AT", "AT (strange)"]
 
 
+def test_numbers_in_names_are_sorted_by_their_values(tmp_path):
+    for epochs in (10, 5, 20):
+        make_run(tmp_path / f"epochs={epochs}.0-seed=0", [pgd(0.5)], epochs=epochs)
+    names = [group.name for group in study.groups(study.find([tmp_path]))]
+    assert names == ["AT, epochs 5", "AT, epochs 10", "AT, epochs 20"]
+
+
 def test_fields_of_the_attack_do_not_tell_natural_training_from_the_rest(tmp_path):
     make_run(tmp_path / "a", [pgd(0.5)], threat__eps_warmup_epochs=1.0)
     make_run(tmp_path / "n", [pgd(0.1)], objective="natural", threat__eps_warmup_epochs=0.0)
     names = [group.name for group in study.groups(study.find([tmp_path]))]
     assert names == ["AT", "natural"]
+
+
+def test_the_masks_warm_up_does_not_tell_trainings_without_masks_from_each_other(tmp_path):
+    for i, (prm, epochs) in enumerate(((False, 1.0), (False, 2.0), (True, 1.0), (True, 2.0))):
+        changes = {"masking__prm": prm, "masking__warmup_epochs": epochs, "seed": i}
+        make_run(tmp_path / f"run{i}", [pgd(0.5)], **changes)
+    names = [group.name for group in study.groups(study.find([tmp_path]))]
+    assert names == ["AT", "AT + PRM, warmup_epochs 1", "AT + PRM, warmup_epochs 2"]
 
 
 def test_metrics_end_where_a_crash_has_cut_a_line(tmp_path):

@@ -35,18 +35,9 @@ _IRRELEVANT = frozenset(
         "log_every_steps",
     }
 )
-# What natural training does not look at.
-_OF_THE_ATTACK = frozenset(
-    {
-        "beta",
-        "masking.keep_max",
-        "masking.patch_size",
-        "masking.warmup_epochs",
-        "threat.eps_warmup_epochs",
-        "threat.start",
-        "threat.steps",
-    }
-)
+# What training without masks does not look at, and natural training.
+_OF_THE_MASKS = frozenset({"masking.keep_max", "masking.patch_size", "masking.warmup_epochs"})
+_OF_THE_ATTACK = frozenset({"beta", "threat.eps_warmup_epochs", "threat.start", "threat.steps"})
 _MOST_DIFFERENCES = 4  # in a group's name
 
 
@@ -104,7 +95,14 @@ def find(places: Sequence[str | epath.Path]) -> list[Run]:
 def _inside(place: epath.Path) -> list[epath.Path]:
     if not place.is_dir():
         return []
-    return sorted(path for path in place.iterdir() if (path / CONFIG_FILE).exists())
+    runs = (path for path in place.iterdir() if (path / CONFIG_FILE).exists())
+    return sorted(runs, key=_by_numbers)
+
+
+def _by_numbers(path: epath.Path) -> list[str | float]:
+    """A key for sorting by name, numbers by their values: 'epochs=5' before 'epochs=10'."""
+    words = re.split(r"(\d+(?:\.\d+)?)", path.name)
+    return [float(word) if i % 2 else word for i, word in enumerate(words)]
 
 
 def _metrics(path: epath.Path) -> list[dict[str, Any]]:
@@ -145,7 +143,11 @@ def _relevant(run: Run) -> dict[str, Any]:
     flat = flatten(run.config)
     # Each seed may start from pre-trained weights of its own.
     flat["model.pretrained"] = re.sub(r"(seed\D?)\d+", r"\1*", flat["model.pretrained"])
-    without = _IRRELEVANT | (_OF_THE_ATTACK if flat["objective"] == "natural" else set())
+    without = _IRRELEVANT
+    if flat["objective"] == "natural":
+        without |= _OF_THE_ATTACK | _OF_THE_MASKS
+    if not (flat["masking.ard"] or flat["masking.prm"]):
+        without |= _OF_THE_MASKS
     return {field: value for field, value in flat.items() if field not in without}
 
 
@@ -157,7 +159,7 @@ def _name(config: dict[str, Any], differing: Sequence[str], run: Run) -> str:
     said = ("objective", "masking.ard", "masking.prm")
     rest = [field for field in differing if field in config and field not in said]
     if len(rest) > _MOST_DIFFERENCES:
-        arm = re.sub(r"-?seed\W?\d+", "", run.workdir.name)
+        arm = re.sub(r"[-_]?seed\W?\d+", "", run.workdir.name)
         return f"{method(config)} ({arm})" if arm else method(config)
     return ", ".join([method(config), *(describe(field, config[field]) for field in rest)])
 
@@ -173,6 +175,8 @@ def describe(field: str, value: Any) -> str:
     """A field and its value in few words: 'schedule cosine', 'no weight_decay', 'from scratch'."""
     if field == "model.pretrained":
         return f"from {value.rstrip('/').rpartition('/')[2]}" if value else "from scratch"
+    if field == "model.name":
+        return value
     word = field if field.endswith(".name") else field.rpartition(".")[2]
     if isinstance(value, (bool, int, float)) and not value:
         return f"no {word}"

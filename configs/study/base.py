@@ -5,8 +5,8 @@ Each file here is one question of the paper's, as a ``get_config`` and a ``sweep
     python launch/sweep.py configs/study/masking.py:cpu
     python -m vit_at.report runs/study_masking-cpu-sweep --out=masking.html
 
-cpu    the packaged digits, 40 epochs: about three minutes a run on two CPU cores, and no more than
-       20 runs a table. Small enough to repeat, too small to carry over to photographs.
+cpu    the packaged digits, 40 epochs: about a minute a run on one CPU core, and no more than 20
+       runs a table. Small enough to repeat, too small to carry over to photographs.
 gpu    CIFAR-10 with DeiT-tiny from published weights, 40 epochs, AutoAttack on 1 000 images
 paper  CIFAR-10 with ViT-B as published, AutoAttack on all test images
 """
