@@ -109,7 +109,7 @@ def bar_chart(title: str, bars: Mapping[str, Mapping[str, Sequence[float]]]) -> 
             _bars(axes, i, name, thick, (i - (len(series) - 1) / 2) * thick, bars)
         axes.set_yticks(range(len(rows)), rows)
         axes.invert_yaxis()
-        axes.set(xlabel="% correct", xlim=(0, 112))
+        axes.set(xlabel="% correct", xlim=(0, 116))
         axes.set_xticks(range(0, 101, 20))
         axes.grid(visible=False, axis="y")
         if len(series) > 1:
@@ -135,7 +135,7 @@ def _bars(axes, index, name, thick, offset, bars) -> None:
             ring = {"facecolors": "none", "edgecolors": _INK, "linewidths": 0.8, "zorder": 3}
             axes.scatter(values, np.full(len(values), place), s=14, **ring)
             end = max(values)
-        axes.text(end + 1.5, place, f"{mean:.1f}", va="center", fontsize=8)
+        axes.text(end + 3, place, f"{mean:.1f}", va="center", fontsize=8)
 
 
 def _legend(axes: Any, entries: int) -> None:
