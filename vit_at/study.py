@@ -178,6 +178,8 @@ def describe(field: str, value: Any) -> str:
     if field == "model.name":
         return value
     word = field if field.endswith(".name") else field.rpartition(".")[2]
+    if word == "probability":
+        word = field.rpartition(".")[0]
     if isinstance(value, (bool, int, float)) and not value:
         return f"no {word}"
     if isinstance(value, bool):
