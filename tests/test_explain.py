@@ -34,9 +34,8 @@ def test_the_maps_are_the_attention_that_the_model_applies(name):
     stacks = ["blocks" if "blocks" in params else "local_blocks", "last_block"]
     for stack, attention in zip(stacks, maps, strict=True):
         captured, own = state["intermediates"][stack]["attn"], params[stack]["attn"]
-        values = (
-            captured["v"]["__call__"][0] if "v" in captured else captured["qkv"]["__call__"][0][2]
-        )
+        results = {name: out["__call__"][0] for name, out in captured.items() if name != "__call__"}
+        values = results["v"] if "v" in results else results["qkv"][2]
         outputs, proj = captured["__call__"][0], own["proj"]
         if stack != "last_block":  # a stack of one
             outputs, values, proj = jax.tree.map(lambda x: x[0], (outputs, values, proj))

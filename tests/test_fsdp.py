@@ -38,9 +38,8 @@ def two_steps(kind: str, **changes):
 @pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2])
 def both(request):
     """{'replicated' and 'fsdp': ``two_steps``} with one or several micro-batches."""
-    return {
-        kind: two_steps(kind, accumulate_steps=request.param) for kind in ("replicated", "fsdp")
-    }
+    kinds = ("replicated", "fsdp")
+    return {kind: two_steps(kind, accumulate_steps=request.param) for kind in kinds}
 
 
 def bytes_on(device: jax.Device, tree) -> int:
