@@ -245,9 +245,36 @@ def test_a_key_for_each_image_makes_its_depth_independent_of_the_others(name):
 
     whole, backwards = logits(slice(None)), logits(slice(None, None, -1))
     np.testing.assert_allclose(whole, backwards[::-1], rtol=1e-4, atol=1e-5)
-    same = jnp.broadcast_to(images[:1], images.shape)
+    same, keys = jnp.repeat(images[:1], 16, 0), jax.random.split(jax.random.key(0), 16)
     of_same = apply(params, same, train=True, rngs={"drop_path": keys})
     assert len(np.unique(np.round(of_same, 4), axis=0)) > 1
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_blocks_one_by_one_are_those_of_the_scan(name, remat):
+    """Logits and all gradients, with masked blocks and stochastic depth."""
+    model, params = small(name, drop_path=0.5, remat=remat)
+    apply = models.classifier(model, (0.5,) * 3, (0.5,) * 3)
+    images = jnp.asarray(golden.images(32, "cifar"), jnp.float32)
+    keep = jnp.arange(model.num_blocks) != 1
+    # Of this key, some of the images keep their last attention.
+    rngs = {"drop_path": jax.random.split(jax.random.key(1), len(images))}
+
+    def loss(params, images):
+        return (apply(params, images, keep, train=True, rngs=rngs) ** 2).sum()
+
+    laid_out = apply.by_block(params)
+    kinds = {type(tree) for tree in laid_out.values()}
+    assert kinds == {tuple, *(type(tree) for tree in params.values())}
+    step = quick_jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    expected, (expected_to_params, expected_to_images) = step(params, images)
+    value, (to_params, to_images) = step(laid_out, images)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert error(to_images, expected_to_images) < 1e-4
+    to_params = weights.to_timm(apply.stacked(to_params), model)
+    for key, gradient in weights.to_timm(expected_to_params, model).items():
+        np.testing.assert_allclose(to_params[key], gradient, rtol=1e-3, atol=1e-4, err_msg=key)
 
 
 def test_drop_path_keeps_the_mean():

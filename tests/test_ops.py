@@ -65,6 +65,21 @@ def test_bfloat16_is_rounded_once(name):
     np.testing.assert_allclose(gradient.astype("float32"), exact_gradient, atol=0.02 * scale)
 
 
+def test_a_bfloat16_linear_layer_adds_up_in_float32_and_is_rounded_once():
+    x, kernel, cotangent = (
+        jax.random.normal(key, shape, "bfloat16")
+        for key, shape in zip(KEYS, ((2, 300, 64), (64, 5), (2, 300, 5)), strict=True)
+    )
+    value, vjp = jax.vjp(ops.linear, x, kernel)
+    wide = (x.astype("float32"), kernel.astype("float32"))
+    expected, expected_vjp = jax.vjp(jnp.matmul, *wide)
+    found = (value, *vjp(cotangent))
+    for a, b in zip(found, (expected, *expected_vjp(cotangent.astype("float32"))), strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a.astype("float32"), b, rtol=2**-8, atol=1e-4)
+
+
 def test_large_logits_and_a_far_tail_stay_finite():
     logits = jnp.array([1e4, 1e4, -1e4])
     np.testing.assert_allclose(ops.softmax(logits), [0.5, 0.5, 0])

@@ -21,15 +21,22 @@ SIGN_CASES = [c for c in ref.CASES if "attack_grad_sign" in ref.arrays(f"train_{
 
 @functools.cache
 def functions(objective: str, masked: bool, dtype: str):
-    """(attack, one attack step, loss and gradient), each compiled once."""
+    """(attack, one attack step, loss and gradient), each compiled once.
+
+    With the parameters laid out as the training step lays them out.
+    """
     del masked  # part of the key: the masks' presence changes the traced program
     apply = models.classifier(ref.model(dtype), ref.MEAN, ref.STD)
-    options = {"objective": objective}
     one_step = ref.Threat("linf", ref.THREAT.eps, ref.THREAT.step_size, 1)
-    attack = jax.jit(functools.partial(perturb, apply, threat=ref.THREAT, **options))
-    step = jax.jit(functools.partial(perturb, apply, threat=one_step, **options))
-    loss = functools.partial(training_loss, objective, apply, beta=6.0)
-    return attack, step, jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    def attack(threat, params, *rest):
+        return perturb(apply, apply.by_block(params), *rest, objective=objective, threat=threat)
+
+    def loss(params, *rest):
+        return training_loss(objective, apply, apply.by_block(params), *rest, beta=6.0)
+
+    attacks = (jax.jit(functools.partial(attack, threat)) for threat in (ref.THREAT, one_step))
+    return *attacks, jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def of_case(case: str, dtype: str):

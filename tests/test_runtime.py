@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from vit_at import runtime
 from vit_at.runtime import cpu_devices
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -65,3 +66,23 @@ def test_each_core_is_a_device():
 )
 def test_a_users_own_settings_win(setting):
     assert printed(**setting, JAX_COMPILATION_CACHE_DIR="/tmp/mine") == ["3", "/tmp/mine"]
+
+
+def test_memory_is_given_back_after_a_long_compilation(monkeypatch):
+    trimmed = []
+
+    class Libc:
+        def malloc_trim(self, kept):
+            trimmed.append(kept)
+
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: Libc())
+    for event, seconds in (("/jax/other", 9.0), (runtime._COMPILATION, 0.01)):
+        runtime._trim_after_compilation(event, seconds, fun_name="jit(f)")
+    assert trimmed == []
+    runtime._trim_after_compilation(runtime._COMPILATION, 9.0, fun_name="jit(f)")
+    assert trimmed == [0]
+
+
+def test_a_c_library_without_trimming_is_no_error(monkeypatch):
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: object())
+    runtime._trim_after_compilation(runtime._COMPILATION, 9.0)

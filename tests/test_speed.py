@@ -9,13 +9,14 @@ import pytest
 import runs
 from etils import epath
 
-from vit_at import models
+from vit_at import models, runtime
 from vit_at.attacks import Threat
 from vit_at.models import layers
+from vit_at.setup import compile_step, initial_state
 from vit_at.train import Loop, train
 from vit_at.train_step import Draws, perturb
 
-COMPILATION = "/jax/core/compile/backend_compile_duration"
+COMPILATION = runtime._COMPILATION
 
 
 @pytest.fixture
@@ -86,10 +87,27 @@ def test_trades_computes_its_clean_logits_once_before_the_attack():
     assert trades_in_loop == at_in_loop
 
 
+def products_of_step(objective, drop_path):
+    setup = runs.tiny_setup(objective=objective, threat__steps=7)
+    setup = setup._replace(model=setup.model.clone(drop_path=drop_path))
+    step, state = compile_step(setup, runs.optimizer_of(setup)), None
+    state = jax.eval_shape(lambda: initial_state(setup, runs.optimizer_of(setup)))
+    jaxpr = step.trace(state, next(runs.batches(setup, 1))).jaxpr
+    forward = products_of_attack("at")[1]
+    return products(jaxpr, 7), forward
+
+
+def test_a_trades_step_passes_over_its_clean_images_once():
+    """MART has no clean pass in its attack, and the same two passes in its update."""
+    (outside, _), forward = products_of_step("trades", 0.0)
+    assert outside == products_of_step("mart", 0.0)[0][0]
+    assert products_of_step("trades", 0.5)[0][0] == outside + forward
+
+
 def test_an_attack_has_no_gradient_of_weights():
     """Backward, a linear layer costs one product and an attention product two."""
     (_, in_loop), forward = products_of_attack("at")
-    attention = 2 * 2 * 2  # of two heads in two bodies: that of all other blocks, and the last
+    attention = 2 * 2  # two products in two bodies: that of all other blocks, and the last
     assert in_loop == 2 * forward + attention
 
 

@@ -272,7 +272,7 @@ def test_in_the_whole_step_the_attacks_loop_holds_no_collective():
     setup, state, batches = start(4, **MASKED)
     hlo = runs.quick_step(setup, state, next(batches)).as_text()
     texts = computations(hlo)
-    pattern = r'while\([^\n]*body=%?([\w.\-]+)[^\n]*op_name="[^"]*/shard_map/while"'
+    pattern = r'while\([^\n]*body=%?([\w.\-]+)[^\n]*op_name="[^"]*/shard_map/jvp\(\)/while"'
     (loop,) = re.findall(pattern, hlo)
     inside = reachable(loop, texts)
     assert "transpose(jvp(VisionTransformer))" in inside

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from vit_at import models
 from vit_at.attacks import audit, autoattack
 from vit_at.data.sources import Examples
 from vit_at.results import Attack, weights_digest
@@ -61,7 +62,7 @@ def evaluate_autoattack(
     progress = progress and jax.process_index() == 0
     if jax.process_count() > 1:  # the audit calls the model on each process by itself
         params = jax.device_get(params)
-    logits_fn = functools.partial(apply, params)
+    logits_fn = functools.partial(apply, models.by_block(apply, params))
     if workdir is not None:
         workdir = workdir / LEDGERS / _ledger_name(attack, examples, seed, weights_digest(params))
     options = {

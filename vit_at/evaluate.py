@@ -81,9 +81,10 @@ def make_outcome_fn(
         return jnp.swapaxes(jax.vmap(of_image)(indices), 0, 1)
 
     def outcome(params, batch):
+        logits_fn = functools.partial(apply, models.by_block(apply, params))
+
         def of_part(part):
             images, labels = augment.to_float(part["image"]), part["label"]
-            logits_fn = functools.partial(apply, params)
             if attack.loss is not None:
                 init = starts(part["index"], images.shape[1:])
                 options = {"loss": attack.loss, "init": init}

@@ -26,15 +26,22 @@ START_SCALE = 0.001
 
 
 def attack_loss(
-    objective: str, apply: Callable[..., Array], params: Any, images: Array, targets: Array
+    objective: str,
+    apply: Callable[..., Array],
+    params: Any,
+    images: Array,
+    targets: Array,
+    clean_logits: Array | None = None,
 ) -> Callable[[Array, Array | None], Array]:
     """The scalar that the training attack maximises, summed over the batch.
 
     The sum, not the mean: examples don't interact, and a sum needs no batch size across devices.
-    The clean logits of TRADES do not depend on the perturbation and are computed once, here.
+    The clean logits of TRADES do not depend on the perturbation: computed once, here, if not given.
     """
     if objective == "trades":
-        clean_logits = jax.lax.stop_gradient(apply(params, images))
+        if clean_logits is None:
+            clean_logits = apply(params, images)
+        clean_logits = jax.lax.stop_gradient(clean_logits)
         return lambda x, keep: losses.kl_divergence(clean_logits, apply(params, x, keep)).sum()
     return lambda x, keep: losses.cross_entropy(apply(params, x, keep), targets).sum()
 
@@ -49,6 +56,7 @@ def training_loss(
     *,
     beta: float = 6.0,
     rngs: dict[str, Array] | None = None,
+    clean_logits: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The loss to minimise, and its terms.
 
@@ -57,6 +65,8 @@ def training_loss(
         ``models.classifier``.
       images, adversarial: [B, H, W, C] in [0, 1]; no gradient flows into ``adversarial``.
       targets: [B, num_classes] probabilities.
+      clean_logits: of ``images``, differentiable by the parameters, where TRADES or MART need them
+        and they have been computed before; None: computed here, in training mode.
 
     Returns:
       (scalar, aux): aux has 'logits_clean' and 'logits_adv', None where the objective does not
@@ -75,7 +85,8 @@ def training_loss(
         logits = forward(adversarial)
         loss = losses.cross_entropy(logits, targets).mean()
         return loss, {"ce_adv": loss, "logits_clean": None, "logits_adv": logits}
-    clean, adv = forward(images), forward(adversarial)
+    clean = forward(images) if clean_logits is None else clean_logits
+    adv = forward(adversarial)
     terms = _trades_terms if objective == "trades" else _mart_terms
     weighted = terms(clean, adv, targets, beta)
     loss = sum(term * weight for term, weight in weighted.values())

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from vit_at import masking as masks
-from vit_at import objectives, sharding
+from vit_at import models, objectives, sharding
 from vit_at.attacks import pgd
 from vit_at.attacks.threat import Threat, random_start
 from vit_at.data import augment
@@ -112,14 +112,16 @@ def perturb(
     *,
     objective: str,
     threat: Threat,
+    clean_logits: Array | None = None,
 ) -> Array:
     """The adversarial images that ``objective`` trains on, in [0, 1].
 
     A plain per-device function: images, targets and draws.delta are any shard of a batch.
+    clean_logits: of the images; None: computed here where TRADES needs them.
     """
     if objective == "natural":
         return images
-    loss = objectives.attack_loss(objective, apply, params, images, targets)
+    loss = objectives.attack_loss(objective, apply, params, images, targets, clean_logits)
     return pgd.training_attack(loss, images, draws.delta, draws.attn_keep, draws.patch_keep, threat)
 
 
@@ -208,22 +210,49 @@ def _gradient(mesh, apply, params, images, targets, draws, keys, threat, config)
     Every device attacks and differentiates its own images, a part of them after the other; only
     their mean is sent, once.
     """
-    loss = functools.partial(objectives.training_loss, config.objective, apply, beta=config.beta)
     specs = jax.tree.map(lambda x: x.spec, sharding.layout(params, mesh, config.sharding))
+    objective = config.objective
+    # A model that does the same in training and attack passes over TRADES' clean images once.
+    shares_clean = objective == "trades" and models.is_deterministic(apply)
 
     def of_part(params, draws, threat, part):
         images, targets, delta, keys = part
-        draws, options = draws._replace(delta=delta), {"objective": config.objective}
-        adversarial = perturb(apply, params, images, targets, draws, threat=threat, **options)
-        (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(
-            params, images, adversarial, targets, rngs={"drop_path": keys}
-        )
+        draws = draws._replace(delta=delta)
+
+        def loss(params):
+            clean = apply(params, images) if shares_clean else None
+            adversarial = perturb(
+                apply,
+                jax.lax.stop_gradient(params),
+                images,
+                targets,
+                draws,
+                objective=objective,
+                threat=threat,
+                clean_logits=clean,
+            )
+            return objectives.training_loss(
+                objective,
+                apply,
+                params,
+                images,
+                adversarial,
+                targets,
+                beta=config.beta,
+                rngs={"drop_path": keys},
+                clean_logits=clean,
+            )
+
+        (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         return gradient, {"loss": value} | _batch_metrics(aux, targets)
 
     def of_shard(params, images, targets, draws, keys, eps, step_size):
         mine = dataclasses.replace(threat, eps=eps, step_size=step_size)
         parts = sharding.in_parts((images, targets, draws.delta, keys), config.accumulate_steps)
-        means = _mean_over_parts(functools.partial(of_part, params, draws, mine), parts)
+        params = models.by_block(apply, params)
+        of_mine = functools.partial(of_part, params, draws, mine)
+        gradient, metrics = _mean_over_parts(of_mine, parts)
+        means = models.stacked(apply, gradient), metrics
         return sharding.mean_over_devices(means, (specs, sharding.WHOLE))
 
     split, whole = sharding.SPLIT, sharding.WHOLE

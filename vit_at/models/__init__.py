@@ -3,6 +3,8 @@
 create(name, ...)    a Flax module by timm's name
 NAMES                every name create() knows
 classifier(model)    images in [0, 1] -> logits: normalisation is the first thing inside
+by_block, stacked    parameters as a loop of such calls wants them, and back
+is_deterministic     whether training computes the same logits as evaluation
 """
 
 import dataclasses
@@ -86,18 +88,30 @@ def init_params(model: nn.Module, key: jax.Array) -> Any:
     return model.init(key, images)["params"]
 
 
-def classifier(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Apply:
-    """Pixels to logits: ``apply(params, images01, attn_grad_keep=None, train=False, rngs=None)``.
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """Pixels to logits, with the model's normalisation inside; see ``classifier``."""
 
-    images01 [B, H, W, C] in [0, 1]; mean, std: per channel, in the same units.
-    rngs: {'drop_path': a key, or an array [B] of keys, one for each image}.
-    """
+    model: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
-    def apply(params, images01, attn_grad_keep=None, train=False, rngs=None):
-        shift, scale = jnp.asarray(mean, images01.dtype), jnp.asarray(std, images01.dtype)
+    def __call__(
+        self,
+        params: Any,
+        images01: jax.Array,
+        attn_grad_keep: jax.Array | None = None,
+        train: bool = False,
+        rngs: dict[str, jax.Array] | None = None,
+    ) -> jax.Array:
+        """Logits [B, num_classes] of images01 [B, H, W, C] in [0, 1].
+
+        rngs: {'drop_path': a key, or an array [B] of keys, one for each image}.
+        """
+        shift, scale = (jnp.asarray(x, images01.dtype) for x in (self.mean, self.std))
         images = (images01 - shift) / scale
-        forward = functools.partial(model.apply, {"params": params})
-        if not (train and rngs and model.drop_path):
+        forward: Callable[..., Any] = functools.partial(self.model.apply, {"params": params})
+        if not (train and rngs and self.model.drop_path):
             return forward(images, attn_grad_keep)
         if rngs["drop_path"].ndim == 0:
             return forward(images, attn_grad_keep, train, rngs=rngs)
@@ -107,4 +121,56 @@ def classifier(model: nn.Module, mean: Sequence[float], std: Sequence[float]) ->
 
         return jax.vmap(of_one)(images, rngs)
 
-    return apply
+    @property
+    def deterministic(self) -> bool:
+        """Whether training computes the same logits as evaluation: no stochastic depth."""
+        return not self.model.drop_path
+
+    def by_block(self, params: Any) -> Any:
+        """The same parameters, laid out for a loop that calls this with them again and again.
+
+        On a CPU every stack of blocks becomes a tuple with the parameters of each block; elsewhere,
+        nothing changes. docs/performance.md says why. Undone by ``stacked``.
+        """
+        if jax.default_backend() != "cpu":
+            return params
+        names = {stack.split("/")[0] for stack in self.model.stacks} & params.keys()
+
+        def of_each(stack):
+            count = len(jax.tree.leaves(stack)[0])
+            return tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in range(count))
+
+        return {name: of_each(p) if name in names else p for name, p in params.items()}
+
+    def stacked(self, by_block: Any) -> Any:
+        """The parameters, or a gradient by them, as they were before ``by_block``."""
+
+        def stack(tree):
+            if not isinstance(tree, tuple):
+                return tree
+            return jax.tree.map(lambda *rows: jnp.stack(rows), *tree)
+
+        return {name: stack(tree) for name, tree in by_block.items()}
+
+
+def classifier(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Classifier:
+    """Pixels to logits: ``apply(params, images01, attn_grad_keep=None, train=False, rngs=None)``.
+
+    mean, std: of the normalisation, per channel, in units of images in [0, 1].
+    """
+    return Classifier(model, tuple(mean), tuple(std))
+
+
+def by_block(apply: Apply, params: Any) -> Any:
+    """``Classifier.by_block``; whoever brings a function of their own keeps their parameters."""
+    return apply.by_block(params) if isinstance(apply, Classifier) else params
+
+
+def stacked(apply: Apply, params: Any) -> Any:
+    """``Classifier.stacked``, likewise."""
+    return apply.stacked(params) if isinstance(apply, Classifier) else params
+
+
+def is_deterministic(apply: Apply) -> bool:
+    """``Classifier.deterministic``; of a user's own function it isn't known, hence False."""
+    return isinstance(apply, Classifier) and apply.deterministic

@@ -64,9 +64,9 @@ class GatedPositionalAttention(nn.Module):
         """[b, n, d] -> [b, n, d]; the n tokens are a square grid in row-major order."""
         b, n, d = x.shape
         heads, weights = self.num_heads, layers.param_dtype(self.dtype)
-        linear = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=weights)
-        qk = linear(2 * d, use_bias=False, kernel_init=layers.KERNEL_INIT, name="qk")(x)
-        v = linear(d, use_bias=False, kernel_init=_identity_init, name="v")(x)
+        linear = functools.partial(layers.dense, dtype=self.dtype, use_bias=False)
+        qk = linear(2 * d, name="qk")(x)
+        v = linear(d, kernel_init=_identity_init, name="v")(x)
         q, k = jnp.moveaxis(qk.reshape(b, n, 2, heads, d // heads), 2, 0)
         scale = self.qk_scale or (d // heads) ** -0.5
         content = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=weights) * scale
@@ -142,7 +142,6 @@ class ConViT(nn.Module):
         attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
         train: stochastic depth, if an rng 'drop_path' is given.
         """
-        train = train and self.drop_path > 0
         b, d, split = images.shape[0], self.embed_dim, self.local_blocks
         weights = layers.param_dtype(self.dtype)
         init = layers.EMBEDDING_INIT
@@ -156,17 +155,16 @@ class ConViT(nn.Module):
         attention = functools.partial(
             layers.Attention, self.num_heads, False, self.qk_scale, self.dtype
         )
-        rates = jnp.linspace(0.0, self.drop_path, self.depth)
-        keep = attn_grad_keep
-        first, last = (None, None) if keep is None else (keep[:split], keep[split:])
-        block = (self.mlp_ratio, self.norm_eps, self.dtype)
-        x, _ = layers.scan_blocks(layers.Block, split, self.remat)(
-            gpsa, *block, name="local_blocks"
-        )(x, first, rates[:split], train)
+        fields = (self.mlp_ratio, self.norm_eps, self.dtype)
+        switches = (attn_grad_keep, layers.stochastic_depth(self, train))
+        local = functools.partial(layers.Block, gpsa, *fields)
+        first, last = (layers.rows(switches, r) for r in (slice(split), slice(split, None)))
+        x = layers.run_blocks(self, "local_blocks", split, local, x, first, self.remat)
         cls_token = self.param("cls_token", init, (1, 1, d), weights)
         cls_token = jnp.broadcast_to(cls_token, (b, 1, d))
         x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1)
-        x = layers.last_blocks(attention, block, x, last, rates[split:], train, self.remat)
+        count = self.depth - split
+        x = layers.last_blocks(self, attention, fields, x, count, last, self.remat)
         x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x)
         return layers.dense(self.num_classes, weights, name="head")(x)
 

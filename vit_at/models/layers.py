@@ -5,10 +5,10 @@ LayerNorm      with float32 statistics
 Attention      multi-head self-attention over all tokens
 Mlp            the two-layer perceptron of a block
 Block          x + attention(norm(x)), then x + mlp(norm(x)), with any attention
-scan_blocks    equal blocks as one scanned module
+run_blocks     equal blocks in a row, scanned or one by one
 last_blocks    the same, down to the class token
 multiply_adds  of blocks
-drop_path      stochastic depth, per example
+stochastic_depth, drop_path   which examples leave out which attention
 gate_gradient  a branch whose backward pass a Boolean switches off (ARD)
 
 Shapes: b batch, n tokens, d width, h heads. Matrix products run in ``dtype``; parameters, softmax
@@ -61,18 +61,33 @@ class PatchEmbed(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.embed_dim,), param_dtype(self.dtype))
         patches = images.reshape(b, height // p, p, width // p, p, channels)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * channels)
-        tokens = patches.astype(self.dtype) @ kernel.reshape(-1, self.embed_dim).astype(self.dtype)
+        kernel = kernel.reshape(-1, self.embed_dim).astype(self.dtype)
+        tokens = ops.linear(patches.astype(self.dtype), kernel)
         return tokens + bias.astype(self.dtype)
 
 
-def dense(features: int, dtype: str, *, use_bias: bool = True, name: str | None = None) -> nn.Dense:
+def _linear(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
+    """``ops.linear`` as Flax calls it; the dimensions are the last of x and the first of kernel."""
+    del dimensions, precision
+    return ops.linear(x, kernel)
+
+
+def dense(
+    features: int,
+    dtype: str,
+    *,
+    use_bias: bool = True,
+    kernel_init: nn.initializers.Initializer = KERNEL_INIT,
+    name: str | None = None,
+) -> nn.Dense:
     """A linear layer with this project's initialisation and precision."""
     return nn.Dense(
         features,
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype(dtype),
-        kernel_init=KERNEL_INIT,
+        kernel_init=kernel_init,
+        dot_general=_linear,
         name=name,
     )
 
@@ -98,15 +113,10 @@ def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float
     float64 checks.)
     """
     wide = param_dtype(q.dtype)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=wide) * scale
-    return jnp.einsum("bhqk,bkhd->bqhd", ops.softmax(logits).astype(v.dtype), v)
-
-
-def head_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
-    """The same of one head, for q, k, v [b, n, head_dim]."""
-    wide = param_dtype(q.dtype)
-    logits = jnp.einsum("bqd,bkd->bqk", q, k, preferred_element_type=wide) * scale
-    return jnp.einsum("bqk,bkd->bqd", ops.softmax(logits).astype(v.dtype), v)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=wide) * scale
+    out = jnp.einsum("bhqk,bhkd->bhqd", ops.softmax(logits).astype(v.dtype), v)
+    return out.transpose(0, 2, 1, 3)
 
 
 class QueryKeyValue(nn.Module):
@@ -126,7 +136,7 @@ class QueryKeyValue(nn.Module):
         bias = self.param("bias", init, (3 * d,), weights) if self.use_bias else None
 
         def linear(x, features):
-            out = x.astype(self.dtype) @ kernel[:, features].astype(self.dtype)
+            out = ops.linear(x.astype(self.dtype), kernel[:, features].astype(self.dtype))
             return out if bias is None else out + bias[features].astype(self.dtype)
 
         if queries == x.shape[1]:
@@ -152,14 +162,9 @@ class Attention(nn.Module):
         b, n, d = x.shape
         head_dim, queries = d // self.num_heads, 1 if self.class_token_only else n
         qkv = QueryKeyValue(self.qkv_bias, self.dtype, name="qkv")(x, queries)
-        scale = self.qk_scale or head_dim**-0.5
-        if jax.default_backend() == "cpu":  # slices, where all heads at once are transpositions
-            parts = (jnp.split(part, self.num_heads, -1) for part in qkv)
-            heads = [head_attention(*of_head, scale) for of_head in zip(*parts, strict=True)]
-            out = jnp.concatenate(heads, -1)
-        else:
-            q, k, v = (part.reshape(b, -1, self.num_heads, head_dim) for part in qkv)
-            out = dot_product_attention(q, k, v, scale).reshape(b, queries, d)
+        q, k, v = (part.reshape(b, -1, self.num_heads, head_dim) for part in qkv)
+        out = dot_product_attention(q, k, v, self.qk_scale or head_dim**-0.5)
+        out = out.reshape(b, queries, d)
         return dense(d, self.dtype, name="proj")(out)
 
 
@@ -175,6 +180,18 @@ class Mlp(nn.Module):
         x = dense(self.hidden_dim, self.dtype, name="fc1")(x)
         x = ops.gelu(x)
         return dense(d, self.dtype, name="fc2")(x)
+
+
+def stochastic_depth(model: nn.Module, train: bool) -> tuple[jax.Array, jax.Array] | None:
+    """(keys [depth], rates [depth]) for ``drop_path``, the rates growing from 0; None: no drops.
+
+    Needs an rng 'drop_path'. The keys are drawn here for all blocks, so they are the same however
+    the blocks are run.
+    """
+    if not (train and model.drop_path and model.has_rng("drop_path")):
+        return None
+    keys = jax.random.split(model.make_rng("drop_path"), model.depth)
+    return keys, jnp.linspace(0.0, model.drop_path, model.depth)
 
 
 def drop_path(key: jax.Array, x: jax.Array, rate: jax.Array) -> jax.Array:
@@ -252,60 +269,91 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, keep: jax.Array | None, drop_rate: jax.Array, train: bool
+        self,
+        x: jax.Array,
+        keep: jax.Array | None = None,
+        drop: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, None]:
-        """x [b, n, d]; keep, drop_rate: this block's scalars. Stochastic depth: attention only."""
+        """x [b, n, d]; keep: scalar bool (ARD); drop: (key, rate) of stochastic depth, or None."""
         norm1 = LayerNorm(self.norm_eps, self.dtype, name="norm1")
         a = attention_branch(norm1, self.attention(name="attn"), x, keep)
-        if train and self.has_rng("drop_path"):
-            a = drop_path(self.make_rng("drop_path"), a, drop_rate)
+        if drop is not None:
+            key, rate = drop
+            a = drop_path(key, a, rate)
         x = x[:, : a.shape[1]] + a
         hidden_dim = int(x.shape[-1] * self.mlp_ratio)
         y = LayerNorm(self.norm_eps, self.dtype, name="norm2")(x)
         return x + Mlp(hidden_dim, self.dtype, name="mlp")(y), None
 
 
-def scan_blocks(
-    block: type[nn.Module], length: int, remat: bool = False
-) -> Callable[..., nn.Module]:
-    """``length`` equal blocks in a row, called as (x, keep, drop_rate, train) -> (x, None).
+Switches = tuple[jax.Array | None, Any]  # (keep, drop) of some blocks, a row each; None: off
 
-    Their parameters are stacked along axis 0, as are keep and drop_rate, with a row per block. The
-    program holds one block, so compile time does not grow with depth. remat: a gradient keeps the
-    input of each block alone, and computes the block once more.
+
+def rows(switches: Switches, which: slice | int) -> Switches:
+    """The switches of some of the blocks."""
+    return jax.tree.map(lambda of_all: of_all[which], switches)
+
+
+def run_blocks(
+    parent: nn.Module,
+    name: str,
+    count: int,
+    block: Callable[..., nn.Module],
+    x: jax.Array,
+    switches: Switches,
+    remat: bool,
+) -> jax.Array:
+    """x after ``count`` equal blocks in a row, the children ``name`` of ``parent``.
+
+    Their parameters are stacked along axis 0, and the blocks are scanned: the program holds one of
+    them, so compile time does not grow with depth. Or they are a tuple with a tree for each block
+    (``models.Classifier.by_block``), and the blocks are laid out one by one: longer to compile, but
+    nothing is copied from and to stacks, which on a CPU costs more than it saves.
+
+    block: a functools.partial of a module's class, called as (x, *its switches) -> (x, None).
+    remat: a gradient keeps the input of each block alone, and computes the block once more.
     """
-    if remat:
-        block = nn.remat(block, prevent_cse=False, static_argnums=(4,))
-    return nn.scan(
-        block,
+    stack = None if parent.is_initializing() else parent.get_variable("params", name)
+    if isinstance(stack, tuple):
+
+        @jax.jit  # for tracing alone: once instead of for every block
+        def run(params, x, switches):
+            return block(parent=None).apply({"params": params}, x, *switches)[0]
+
+        for i, params in enumerate(stack):
+            x = (jax.checkpoint(run) if remat else run)(params, x, rows(switches, i))
+        return x
+    kind = nn.remat(block.func, prevent_cse=False) if remat else block.func
+    scanned = nn.scan(
+        kind,
         variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True, "drop_path": True},
-        in_axes=(0, 0, nn.broadcast),
-        length=length,
+        split_rngs={"params": True},
+        in_axes=0,
+        length=count,
     )
+    return scanned(*block.args, name=name)(x, *switches)[0]
 
 
 def last_blocks(
+    parent: nn.Module,
     attention: Callable[..., nn.Module],
-    block: tuple[float, float, str],
+    fields: tuple[float, float, str],
     x: jax.Array,
-    keep: jax.Array | None,
-    drop_rates: jax.Array,
-    train: bool,
+    count: int,
+    switches: Switches,
     remat: bool,
 ) -> jax.Array:
-    """x [b, n, d] -> the class token [b, d] after all blocks, a row of ``drop_rates`` for each.
+    """x [b, n, d] -> the class token [b, d] after ``count`` blocks with these ``fields``.
 
     Nothing reads the other tokens of the last block, so that one, ``last_block``, computes none of
     them: a twelfth of the work of twelve blocks, nearly. The others are the stack ``blocks``.
     """
-    count = len(drop_rates) - 1
-    first, last = (None, None) if keep is None else (keep[:count], keep[count])
-    if count:
-        blocks = scan_blocks(Block, count, remat)(attention, *block, name="blocks")
-        x, _ = blocks(x, first, drop_rates[:count], train)
+    if count > 1:
+        block = functools.partial(Block, attention, *fields)
+        first = rows(switches, slice(count - 1))
+        x = run_blocks(parent, "blocks", count - 1, block, x, first, remat)
     class_token = functools.partial(attention, class_token_only=True)
-    x, _ = Block(class_token, *block, name="last_block")(x, last, drop_rates[count], train)
+    x, _ = Block(class_token, *fields, name="last_block")(x, *rows(switches, count - 1))
     return x[:, 0]
 
 

@@ -125,15 +125,18 @@ class Pair(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, keep: jax.Array | None, drop_rate: jax.Array, train: bool
+        self,
+        x: jax.Array,
+        keep: jax.Array | None = None,
+        drop: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, None]:
-        """x [b, n, d]; keep, drop_rate: [2], one of each block."""
+        """x [b, n, d]; keep, drop: those of a ``layers.Block``, a row for each of the two."""
         for i, (name, shift) in enumerate((("even", 0), ("odd", self.shift))):
             attention = functools.partial(
                 WindowAttention, self.num_heads, self.window, shift, self.qk_scale, self.dtype
             )
             block = layers.Block(attention, self.mlp_ratio, self.norm_eps, self.dtype, name=name)
-            x, _ = block(x, None if keep is None else keep[i], drop_rate[i], train)
+            x, _ = block(x, *layers.rows((keep, drop), i))
         return x, None
 
 
@@ -226,22 +229,21 @@ class SwinTransformer(nn.Module):
         attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
         train: stochastic depth, if an rng 'drop_path' is given.
         """
-        train = train and self.drop_path > 0
         weights = layers.param_dtype(self.dtype)
         x = layers.PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")(
             images
         )
         x = layers.LayerNorm(self.norm_eps, self.dtype, name="patch_norm")(x)
-        rates = jnp.linspace(0.0, self.drop_path, self.depth)
+        switches = (attn_grad_keep, layers.stochastic_depth(self, train))
+        in_pairs = jax.tree.map(lambda a: a.reshape(-1, 2, *a.shape[1:]), switches)
         first = 0
         for i, (depth, (_, window, shift)) in enumerate(
             zip(self.depths, self.stage_windows(), strict=True)
         ):
             if i:
                 x = Merging(self.norm_eps, self.dtype, name=f"layers_{i - 1}_downsample")(x)
-            rows = slice(first, first + depth)
-            keep = None if attn_grad_keep is None else attn_grad_keep[rows].reshape(-1, 2)
-            pairs = layers.scan_blocks(Pair, depth // 2, self.remat)(
+            pair = functools.partial(
+                Pair,
                 self.num_heads * 2**i,
                 window,
                 shift,
@@ -249,10 +251,11 @@ class SwinTransformer(nn.Module):
                 self.mlp_ratio,
                 self.norm_eps,
                 self.dtype,
-                name=f"layers_{i}",
             )
-            x, _ = pairs(x, keep, rates[rows].reshape(-1, 2), train)
-            first += depth
+            count = depth // 2
+            of_stage = layers.rows(in_pairs, slice(first, first + count))
+            x = layers.run_blocks(self, f"layers_{i}", count, pair, x, of_stage, self.remat)
+            first += count
         x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x).mean(axis=1)
         return layers.dense(self.num_classes, weights, name="head")(x)
 

@@ -75,7 +75,6 @@ class VisionTransformer(nn.Module):
         attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
         train: stochastic depth, if an rng 'drop_path' is given.
         """
-        train = train and self.drop_path > 0
         b, d = images.shape[0], self.embed_dim
         weights = layers.param_dtype(self.dtype)
         init = layers.EMBEDDING_INIT
@@ -88,9 +87,9 @@ class VisionTransformer(nn.Module):
         attention = functools.partial(
             layers.Attention, self.num_heads, self.qkv_bias, self.qk_scale, self.dtype
         )
-        block = (self.mlp_ratio, self.norm_eps, self.dtype)
-        rates = jnp.linspace(0.0, self.drop_path, self.depth)
-        x = layers.last_blocks(attention, block, x, attn_grad_keep, rates, train, self.remat)
+        fields = (self.mlp_ratio, self.norm_eps, self.dtype)
+        switches = (attn_grad_keep, layers.stochastic_depth(self, train))
+        x = layers.last_blocks(self, attention, fields, x, self.depth, switches, self.remat)
         x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x)
         return layers.dense(self.num_classes, weights, name="head")(x)
 
