@@ -90,18 +90,16 @@ def test_trades_computes_its_clean_logits_once_before_the_attack():
 def products_of_step(objective, drop_path):
     setup = runs.tiny_setup(objective=objective, threat__steps=7)
     setup = setup._replace(model=setup.model.clone(drop_path=drop_path))
-    step, state = compile_step(setup, runs.optimizer_of(setup)), None
-    state = jax.eval_shape(lambda: initial_state(setup, runs.optimizer_of(setup)))
-    jaxpr = step.trace(state, next(runs.batches(setup, 1))).jaxpr
-    forward = products_of_attack("at")[1]
-    return products(jaxpr, 7), forward
+    optimizer = runs.optimizer_of(setup)
+    state, (batch,) = initial_state(setup, optimizer), runs.batches(setup, 1)
+    return products(compile_step(setup, optimizer).trace(state, batch).jaxpr, 7)
 
 
 def test_a_trades_step_passes_over_its_clean_images_once():
     """MART has no clean pass in its attack, and the same two passes in its update."""
-    (outside, _), forward = products_of_step("trades", 0.0)
-    assert outside == products_of_step("mart", 0.0)[0][0]
-    assert products_of_step("trades", 0.5)[0][0] == outside + forward
+    (outside, _), (_, forward) = products_of_step("trades", 0.0), products_of_attack("at")
+    assert outside == products_of_step("mart", 0.0)[0]
+    assert products_of_step("trades", 0.5)[0] == outside + forward
 
 
 def test_an_attack_has_no_gradient_of_weights():

@@ -82,15 +82,12 @@ def prepare(config: ConfigDict) -> Setup:
 def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step, on the devices: pre-trained or from the seed."""
     config, model = setup.config, setup.model
-    start = functools.partial(init_state, optimizer=optimizer, ema=config.ema_decay > 0)
-    # Either is one program: run piece by piece, each shape of a parameter would compile its own.
+    key = jax.random.key(config.seed)
     if config.model.pretrained:
         params = weights.from_timm(_pretrained(config.model.pretrained), model)
-        state = jax.jit(start)(params)
     else:
-        state = jax.jit(lambda key: start(models.init_params(model, key)))(
-            jax.random.key(config.seed)
-        )
+        params = jax.jit(functools.partial(models.init_params, model))(key)
+    state = init_state(params, optimizer, ema=config.ema_decay > 0)
     return sharding.distribute(state, setup.mesh, config.sharding)
 
 

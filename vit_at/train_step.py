@@ -61,7 +61,9 @@ class Draws(NamedTuple):
 def init_state(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
     """The state before the first step."""
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+    # One program: run piece by piece, each shape of a parameter would compile its own.
+    opt_state = jax.jit(optimizer.init)(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, average)
 
 
 def draw(

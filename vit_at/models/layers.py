@@ -271,8 +271,8 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        keep: jax.Array | None = None,
-        drop: tuple[jax.Array, jax.Array] | None = None,
+        keep: jax.Array | None,
+        drop: tuple[jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, None]:
         """x [b, n, d]; keep: scalar bool (ARD); drop: (key, rate) of stochastic depth, or None."""
         norm1 = LayerNorm(self.norm_eps, self.dtype, name="norm1")
@@ -320,8 +320,9 @@ def run_blocks(
         def run(params, x, switches):
             return block(parent=None).apply({"params": params}, x, *switches)[0]
 
+        run = jax.checkpoint(run) if remat else run
         for i, params in enumerate(stack):
-            x = (jax.checkpoint(run) if remat else run)(params, x, rows(switches, i))
+            x = run(params, x, rows(switches, i))
         return x
     kind = nn.remat(block.func, prevent_cse=False) if remat else block.func
     scanned = nn.scan(

@@ -127,8 +127,8 @@ class Pair(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        keep: jax.Array | None = None,
-        drop: tuple[jax.Array, jax.Array] | None = None,
+        keep: jax.Array | None,
+        drop: tuple[jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, None]:
         """x [b, n, d]; keep, drop: those of a ``layers.Block``, a row for each of the two."""
         for i, (name, shift) in enumerate((("even", 0), ("odd", self.shift))):
