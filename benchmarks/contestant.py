@@ -116,9 +116,9 @@ def _ours(case: Any, request: dict[str, Any]) -> Prepared:
     imported = time.time()
     import ours
 
-    from vit_at import runtime
+    from vit_at.distributed import devices
 
-    runtime.set_up(case.batch, cache=request["cache"])
+    devices.set_up(case.batch, cache=request["cache"])
     return imported, ours.runner(case), ours.memory_peak
 
 

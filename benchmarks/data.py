@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 from common import Case, machine, parse_model, print_table, spread, write_json
+from vit_at.configs import default
 
-from configs import default
-from vit_at import optim, runtime, sharding
-from vit_at.config import UserError
 from vit_at.data import pipeline, sources
-from vit_at.setup import compile_step, initial_state
+from vit_at.distributed import devices, sharding
+from vit_at.errors import UserError
+from vit_at.training import optim
+from vit_at.training.setup import compile_step, initial_state
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--attack_steps", type=int, default=10)
     parser.add_argument("--out", default="")
     options = parser.parse_args()
-    runtime.set_up(options.batch)
+    devices.set_up(options.batch)
     result: dict[str, Any] = {"machine": machine(), "pipeline": {}}
     rows = []
     for name, measure in {

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from common import CLASSES, Case
 from jax.sharding import PartitionSpec
 
-from vit_at import sharding
+from vit_at.distributed import sharding
 from vit_at.models import ops
 from vit_at.models.build import build
 

@@ -26,10 +26,10 @@ import reference_autoattack as reference
 
 def ours(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
     """images [n, 32, 32, 3] in [0, 1]; the counts after each attack, the seconds and the work."""
-    from vit_at import runtime
     from vit_at.attacks import autoattack
+    from vit_at.distributed import devices
 
-    runtime.set_up(options.batch, cache="")
+    devices.set_up(options.batch, cache="")
     logits_fn = functools.partial(reference.apply(), reference.parameters())
     eps = reference.EPS[options.norm]
     result = autoattack.run(

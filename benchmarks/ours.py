@@ -6,15 +6,17 @@ from typing import Any
 import jax
 import numpy as np
 from common import CLASSES, EPS, STEP_SIZE, Case
+from vit_at.configs import default
 
-from configs import default
-from vit_at import models, optim, sharding
+from vit_at import models
 from vit_at.attacks import Threat
 from vit_at.data.sources import Examples
-from vit_at.evaluate import make_outcome_fn
+from vit_at.distributed import sharding
+from vit_at.evaluation.evaluator import make_outcome_fn
+from vit_at.evaluation.protocol import Attack
 from vit_at.models.build import build
-from vit_at.results import Attack
-from vit_at.setup import Setup, compile_step, initial_state, resolve
+from vit_at.training import optim
+from vit_at.training.setup import Setup, compile_step, initial_state, resolve
 
 STEPS_PER_EPOCH = 1000
 

@@ -21,9 +21,9 @@ from contestant import Contestant
 def main() -> None:
     """The command line."""
     options = _parse_arguments()
-    from vit_at import runtime
+    from vit_at.distributed import devices
 
-    runtime.set_up(*map(int, options.batch.split(",")))
+    devices.set_up(*map(int, options.batch.split(",")))
     missing = _why_no_torch() if "torch" in options.against else "not asked for"
     if missing:
         print(f"PyTorch does not take part: {missing}")

@@ -4,8 +4,7 @@ python -m vit_at.main --config=configs/cifar100_sgd.py
 """
 
 from ml_collections import ConfigDict
-
-from configs import cifar10_sgd, common
+from vit_at.configs import cifar10_sgd, common
 
 
 def get_config(variants: str = "") -> ConfigDict:

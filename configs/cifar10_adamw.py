@@ -6,8 +6,7 @@ AdamW as ViTs are usually trained: cosine schedule with a warm-up, small rate, d
 """
 
 from ml_collections import ConfigDict
-
-from configs import cifar10_sgd, common
+from vit_at.configs import cifar10_sgd, common
 
 
 def get_config(variants: str = "") -> ConfigDict:

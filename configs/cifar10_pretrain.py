@@ -8,8 +8,7 @@ For whoever has no published weights. An epoch costs 3 forward passes an image i
 """
 
 from ml_collections import ConfigDict
-
-from configs import cifar10_sgd, common
+from vit_at.configs import cifar10_sgd, common
 
 
 def get_config(variants: str = "") -> ConfigDict:

@@ -8,8 +8,7 @@ epochs of PGD-10, which is the work of 23 forward passes for each image of an ep
 """
 
 from ml_collections import ConfigDict
-
-from configs import common, default
+from vit_at.configs import common, default
 
 
 def get_config(variants: str = "") -> ConfigDict:

@@ -10,8 +10,7 @@ clean / PGD-20 accuracy: 96 % / 70 %; trained naturally (:natural) 94 % / 10 %. 
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
-
-from configs import common, default
+from vit_at.configs import common, default
 
 
 def get_config(variants: str = "") -> ConfigDict:

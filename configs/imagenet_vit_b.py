@@ -6,8 +6,7 @@
 """
 
 from ml_collections import ConfigDict
-
-from configs import common, default
+from vit_at.configs import common, default
 
 
 def get_config(variants: str = "") -> ConfigDict:

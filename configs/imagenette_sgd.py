@@ -4,8 +4,7 @@ python -m vit_at.main --config=configs/imagenette_sgd.py
 """
 
 from ml_collections import ConfigDict
-
-from configs import common, default
+from vit_at.configs import common, default
 
 
 def get_config(variants: str = "") -> ConfigDict:

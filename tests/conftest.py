@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from vit_at import command_line
+from vit_at.flags import parse_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -33,7 +33,7 @@ def parse(monkeypatch):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["main", *arguments])
-        assert command_line.parse_flags(sys.argv) == ["main"]
+        assert parse_flags(sys.argv) == ["main"]
         return values.config
 
     return run

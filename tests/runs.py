@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
+from vit_at.configs import digits_sgd
 
-from configs import digits_sgd
-from vit_at import models, optim
+from vit_at import models
 from vit_at.data.sources import Examples
-from vit_at.setup import Setup, compile_step, resolve
-from vit_at.sharding import make_mesh
-from vit_at.train import train
+from vit_at.distributed.sharding import make_mesh
+from vit_at.training import optim
+from vit_at.training.loop import train
+from vit_at.training.setup import Setup, compile_step, resolve
 
 CLASSES = ("zero", "one", "two")
 # Real CIFAR-10 and ImageNet photographs, where the machine has them.

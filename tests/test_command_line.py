@@ -85,7 +85,7 @@ def test_a_mistake_ends_in_one_sentence_and_status_2(parse, capsys, arguments, s
 def test_a_mistake_inside_a_recipe_is_one_sentence_too(parse, capsys, tmp_path, recipe, said):
     path = tmp_path / "mine.py"
     body = f"    config = default.get_config()\n    {recipe}\n    return config\n"
-    path.write_text(f"from configs import default\n\n\ndef get_config():\n{body}")
+    path.write_text(f"from vit_at.configs import default\n\n\ndef get_config():\n{body}")
     with pytest.raises(SystemExit) as ended:
         parse(f"--config={path}")
     assert ended.value.code == 2

@@ -7,11 +7,11 @@ import re
 import jax
 import pytest
 from ml_collections import ConfigDict
+from vit_at.configs import common, default, digits_sgd
 
-from configs import common, default, digits_sgd
 from vit_at import config as configuration
-from vit_at.command_line import field_names
-from vit_at.config import UserError
+from vit_at.config import field_names
+from vit_at.errors import UserError
 from vit_at.models.build import build
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from vit_at import models, study, sweep
+from vit_at import models
 from vit_at.config import validate
+from vit_at.reporting import study, sweep
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -17,15 +17,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
+from vit_at.configs import digits_sgd
 
-from configs import digits_sgd
-from vit_at import command_line, weights
-from vit_at.config import UserError, one_sentence_errors, validate
+from vit_at import flags as command_flags
+from vit_at import weights
+from vit_at.config import field_names, validate
 from vit_at.data import backends, sources
+from vit_at.errors import UserError, one_sentence_errors
 from vit_at.models.build import build
 
 ROOT = pathlib.Path(__file__).parent.parent
-FIELDS = list(command_line.field_names(digits_sgd.get_config()))
+FIELDS = list(field_names(digits_sgd.get_config()))
 FUZZ = settings(
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60
 )
@@ -109,7 +111,7 @@ def test_any_flag(field, value):
     flags.FLAGS = fresh
     sys.argv = ["main", f"--config={ROOT}/configs/digits_sgd.py", f"--config.{field}={value}"]
     try:
-        works_or_is_refused(lambda: command_line._parse(list(sys.argv)))
+        works_or_is_refused(lambda: command_flags._parse(list(sys.argv)))
     finally:
         flags.FLAGS, sys.argv = before
 

@@ -5,15 +5,14 @@ range, or at odds with another is refused in one sentence that names the field, 
 allowed and what to do.
 """
 
-import contextlib
-import difflib
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+
+from vit_at.errors import UserError, nearest
 
 CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
@@ -92,33 +91,6 @@ _TESTS: dict[str, Callable[[float], bool]] = {
     _SHARES: lambda v: 0 <= v <= 1,
     "from 0 up to but not including 1": lambda v: 0 <= v < 1,
 }
-
-
-class UserError(ValueError):
-    """Something the user can put right; its text is one sentence that says what and how."""
-
-
-@contextlib.contextmanager
-def one_sentence_errors() -> Iterator[None]:
-    """Ends the program with status 2 and the sentence of a UserError, without a traceback."""
-    try:
-        yield
-    except UserError as error:
-        sentence = " ".join(str(error).splitlines())
-        sys.stderr.write(f"error: {sentence}\n")  # in one piece, if several processes say it
-        sys.exit(2)
-
-
-def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
-    """The choices most like ``word``, or all of a short list, as text."""
-    choices = list(choices)
-
-    def likeness(choice):  # to its beginning, as long names are cut short, or its last part
-        parts = (choice[: len(word) + 1], choice.rpartition(".")[2])
-        return max(difflib.SequenceMatcher(None, word, part).ratio() for part in parts)
-
-    near = sorted((c for c in choices if likeness(c) > 0.5), key=likeness, reverse=True)
-    return ", ".join(near[:count] or choices[:12])
 
 
 # Fields that a ``config.json`` may lack, as it was written before they existed, with the value that
@@ -290,3 +262,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def field_names(config: ConfigDict) -> Iterator[str]:
+    """Every dotted field of a configuration, with the groups left out."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from (f"{name}.{inner}" for inner in field_names(value))
+        else:
+            yield name

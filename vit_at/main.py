@@ -12,16 +12,18 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from vit_at import command_line, processes, runtime
-from vit_at.config import one_sentence_errors
-from vit_at.results import table
-from vit_at.train import Diverged, Interrupted, train
+from vit_at.console import quiet_logging
+from vit_at.distributed import devices, processes
+from vit_at.errors import one_sentence_errors
+from vit_at.flags import parse_flags
+from vit_at.training.loop import Diverged, Interrupted, train
+from vit_at.workdir.results import table
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the recipe, and its variants.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept; default runs/<config name>.")
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
-    runtime.CACHE,
+    devices.CACHE,
     "Directory that keeps compiled programs for the next start; '': none.",
 )
 _COORDINATOR = flags.DEFINE_string(
@@ -39,10 +41,10 @@ EXIT_DIVERGED = 3
 def main(arguments: Sequence[str]) -> int:
     """Runs; see docs/reliability.md for the exit status."""
     del arguments
-    command_line.quiet_logging()
+    quiet_logging()
     config, shares = _CONFIG.value, max(1, _NUM_PROCESSES.value)
     micro_batch = config.batch_size // (shares * max(1, config.accumulate_steps))
-    runtime.set_up(micro_batch, config.eval.batch_size // shares, cache=_CACHE.value)
+    devices.set_up(micro_batch, config.eval.batch_size // shares, cache=_CACHE.value)
     with one_sentence_errors():
         processes.start(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, seconds=_WAIT.value
@@ -70,7 +72,7 @@ def _train() -> int:
         print(f"results: {workdir / 'results.json'}")
         if _REPORT.value:
             # Imported only here: the start of a run should not wait for matplotlib.
-            from vit_at.report import write_after_training
+            from vit_at.reporting.page import write_after_training
 
             if page := write_after_training(workdir):
                 print(f"report: {page}")
@@ -78,4 +80,4 @@ def _train() -> int:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parse_flags)
+    app.run(main, flags_parser=parse_flags)

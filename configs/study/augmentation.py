@@ -9,8 +9,7 @@ smooths the labels. Digits are cropped but not flipped: a mirrored 2 is none.
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
-
-from configs.study import base
+from vit_at.configs.study import base
 
 
 def _augment(crop: bool, mixing: float, smoothing: float = 0.0) -> Callable[[ConfigDict], None]:

@@ -14,8 +14,7 @@ paper  CIFAR-10 with ViT-B as published, AutoAttack on all test images
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
-
-from configs import cifar10_sgd, common, digits_sgd
+from vit_at.configs import cifar10_sgd, common, digits_sgd
 
 SEEDS = (0, 1, 2)
 Variants = dict[str, Callable[[ConfigDict], None]]

@@ -6,8 +6,7 @@ python launch/sweep.py configs/study/clipping.py:cpu
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
-
-from configs.study import base
+from vit_at.configs.study import base
 
 
 def get_config(variants: str = "") -> ConfigDict:

@@ -7,8 +7,7 @@ python launch/sweep.py configs/study/masking.py:cpu,trades   # likewise of TRADE
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
-
-from configs.study import base
+from vit_at.configs.study import base
 
 
 def _other(objective: str) -> Callable[[ConfigDict], None]:

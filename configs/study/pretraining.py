@@ -10,9 +10,8 @@ same digits, and eps does not warm up, as that would be another remedy for the s
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
-
-from configs import common
-from configs.study import base
+from vit_at.configs import common
+from vit_at.configs.study import base
 
 
 def _start(pretrained: bool) -> Callable[[ConfigDict], None]:

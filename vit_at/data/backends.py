@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from vit_at.config import UserError
+from vit_at.errors import UserError
 
 PACKAGED = Path(__file__).parent / "packaged"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")

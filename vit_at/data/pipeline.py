@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 
-from vit_at.config import UserError
 from vit_at.data.sources import Examples
+from vit_at.errors import UserError
 
 Batch = dict[str, np.ndarray]
 

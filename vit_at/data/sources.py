@@ -21,8 +21,8 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vit_at.config import UserError
 from vit_at.data import backends
+from vit_at.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_at.config import UserError, nearest
+from vit_at.errors import UserError, nearest
 from vit_at.models import convit, swin, vit
 
 _FAMILIES = (

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_at.config import UserError
+from vit_at.errors import UserError
 from vit_at.models import layers, ops
 
 _CONVIT = {"depth": 12, "mlp_ratio": 4.0, "norm_eps": 1e-6, "patch_size": 16}

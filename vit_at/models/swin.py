@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_at.config import UserError
+from vit_at.errors import UserError
 from vit_at.models import layers, ops
 
 _SWIN = {"mlp_ratio": 4.0, "norm_eps": 1e-5, "patch_size": 4, "window_size": 7, "drop_path": 0.1}

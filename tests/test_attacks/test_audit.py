@@ -1,0 +1,114 @@
+"""The audit raises a flag for a model with the fault it is about, and none for a sound one."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_autoattack as reference
+from test_autoattack import attack, linear, median_eps, problem
+
+from vit_at.attacks import autoattack
+from vit_at.attacks.autoattack import audit
+
+PARAMS, IMAGES, LABELS = problem(16)
+EPS = median_eps(PARAMS, IMAGES, LABELS, "linf")
+MODEL = functools.partial(linear, PARAMS)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(audit, "CURVE_EPS", (1.0,))
+    monkeypatch.setattr(audit, "CURVE_STEPS", (5, 20))
+
+
+def run(model=MODEL, result=None, **options):
+    return audit.audit(model, IMAGES, LABELS, result, eps=EPS, batch_size=16, **options)
+
+
+def test_a_sound_model_raises_no_flag(short):
+    result = attack(PARAMS, IMAGES, LABELS, eps=EPS, batch_size=16)
+    report = run(result=result, surrogates={"itself": result.adversarial})
+    assert report.flags == {}
+    assert report.summary() == "no flags"
+    curve = list(report.eps_curve.values())
+    assert curve == sorted(curve, reverse=True)
+    assert curve[-1] == 0
+    assert set(report.record()) == {"flags", "eps_curve", "steps_curve"}
+
+
+def test_randomised():
+    counter = iter(range(100))
+    flags = run(lambda x: MODEL(x) + next(counter)).flags
+    assert list(flags) == ["randomised"]
+
+
+def check(model):
+    return audit.check_model(model, IMAGES, LABELS, eps=EPS)
+
+
+def test_probabilities():
+    assert "probabilities" in check(lambda x: jax.nn.softmax(MODEL(x)))
+    assert "probabilities" not in check(MODEL)
+
+
+def test_zero_gradients():
+    assert "zero-gradients" in check(lambda x: MODEL(jnp.round(x * 255) / 255))
+
+
+def test_saturated_softmax(short):
+    flags = run(lambda x: 1e5 * MODEL(x)).flags
+    assert "saturated-softmax" in flags
+    assert "zero-gradients" not in flags
+    assert "losses-disagree" in flags
+
+
+def test_robust_at_any_eps(short):
+    always = jax.nn.one_hot(LABELS[-1], 5)
+    flags = run(lambda x: jnp.tile(always, (len(x), 1)) + 0 * x.sum()).flags
+    assert "robust-at-any-eps" in flags
+
+
+def test_more_steps():
+    flags = audit.judge_curves({0.0: 0.9, 1.0: 0.0}, {5: 0.3, 20: 0.25, 100: 0.35}, 100)
+    assert list(flags) == ["more-steps-weaker"]
+    assert audit.judge_curves({0.0: 0.9, 1.0: 0.0}, {5: 0.3, 20: 0.25, 100: 0.26}, 100) == {}
+
+
+def test_square_and_transfer_win_over_a_masked_gradient():
+    """Rounding hides the gradient: white-box attacks fail, Square and transfer do not."""
+
+    def rounded(params, x):
+        return linear(params, jnp.round(x * 255) / 255)
+
+    options = {"eps": EPS, "attacks": ["apgd-ce", "square"], "batch_size": 16}
+    masked = functools.partial(rounded, PARAMS)
+    result = autoattack.run(masked, IMAGES, LABELS, **options, iterations=5, queries=200)
+    assert "square-wins" in audit.judge_result(result)
+    blind = autoattack.run(masked, IMAGES, LABELS, eps=EPS, attacks=["apgd-ce"], iterations=5)
+    surrogate = attack(PARAMS, IMAGES, LABELS, eps=EPS, attacks=["apgd-t"])
+    flags = audit.judge_transfer(masked, LABELS, blind, {"linear": surrogate.adversarial}, 16)
+    assert "transfer-wins" in flags
+
+
+def test_every_flag_is_documented():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "audit.md").read_text()
+    for name in audit.MEANING:
+        section = text.split(f"## {name}\n")[1].split("\n## ")[0]
+        for part in ("Raised if", "What it means", "What to do"):
+            assert f"**{part}**" in section
+
+
+def test_the_masked_reference_model():
+    """Logits times 1000: 36 of 128 clean images officially have no CE gradient; starts may add."""
+    images, labels = (np.asarray(x)[:128] for x in reference.images())
+    params, classify = reference.parameters(), reference.apply()
+    scaled = functools.partial(lambda p, x: 1000 * classify(p, x), params)
+    flags = audit.check_model(scaled, images, labels, batch_size=128)
+    assert "zero-gradients" not in flags
+    recorded = reference.arrays("masked")
+    count, _, of = flags["saturated-softmax"].partition(" of ")
+    assert 0 <= int(count) - recorded["scale1000_ce_zero_grad"].sum() <= 2
+    assert of.startswith(f"{recorded['scale1000_clean_correct'].sum()} correct images")

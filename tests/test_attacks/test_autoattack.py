@@ -1,0 +1,361 @@
+"""AutoAttack as a whole, on classifiers whose exact robustness is known, and on disk."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vit_at import evaluate
+from vit_at.attacks import Threat, autoattack
+from vit_at.attacks.autoattack import audit, cascade, ledger, methods
+from vit_at.attacks.autoattack.ledger import BROKEN, LEDGER_FILE, NOT_ATTACKED
+from vit_at.data import sources
+from vit_at.distributed import sharding
+from vit_at.errors import UserError
+from vit_at.workdir.files import results
+
+SHAPE = (4, 4, 2)
+SHORT = {"iterations": 20, "queries": 300}
+
+
+def linear(params, images):
+    kernel, bias = params
+    return images.reshape(len(images), -1) @ kernel + bias
+
+
+def problem(count=24, num_classes=5, seed=0):
+    """A linear classifier, images far from 0 and 1, their labels (some wrong), exact distances."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    images = np.asarray(0.4 + 0.2 * jax.random.uniform(keys[0], (count, *SHAPE)))
+    kernel = jax.random.normal(keys[1], (np.prod(SHAPE), num_classes))
+    bias = -jnp.mean(linear((kernel, 0.0), images), 0)
+    logits = np.array(linear((kernel, bias), images))
+    labels = logits.argmax(1)
+    labels[:3] = logits[:3].argmin(1)
+    return (kernel, bias), images, labels
+
+
+def exact_distance(params, images, labels, norm):
+    """To the nearest boundary: |z_y - z_k| / dual norm of the difference of weights."""
+    kernel, _ = params
+    logits = np.asarray(linear(params, images))
+    gaps = np.take_along_axis(logits, labels[:, None], 1) - logits
+    across = np.asarray(kernel)[:, labels][:, :, None] - np.asarray(kernel)[:, None]
+    across = np.linalg.norm(across, 1 if norm == "linf" else 2, axis=0)
+    across[np.arange(len(labels)), labels] = np.nan
+    return np.nanmin(gaps / across, 1)
+
+
+def attack(params, images, labels, **options):
+    options = {"batch_size": 8, **SHORT} | options
+    return autoattack.run(functools.partial(linear, params), images, labels, **options)
+
+
+def median_eps(params, images, labels, norm):
+    """An eps with a gap around it, so that rounding decides nothing."""
+    distances = np.sort(exact_distance(params, images, labels, norm))
+    distances = distances[distances > 0]
+    middle = len(distances) // 2
+    return float(distances[middle - 1] + distances[middle]) / 2
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(
+    ("name", "num_classes"),
+    [("apgd-ce", 2), ("apgd-dlr", 3), ("apgd-t", 5), ("fab", 5), ("fab-t", 5)],
+)
+def test_exact_robust_accuracy_of_a_linear_classifier(name, num_classes, norm):
+    """Untargeted losses climb towards several classes at once, so they are exact with few."""
+    params, images, labels = problem(num_classes=num_classes)
+    eps = median_eps(params, images, labels, norm)
+    result = attack(params, images, labels, norm=norm, eps=eps, attacks=[name], iterations=40)
+    expected = exact_distance(params, images, labels, norm) > eps
+    np.testing.assert_array_equal(result.robust[name], expected)
+    assert not result.failures
+
+
+@pytest.mark.parametrize("version", ["standard"])
+def test_cascade(version):
+    params, images, labels = problem()
+    eps = median_eps(params, images, labels, "linf")
+    result = attack(params, images, labels, eps=eps, attacks=version)
+    expected = exact_distance(params, images, labels, "linf") > eps
+    assert tuple(result.robust) == ("clean", *methods.VERSIONS[version])
+    np.testing.assert_array_equal(result.robust["clean"], np.arange(24) >= 3)
+    np.testing.assert_array_equal(result.robust["square"], expected)
+    outcome = result.table["outcome"]
+    assert np.all(outcome[:3] == NOT_ATTACKED)
+    assert np.all((outcome == BROKEN).sum(1) == (result.table["broken_by"] >= 0))
+    untouched = np.flatnonzero(result.table["broken_by"] < 0)
+    np.testing.assert_array_equal(result.adversarial[untouched], images[untouched])
+    assert "square" in result.summary()
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    norm=st.sampled_from(["linf", "l2"]),
+    eps=st.floats(0.005, 0.6),
+)
+def test_adversarial_images_stay_in_the_ball_and_the_image_range(seed, norm, eps):
+    params, images, labels = problem(8, seed=seed)
+    images = np.clip(3 * images - 1, 0, 1)  # many at the bounds
+    options = {"norm": norm, "eps": eps, "attacks": "plus", "iterations": 6, "queries": 30}
+    result = attack(params, images, labels, **options)
+    delta = (result.adversarial - images).reshape(8, -1).astype(np.float64)
+    order = np.inf if norm == "linf" else 2
+    assert np.linalg.norm(delta, order, axis=1).max() <= cascade.largest_norm(norm, eps, 32)
+    assert result.adversarial.min() >= 0
+    assert result.adversarial.max() <= 1
+    assert not result.failures
+    assert not any(work["unconfirmed"] for work in result.work.values())
+    wrong = np.asarray(linear(params, result.adversarial)).argmax(1) != labels
+    np.testing.assert_array_equal(wrong, ~list(result.robust.values())[-1])
+
+
+def test_same_outcome_on_any_number_of_devices_and_any_batch_size():
+    params, images, labels = problem()
+    eps = median_eps(params, images, labels, "l2")
+    outcomes = []
+    for devices, batch_size in ((1, 24), (2, 16), (4, 32)):
+        mesh = sharding.make_mesh(jax.devices()[:devices])
+        options = {"norm": "l2", "eps": eps, "batch_size": batch_size, "mesh": mesh}
+        outcomes.append(attack(params, images, labels, **options).table)
+    for name in ("outcome", "run", "step"):
+        for other in outcomes[1:]:
+            np.testing.assert_array_equal(outcomes[0][name], other[name])
+
+
+def test_slots_are_not_wasted():
+    params, images, labels = problem(64)
+    eps = median_eps(params, images, labels, "linf")
+    result = attack(params, images, labels, eps=eps, attacks=["apgd-ce"], batch_size=16)
+    work = result.work["apgd-ce"]
+    assert work["steps"] / work["computed"] > 0.6
+
+
+def test_few_classes():
+    for num_classes, expected in ((3, "apgd-dlr"), (2, "fab-t")):
+        params, images, labels = problem(8, num_classes)
+        eps = median_eps(params, images, labels, "linf")
+        result = attack(params, images, labels, eps=eps, iterations=30)
+        assert expected in result.robust
+        assert result.notes
+        exact = exact_distance(params, images, labels, "linf") > eps
+        np.testing.assert_array_equal(result.robust["square"], exact)
+
+
+def test_randomised_model():
+    params, images, labels = problem(8)
+
+    def noisy(params, images, key):
+        kernel, bias = params
+        return linear((kernel + 0.01 * jax.random.normal(key, kernel.shape), bias), images)
+
+    eps = median_eps(params, images, labels, "linf")
+    model = functools.partial(noisy, params)
+    run = functools.partial(autoattack.run, model, images, labels, attacks="rand", iterations=8)
+    first, second = run(eps=eps, batch_size=8), run(eps=eps, batch_size=16)
+    assert tuple(first.robust) == ("clean", "apgd-ce", "apgd-dlr")
+    np.testing.assert_array_equal(first.adversarial, second.adversarial)
+    exact = exact_distance(params, images, labels, "linf")
+    assert not first.robust["apgd-dlr"][exact < 0.5 * eps].any()
+    assert first.robust["apgd-dlr"][exact > 2 * eps].all()
+
+
+GOOD = problem(8)
+
+
+def batch_norm(params, images):
+    logits = linear(params, images)
+    return logits - logits.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"images": 255 * GOOD[1]}, "must be in \\[0, 1\\]"),
+        ({"images": np.full_like(GOOD[1], np.nan)}, "must be in \\[0, 1\\]"),
+        ({"images": GOOD[1][0]}, "must be \\[N, H, W, C\\]"),
+        ({"images": (255 * GOOD[1]).astype(np.uint8)}, "divide them by 255"),
+        ({"labels": GOOD[2] + 4}, "but the model has classes 0 to 4"),
+        ({"labels": GOOD[2] - 9}, "but the model has classes 0 to 4"),
+        ({"labels": GOOD[2][:3]}, "one integer for each"),
+        ({"labels": GOOD[2].astype(float)}, "one integer for each"),
+        ({"eps": 0.0}, "must be over 0"),
+        ({"eps": -0.1}, "must be over 0"),
+        ({"eps": 8.0}, "8/255, say, not 8"),
+        ({"eps": float("nan")}, "must be over 0"),
+        ({"norm": "l1"}, "use one of linf, l2"),
+        ({"attacks": "standrad"}, "nearest: standard"),
+        ({"attacks": ["fab", "fab"]}, "each named once"),
+        ({"attacks": "rand"}, "can't be called with \\(images, key\\)"),
+        ({"batch_size": 0}, "must be 1 or more"),
+        ({"batch_size": 6}, "do not divide"),
+        ({"iterations": 0}, "must be 1 or more"),
+        ({"logits_fn": lambda x: linear(GOOD[0], x) * jnp.nan}, "NaN or infinity for 8 of 8"),
+        ({"logits_fn": functools.partial(batch_norm, GOOD[0])}, "inference mode"),
+        ({"logits_fn": lambda x: linear(GOOD[0], x)[:, 0]}, "must give logits"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(change, said):
+    params, images, labels = GOOD
+    logits_fn = functools.partial(linear, params)
+    arguments = {"logits_fn": logits_fn, "images": images, "labels": labels, "batch_size": 8}
+    with pytest.raises(UserError, match=said) as raised:
+        autoattack.run(**(arguments | SHORT | change))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_ledger_of_something_else_is_refused(tmp_path):
+    params, images, labels = problem(8)
+    attack(params, images, labels, eps=0.05, attacks=["apgd-ce"], workdir=tmp_path)
+    again = functools.partial(attack, attacks=["apgd-ce"], workdir=tmp_path)
+    with pytest.raises(UserError, match="another model"):
+        again((params[0] + 1e-1, params[1]), images, labels, eps=0.05)
+    with pytest.raises(UserError, match="data"):
+        again(params, images[::-1], labels[::-1], eps=0.05)
+    with pytest.raises(UserError, match=r"eps 0.05 -> 0.06"):
+        again(params, images, labels, eps=0.06)
+    (tmp_path / LEDGER_FILE).write_bytes(b"PK nonsense")
+    with pytest.raises(UserError, match="can't be read"):
+        again(params, images, labels, eps=0.05)
+
+
+def test_a_finished_ledger_is_not_run_again(tmp_path):
+    params, images, labels = problem(8)
+    first = attack(params, images, labels, eps=0.05, workdir=tmp_path)
+    second = attack(params, images, labels, eps=0.05, workdir=tmp_path)
+    np.testing.assert_array_equal(first.adversarial, second.adversarial)
+    assert first.work == second.work
+    with np.load(tmp_path / "per_example.npz") as table:
+        np.testing.assert_array_equal(table["worst_case_correct"], first.robust["square"])
+
+
+class Lazy:
+    """Images that are decoded when asked for, and count how many are at a time."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, images):
+        self.shape, self.most, self._images = images.shape, 0, images
+
+    def __getitem__(self, places):
+        self.most = max(self.most, len(places))
+        return self._images[places]
+
+
+def test_images_are_read_a_batch_at_a_time(tmp_path):
+    params, images, labels = problem(64)
+    eps = median_eps(params, images, labels, "linf")
+    lazy = Lazy(images)
+    result = attack(params, lazy, labels, eps=eps, workdir=tmp_path)
+    assert lazy.most <= 8
+    whole = attack(params, images, labels, eps=eps)
+    np.testing.assert_array_equal(result.adversarial, whole.adversarial)
+    broken = (whole.table["broken_by"] >= 0).sum()
+    assert sum(len(places) for places, _ in result.found()) == broken
+    assert len(list(tmp_path.glob("adversarial_*.npz"))) > 1
+
+
+class Killed(Exception):
+    pass
+
+
+def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch):
+    """Killed again and again right after a save, a few saves further each time."""
+    params, images, labels = problem(24)
+    eps = median_eps(params, images, labels, "linf")
+    run = functools.partial(attack, params, images, labels, eps=eps)
+    whole = run(workdir=tmp_path / "whole")
+    monkeypatch.setattr(cascade, "_WRITING_SHARE", 1e9)  # after every round
+    save, left = ledger.Store.save, [0]
+
+    def save_and_die(store, what):
+        save(store, what)
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+
+    monkeypatch.setattr(ledger.Store, "save", save_and_die)
+    kills = 0
+    while True:
+        left[0] = 6  # saves until it is killed
+        try:
+            resumed = run(workdir=tmp_path / "killed")
+            break
+        except Killed:
+            kills += 1
+    assert kills > 2
+    np.testing.assert_array_equal(whole.adversarial, resumed.adversarial)
+    for name, column in whole.table.items():
+        np.testing.assert_array_equal(column, resumed.table[name])
+    assert whole.work == resumed.work
+
+
+def test_through_the_evaluator(tmp_path, monkeypatch):
+    """One record with the cascade and the audit; a ledger in the work directory."""
+    params, images, labels = problem(8)
+    pixels = np.round(images * 255).astype(np.uint8)
+    examples = sources.Examples(
+        "digits",
+        tuple("abcde"),
+        SHAPE,
+        np.arange(8),
+        np.arange(8),
+        lambda i: (pixels[i], labels[i]),
+    )
+    monkeypatch.setitem(methods.VERSIONS, "standard", ("apgd-ce", "square"))
+    monkeypatch.setattr(audit, "CURVE_EPS", ())
+    monkeypatch.setattr(audit, "CURVE_STEPS", (10,))
+    run = autoattack.run
+    monkeypatch.setattr(autoattack, "run", lambda *a, **k: run(*a, **(SHORT | k)))
+    attacks = evaluate.parse_attacks("autoattack", Threat("linf", 0.05))
+    mesh = sharding.make_mesh()
+    evaluator = evaluate.Evaluator(linear, examples, attacks, mesh, batch_size=8, seed=0)
+    store = results.Results(epath.Path(tmp_path))
+    (entry,) = evaluate.evaluate_and_store(evaluator, params, examples, store, seed=0, weights={})
+    assert entry["accuracy"] == entry["cascade"]["square"]
+    assert set(entry["audit"]) == {"flags", "eps_curve", "steps_curve"}
+    assert np.isclose(entry["audit"]["eps_curve"][0][1], entry["cascade"]["clean"])
+    assert "autoattack" in results.table(results.Results(epath.Path(tmp_path)).records)
+    assert list(tmp_path.glob("autoattack/*/per_example.npz"))
+
+
+@pytest.mark.slow
+def test_kill_9(tmp_path):
+    """A process killed at three moments, and the same command, end bit for bit the same."""
+    script = textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(os.path.dirname(os.path.dirname(__file__)))!r})
+        import numpy as np, test_autoattack as t
+        params, images, labels = t.problem(48)
+        eps = t.median_eps(params, images, labels, "linf")
+        result = t.attack(params, images, labels, eps=eps, iterations=100, queries=2000,
+                          workdir=sys.argv[1], progress=True)
+        np.save(sys.argv[1] + "/result.npy", result.adversarial)
+    """)
+
+    def start(name):
+        return subprocess.Popen([sys.executable, "-c", script, str(tmp_path / name)])
+
+    assert start("whole").wait() == 0
+    for seconds in (6, 9, 12):
+        process = start("killed")
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start("killed").wait() == 0
+    whole, killed = (np.load(tmp_path / name / "result.npy") for name in ("whole", "killed"))
+    np.testing.assert_array_equal(whole, killed)

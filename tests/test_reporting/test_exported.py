@@ -1,0 +1,223 @@
+"""Exported weights: their files, and that PyTorch computes the same logits from them."""
+
+import functools
+import hashlib
+import json
+
+import golden
+import jax
+import numpy as np
+import pytest
+import runs
+import safetensors.numpy
+from vit_at.configs import default
+
+from vit_at import export, models, weights
+from vit_at.evaluation.protocol import weights_digest
+from vit_at.reporting.model_card import model_card
+from vit_at.workdir.checkpoint import Trained
+
+CASES = [  # every family, with whatever changes what timm must be told
+    ("deit_tiny_patch16_224", {"image_size": 32, "patch_size": 4, "depth": 2}),
+    ("vit_small_patch16_224", {"depth": 2, "embed_dim": 96}),
+    ("vit_small_patch16_224", {"depth": 2, "embed_dim": 96, "qk_scale": 768**-0.5}),
+    ("vit_base_patch16_224_in21k", {"depth": 1, "mlp_ratio": 2.0, "embed_dim": 96}),
+    ("convit_tiny", {"image_size": 32, "patch_size": 4}),
+    ("convit_small", {"depth": 3, "qk_scale": 0.2}),
+    ("swin_tiny_patch4_window7_224", {"depth": 8, "embed_dim": 48}),
+    ("swin_base_patch4_window7_224_in22k", {"depth": 8, "embed_dim": 32, "image_size": 64}),
+    ("swin_tiny_patch4_window7_224", {"depth": 8, "embed_dim": 24, "image_size": 256}),
+]
+
+
+@functools.cache
+def trained():
+    config = default.get_config()
+    config.unlock()
+    config.model.name, config.model.depth = "deit_tiny_patch16_224", 2
+    config.lock()
+    model = models.create(config.model.name, num_classes=10, image_size=32, patch_size=4, depth=2)
+    return Trained(config, model, golden.params(model), {"step": 5, "num_classes": 10})
+
+
+def record(attack, accuracy, num_examples=100, digest="", **protocol):
+    digest = digest or weights_digest(trained().params)
+    protocol |= {"data": "made", "num_examples": num_examples, "weights": {"digest": digest}}
+    entry = {"attack": attack, "accuracy": accuracy, "standard_error": 0.01}
+    return entry | {"protocol": protocol}
+
+
+def test_description_has_robustbench_fields():
+    linf = {"norm": "linf", "eps": 8 / 255}
+    records = [
+        record("clean", 0.8123),
+        record("clean", 0.9, num_examples=10),
+        record("clean", 0.1, digest="another"),
+        record("autoattack-standard", 0.4567, **linf),
+        record("autoattack-standard", 0.1, num_examples=500, norm="linf", eps=16 / 255),
+    ]
+    about = export.describe(trained(), records)
+    expected = {
+        "architecture": "deit_tiny_patch16_224",
+        "eps": "8/255",
+        "clean_acc": "81.23",
+        "autoattack_acc": "45.67",
+        "reported": "45.67",
+        "additional_data": False,
+        "dataset": "cifar10",
+        "number_forward_passes": 1,
+        "unreliable": False,
+        "threat_model": "Linf",
+    }
+    assert {key: about[key] for key in expected} == expected
+    assert {"link", "name", "authors", "venue"} <= about.keys()
+    assert len(about["results"]) == 4
+    assert export.describe(trained(), [])["clean_acc"] is None
+
+
+def test_files(tmp_path):
+    about = export.describe(trained(), [])
+    path = export.export(trained().params, trained().model, tmp_path / "new", about)
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "README.md",
+        "model.json",
+        "model.safetensors",
+    ]
+    stored = json.loads((path.parent / "model.json").read_text())
+    assert stored["weights"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert stored["normalisation"]["mean"] == list(default.CIFAR_MEAN)
+    assert stored["training"]["threat"]["steps"] == 10
+    assert (stored["image_size"], stored["patch_size"]) == (32, 4)
+    back = weights.from_timm(weights.load(path.parent), trained().model)
+    jax.tree.map(np.testing.assert_array_equal, back, trained().params)
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "load_trained", lambda workdir, which: trained())
+    (tmp_path / "results.json").write_text(json.dumps([record("clean", 0.5)]))
+    assert export.main([str(tmp_path), "--checkpoint=last"]) == 0
+    assert "model.safetensors" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "export" / "model.json").read_text())
+    assert stored["clean_acc"] == "50.00"
+    assert "clean       50.00 %" in (tmp_path / "export" / "README.md").read_text()
+    assert export.main([str(tmp_path), f"--output={tmp_path / 'there'}"]) == 0
+    assert (tmp_path / "there" / "model.safetensors").exists()
+
+
+def test_the_model_card_says_what_was_trained_and_what_not_measured():
+    trained = runs.smoke("ard_prm").to_dict()
+    about = {"architecture": "deit_tiny_patch16_224", "image_size": 8, "patch_size": 2}
+    about |= {"name": "digits", "dataset": "digits", "training": trained, "results": []}
+    card = model_card(about)
+    assert card.startswith("---\nlibrary_name: timm\n")
+    assert "trained on digits by vit_at: AT + ARD + PRM" in card
+    assert "started from scratch" in card
+    assert "Nothing has been measured of these weights" in card
+    assert "AutoAttack has not been run" in card
+    natural = model_card(about | {"training": trained | {"objective": "natural"}})
+    assert "they are not robust" in natural
+    bare = model_card({"architecture": "swin", "image_size": 8, "patch_size": 2})
+    assert "## Training" not in bare
+
+
+def test_no_work_directory_is_one_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        export.main([str(tmp_path)])
+    assert caught.value.code == 2
+    assert "no work directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "overrides"), [c for c in CASES if "qk_scale" in c[1]])
+def test_scale_is_folded_into_the_queries(name, overrides, tmp_path):
+    model = models.create(name, num_classes=3, **overrides)
+    params = golden.params(model)
+    path = export.export(params, model, tmp_path, {"architecture": name})
+    plain = models.create(name, num_classes=3, **overrides | {"qk_scale": 0.0})
+    folded = weights.from_timm(weights.load(path), plain)
+    images = golden.images(model.image_size, "imagenet").astype(np.float32)
+    logits, expected = (
+        jax.jit(lambda p, m=m: m.apply({"params": p}, images))(p)
+        for m, p in ((plain, folded), (model, params))
+    )
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def exported(name, overrides, path):
+    """(logits of ours, images as PyTorch has them, the exported files' content)."""
+    model = models.create(name, num_classes=10, **overrides)
+    params = golden.params(model)
+    export.export(params, model, path, {"architecture": name})
+    images = golden.images(model.image_size, "imagenet").astype(np.float32)
+    logits = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
+    about = json.loads((path / "model.json").read_text())
+    state_dict = safetensors.numpy.load_file(path / "model.safetensors")
+    return logits, np.ascontiguousarray(images.transpose(0, 3, 1, 2)), about, state_dict
+
+
+def import_timm():
+    """timm, or a skip that says why it cannot be used."""
+    try:
+        import timm
+    except Exception as error:  # its own import errors come from torchvision, of any kind
+        pytest.skip(f"timm cannot be imported here: {str(error)[:100]}")
+    return timm
+
+
+@pytest.mark.parametrize(("name", "overrides"), CASES)
+def test_timm_computes_the_same_logits(name, overrides, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    timm = import_timm()
+    logits, images, about, state_dict = exported(name, overrides, tmp_path)
+    model = timm.create_model(**about["timm"]["create_model"]).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = about["timm"]["layer_norm_eps"]
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in state_dict.items()})
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(logits, theirs, rtol=0, atol=2e-5)
+
+
+def test_pytorchs_own_encoder_computes_the_same_logits(tmp_path):
+    """torch.nn.TransformerEncoder is a ViT's trunk: the parity test that needs PyTorch alone."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    overrides = {"image_size": 32, "patch_size": 4}
+    logits, images, about, state_dict = exported("deit_tiny_patch16_224", overrides, tmp_path)
+    tensors = {name: torch.from_numpy(value) for name, value in state_dict.items()}
+    arguments = about["timm"]["create_model"]
+    d, eps = arguments["embed_dim"], about["timm"]["layer_norm_eps"]
+    layer = torch.nn.TransformerEncoderLayer(
+        d,
+        arguments["num_heads"],
+        int(d * arguments["mlp_ratio"]),
+        dropout=0.0,
+        activation="gelu",
+        layer_norm_eps=eps,
+        batch_first=True,
+        norm_first=True,
+    )
+    norm = torch.nn.LayerNorm(d, eps)
+    trunk = torch.nn.TransformerEncoder(layer, arguments["depth"], norm, enable_nested_tensor=False)
+    renamed = {}
+    parts = {"qkv.": "in_proj_", "proj.": "out_proj."}
+    for name, value in tensors.items():
+        if name.startswith("norm."):
+            renamed[name] = value
+        elif name.startswith("blocks."):
+            name = name.replace("blocks.", "layers.").replace("mlp.fc", "linear")
+            for ours, theirs in parts.items():
+                name = name.replace(f"attn.{ours}", f"self_attn.{theirs}")
+            renamed[name] = value
+    trunk.load_state_dict(renamed)
+    with torch.no_grad():
+        patches = torch.nn.functional.conv2d(
+            torch.from_numpy(images),
+            tensors["patch_embed.proj.weight"],
+            tensors["patch_embed.proj.bias"],
+            stride=4,
+        )
+        tokens = patches.flatten(2).transpose(1, 2)
+        tokens = torch.cat([tensors["cls_token"].expand(2, 1, d), tokens], 1)
+        features = trunk.eval()(tokens + tensors["pos_embed"])[:, 0]
+        theirs = features @ tensors["head.weight"].T + tensors["head.bias"]
+    np.testing.assert_allclose(logits, theirs.numpy(), rtol=0, atol=2e-5)

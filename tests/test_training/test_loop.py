@@ -1,0 +1,252 @@
+"""The whole command: its files, resuming, interruption, divergence, and what it refuses."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import conftest
+import jax
+import numpy as np
+import pytest
+import runs
+from etils import epath
+
+from vit_at.training.loop import Interrupted, _Signals, train
+from vit_at.training.setup import resolve
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAST_STEP = 8
+
+
+def command(workdir, **changes):
+    """The words of a shell that start ``train(runs.smoke(**QUICK | changes), workdir)``."""
+    values = runs.QUICK | changes
+    return [
+        *(sys.executable, "-m", "vit_at.main", "--config=configs/digits_sgd.py:smoke"),
+        *(f"--config.{field.replace('__', '.')}={value}" for field, value in values.items()),
+        f"--workdir={workdir}",
+        f"--compilation_cache={conftest.CACHE}",
+    ]
+
+
+def run(workdir, **changes):
+    return subprocess.run(
+        command(workdir, **changes), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def lines_of(workdir):
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def assert_same_arrays(a, b):
+    assert a.keys() == b.keys()
+    assert a
+    for name, value in a.items():
+        assert value.tobytes() == b[name].tobytes(), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(work directory, records) of a run that nothing interrupted."""
+    workdir = epath.Path(tmp_path_factory.mktemp("runs") / "undisturbed")
+    return workdir, train(runs.smoke(**runs.QUICK), workdir)
+
+
+def test_a_run_writes_every_file_of_its_work_directory(undisturbed):
+    workdir, records = undisturbed
+    names = {path.name for path in workdir.iterdir()} - {".training.lock", ".evaluation.lock"}
+    expected = {"config.json", "parameters.txt", "checkpoints", "metrics.jsonl", "results.json"}
+    assert expected | {"per_example.npz"} <= names
+    assert [n for n in names - expected if not n.startswith("events.out")] == ["per_example.npz"]
+    config = json.loads((workdir / "config.json").read_text())
+    assert config == json.loads(json.dumps(resolve(runs.smoke(**runs.QUICK)).to_dict()))
+    assert [record["attack"] for record in records] == ["clean", "cw-2", "pgd-2"]
+    assert json.loads((workdir / "results.json").read_text()) == records
+
+
+def test_every_step_and_validation_is_in_the_metrics(undisturbed):
+    lines = lines_of(undisturbed[0])
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, LAST_STEP + 1))
+    for name in ("epoch", "accuracy_adv", "gradient_norm", "learning_rate", "images_per_second"):
+        assert all(np.isfinite(line[name]) for line in steps)
+    validations = [line for line in lines if "validation/clean" in line]
+    assert [line["step"] for line in validations] == [4, 8]
+
+
+def test_the_tested_weights_are_those_of_the_best_validation(undisturbed):
+    workdir, records = undisturbed
+    robust = {
+        line["step"]: line["validation/pgd-2"]
+        for line in lines_of(workdir)
+        if "validation/pgd-2" in line
+    }
+    best = max(robust, key=robust.get)  # the first of equals
+    for record in records:
+        assert record["protocol"]["weights"]["checkpoint"] == "best"
+        assert record["protocol"]["weights"]["step"] == best
+
+
+def test_a_second_start_of_a_finished_run_changes_nothing(undisturbed):
+    workdir, records = undisturbed
+    before = {name: (workdir / name).read_bytes() for name in ("metrics.jsonl", "results.json")}
+    assert train(runs.smoke(**runs.QUICK), workdir) == records
+    for name, content in before.items():
+        assert (workdir / name).read_bytes() == content
+
+
+def test_an_interrupted_run_goes_on_to_the_same_parameters(undisturbed, tmp_path, monkeypatch):
+    """By a signal between two steps, in this process; see below for whole processes."""
+    workdir, config = epath.Path(tmp_path), runs.smoke(**runs.QUICK)
+    calls = []
+
+    def interrupting(self, number=None, frame=None):
+        calls.append(1)
+        return signal.SIGTERM if len(calls) > 4 else None
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_Signals, "received", property(interrupting, lambda self, v: None), False)
+        with pytest.raises(Interrupted) as interruption:
+            train(config, workdir)
+    assert interruption.value.exit_status == 128 + signal.SIGTERM
+    stopped = max(line["step"] for line in lines_of(workdir))
+    assert 0 < stopped < LAST_STEP
+    assert runs.arrays_of(workdir, stopped)
+    records = train(config, workdir)
+    assert_same_arrays(
+        runs.arrays_of(workdir, LAST_STEP), runs.arrays_of(undisturbed[0], LAST_STEP)
+    )
+    assert [r["accuracy"] for r in records] == [r["accuracy"] for r in undisturbed[1]]
+    steps = [line["step"] for line in lines_of(workdir) if "loss" in line]
+    assert steps == list(range(1, LAST_STEP + 1))
+
+
+LONG = {"epochs": 16, "checkpoint__every_minutes": 0.005}
+LONG_STEPS = 64
+
+
+@pytest.fixture(scope="module")
+def undisturbed_long(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "long"
+    ended = run(workdir, **LONG)
+    assert ended.returncode == 0, ended.stderr
+    assert "pgd-2" in ended.stdout
+    return epath.Path(workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_process_that_is_ended_by_a_signal_resumes_bit_for_bit(
+    undisturbed_long, tmp_path, number
+):
+    process = subprocess.Popen(
+        command(tmp_path, **LONG),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (lines := lines_of(tmp_path)) or lines[-1]["step"] < 23:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=100)
+    stopped = max(line["step"] for line in lines_of(tmp_path))
+    assert stopped < LONG_STEPS
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + number
+        assert f"saved step {stopped}; the same command goes on from there" in said
+        assert (tmp_path / "checkpoints" / "last" / str(stopped)).exists()
+    assert "Traceback" not in said
+    resumed = run(tmp_path, **LONG)
+    assert resumed.returncode == 0
+    assert "resuming at step " in resumed.stderr
+    assert_same_arrays(
+        runs.arrays_of(epath.Path(tmp_path), LONG_STEPS),
+        runs.arrays_of(undisturbed_long, LONG_STEPS),
+    )
+    steps = [line["step"] for line in lines_of(tmp_path) if "loss" in line]
+    assert steps == list(range(1, LONG_STEPS + 1))
+
+
+def test_signals_are_remembered_once_and_handlers_restored():
+    before = signal.getsignal(signal.SIGTERM)
+    with _Signals() as signals:
+        assert signals.received is None
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_diverged_run_ends_with_status_3_and_keeps_no_broken_checkpoint(tmp_path):
+    changes = {
+        "optimizer__learning_rate": 1e30,
+        "optimizer__clip_norm": 0.0,
+        "objective": "natural",
+    }
+    ended = run(tmp_path / "run", **changes)
+    assert ended.returncode == 3
+    last = ended.stderr.splitlines()[-1]
+    assert "not finite at step 2" in last
+    assert "optimizer.learning_rate" in last
+    assert "Traceback" not in ended.stderr
+    assert not list((tmp_path / "run" / "checkpoints").glob("*/*"))
+
+
+def test_a_work_directory_of_another_configuration_is_left_alone(undisturbed):
+    workdir, _ = undisturbed
+    before = sorted(path.name for path in workdir.iterdir())
+    ended = run(workdir, epochs=3)
+    assert ended.returncode == 2
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("error: the work directory ")
+    assert "epochs 2 -> 3" in last
+    assert sorted(path.name for path in workdir.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 30}, "batch_size is 30, which 4 devices do not divide"),
+        ({"model__patch_size": 3}, "model.patch_size 3 does not divide data.image_size 8"),
+        ({"data__name": "cifar11"}, "cifar10"),
+        ({"model__name": "deit_tny_patch16_224"}, "deit_tiny_patch16_224"),
+        ({"model__pretrained": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"eval__attacks": "pdg-20"}, "attack 'pdg-20' is unknown"),
+        ({"eval__validation_attack": "pgd-2,pgd-3"}, "it must be one attack"),
+        ({"eval__num_examples": 1000}, "1000 examples"),
+        ({"data__train_split": "tarin"}, "tarin"),
+        ({"batch_size": 512}, "128 training examples"),
+    ],
+)
+def test_what_does_not_fit_devices_data_or_model_is_refused_before_anything_is_written(
+    tmp_path, changes, said
+):
+    with pytest.raises(ValueError, match=said):
+        train(runs.smoke(**runs.QUICK | changes), epath.Path(tmp_path) / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_work_directory_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    ended = run(tmp_path / "file")
+    assert ended.returncode == 2
+    assert "a file has its name: choose another --workdir" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
+def test_tests_run_on_four_devices():
+    """What the tests of devices that do not divide, and of resuming, rest on."""
+    assert len(jax.devices()) == 4
+    assert "device_count=4" in os.environ["XLA_FLAGS"]

@@ -1,0 +1,145 @@
+"""What a run says of itself: means, files that survive a crash, the alarm, the estimate of cost."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+from etils import epath
+
+from vit_at.training import metrics
+
+
+def test_window_means_are_those_of_its_steps_and_empty_it():
+    window = metrics.Window()
+    for loss in (1.0, 2.0, 6.0):
+        window.add({"loss": jnp.float32(loss), "eps": jnp.float32(0.5)})
+    assert len(window) == 3
+    assert window.means() == {"loss": 3.0, "eps": 0.5}
+    assert len(window) == 0
+    window.add({"loss": jnp.float32(4.0)})
+    assert window.means() == {"loss": 4.0}
+
+
+# --- Writer -----------------------------------------------------------------------------------
+
+
+def lines_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_are_on_disk_at_once_and_events_at_the_end(tmp_path):
+    writer = metrics.Writer(epath.Path(tmp_path), 0)
+    writer.write(1, {"loss": 0.5})
+    assert lines_of(tmp_path) == [{"step": 1, "loss": 0.5}]
+    writer.close()
+    (events,) = tmp_path.glob("events.out.tfevents.*")
+    assert b"loss" in events.read_bytes()
+
+
+def test_a_resumed_writer_drops_later_lines_and_half_lines(tmp_path):
+    kept = (
+        '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "validation/clean": 1}\n'
+    )
+    later = '{"step": 3, "loss": 1.0}\n{"step": 4, "lo'
+    (tmp_path / "metrics.jsonl").write_text(kept + later)
+    writer = metrics.Writer(epath.Path(tmp_path), 2)
+    writer.write(3, {"loss": 1.5})
+    writer.close()
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 2, 3]
+    assert lines_of(tmp_path)[-1] == {"step": 3, "loss": 1.5}
+
+
+def test_a_half_line_without_a_later_step_is_dropped_too(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step"')
+    metrics.Writer(epath.Path(tmp_path), 5).close()
+    assert lines_of(tmp_path) == [{"step": 1, "loss": 3.0}]
+
+
+# --- Collapse ---------------------------------------------------------------------------------
+
+
+def alarms(losses, accuracies, **more):
+    collapse = metrics.Collapse(num_classes=10, windows=6)
+    means = [
+        {"loss": loss, "accuracy_adv": accuracy} | more
+        for loss, accuracy in zip(losses, accuracies, strict=True)
+    ]
+    return [alarm for alarm in map(collapse.check, means) if alarm]
+
+
+def test_a_run_that_stands_still_at_chance_is_called_collapsed_once():
+    (alarm,) = alarms([2.303, 2.302] * 10, [0.1] * 20)
+    assert "collapsed" in alarm
+    assert "10.0%" in alarm
+    assert "optimizer.learning_rate" in alarm
+
+
+@pytest.mark.parametrize(
+    ("losses", "accuracies"),
+    [
+        ([2.3 - 0.05 * i for i in range(20)], [0.1] * 20),  # the loss still falls
+        ([2.3] * 20, [0.3] * 20),  # better than chance
+        ([2.303] * 5, [0.1] * 5),  # too early to tell
+    ],
+)
+def test_a_run_that_learns_is_not(losses, accuracies):
+    assert alarms(losses, accuracies) == []
+
+
+def test_the_better_of_clean_and_adversarial_accuracy_counts():
+    assert alarms([2.303] * 20, [0.1] * 20, accuracy_clean=0.4) == []
+
+
+# --- Text -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59, "59 s"),
+        (59.6, "1 min 00 s"),
+        (125, "2 min 05 s"),
+        (3599.7, "1 h 00 min"),
+        (3725, "1 h 02 min"),
+        (200_000, "55 h 33 min"),
+    ],
+)
+def test_duration(seconds, text):
+    assert metrics.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("objective", "passes"),
+    [("natural", 3), ("at", 2 * 10 + 3), ("trades", 1 + 2 * 10 + 6), ("mart", 2 * 10 + 6)],
+)
+def test_step_flops_count_the_passes(objective, passes):
+    assert metrics.step_flops(objective, 1e9, 64, 10) == passes * 64e9
+
+
+def test_the_estimate_names_parameters_steps_and_cost():
+    line = metrics.cost_estimate(2e9, 1000, 12_345)
+    for part in ("12,345 parameters", "2 GFLOP a step", "1,000 steps", "2 TFLOP in all"):
+        assert part in line
+
+
+def test_the_status_line_shows_what_there_is():
+    means = {"loss": 1.5, "learning_rate": 0.1, "gradient_norm": 2.0, "images_per_second": 99.6}
+    line = metrics.status_line(means | {"accuracy_adv": 0.25, "keep_probability": 0.5}, 1.25, 40)
+    for part in ("epoch 1.2/40", "loss 1.500", "adv 25.0%", "lr 0.1", "keep 0.50", "100 img/s"):
+        assert part in line
+    natural = metrics.status_line(means | {"accuracy_clean": 0.5}, 1.0, 40)
+    assert "clean 50.0%" in natural
+    assert "keep" not in natural
+
+
+def test_progress_off_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    progress = metrics.Progress(10, 2, "step", every_seconds=30.0)
+    for _ in range(8):
+        now[0] += 16.0
+        progress.update("loss 1.0")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "4/10  loss 1.0  1 min 36 s left"
+    assert [line.split("/")[0] for line in lines] == ["4", "6", "8", "10"]

@@ -1,0 +1,153 @@
+"""Schedules and optimizer against the reference's recorded rates and loops written by hand."""
+
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from vit_at.configs import default
+
+from vit_at.training.optim import clip_by_global_norm, learning_rate, make_optimizer
+
+with np.load(pathlib.Path(__file__).parents[1] / "data" / "steps" / "schedule.npz") as _archive:
+    RECORDED = dict(_archive)
+SETS = sorted({name.split("/")[0] for name in RECORDED})
+
+
+def config_with(**options):
+    """The default with other epochs and other fields of config.optimizer."""
+    config = default.get_config()
+    with config.unlocked():
+        config.epochs = options.pop("epochs", config.epochs)
+        config.optimizer.update(options)
+    return config
+
+
+def rates(config, steps_per_epoch):
+    schedule = learning_rate(config, steps_per_epoch)
+    steps = jnp.arange(config.epochs * steps_per_epoch)
+    return np.array([schedule(step) for step in steps])
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_rate_of_every_step_is_the_references(name):
+    recorded = RECORDED[f"{name}/lr"]
+    config = config_with(
+        epochs=int(RECORDED[f"{name}/epochs"]), learning_rate=float(RECORDED[f"{name}/lr_max"])
+    )
+    ours = rates(config, int(RECORDED[f"{name}/steps_per_epoch"]))
+    assert len(ours) == len(recorded)
+    np.testing.assert_allclose(ours, recorded, rtol=1e-6)
+
+
+def test_a_short_run_starts_at_the_full_rate_and_then_drops():
+    """As the reference does where there are no more epochs than drop_before_end."""
+    ours = rates(config_with(epochs=4), 2)
+    np.testing.assert_allclose(ours, [0.1, 0.01, 0.01, 0.01, 1e-3, 1e-3, 1e-3, 1e-3], rtol=1e-6)
+
+
+def test_fractional_drops_take_effect_at_the_next_step():
+    ours = rates(config_with(epochs=2, drop_before_end=(0.75,), drop_factor=0.5), 3)
+    np.testing.assert_allclose(ours, [0.1, 0.1, 0.1, 0.1, 0.05, 0.05], rtol=1e-6)
+
+
+def test_warm_up_is_linear_and_the_drops_stay_where_they_are():
+    ours = rates(config_with(epochs=10, warmup_epochs=2.0), 2)
+    np.testing.assert_allclose(ours[:5], [0, 0.025, 0.05, 0.075, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(ours[5:10], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(ours[10:16], 0.01, rtol=1e-6)
+    np.testing.assert_allclose(ours[16:], 0.001, rtol=1e-6)
+
+
+def test_cosine_falls_from_peak_to_zero():
+    ours = rates(config_with(epochs=4, schedule="cosine", warmup_epochs=1.0), 4)
+    expected = [0.1 * (1 + np.cos(np.pi * k / 12)) / 2 for k in range(12)]
+    np.testing.assert_allclose(ours, [0, 0.025, 0.05, 0.075, *expected], rtol=1e-5)
+
+
+def test_cyclic_rises_to_the_peak_and_falls_to_zero():
+    ours = rates(config_with(epochs=4, schedule="cyclic", warmup_epochs=1.0), 2)
+    expected = [0, 0.05, 0.1, 0.1 * 5 / 6, 0.1 * 4 / 6, 0.05, 0.1 * 2 / 6, 0.1 / 6]
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_constant_is_constant():
+    np.testing.assert_allclose(rates(config_with(epochs=2, schedule="constant"), 3), 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("scale", "factor"), [(1.0, 1 / (5 + 1e-6)), (0.1, 1.0)])
+def test_clipping_divides_by_the_norm_plus_a_millionth(scale, factor):
+    gradient = {"a": scale * jnp.array([3.0]), "b": scale * jnp.array([[0.0, 4.0]])}
+    clip = clip_by_global_norm(1.0)
+    clipped, _ = clip.update(gradient, clip.init(gradient))
+    np.testing.assert_allclose(clipped["a"], factor * gradient["a"], rtol=1e-7)
+    np.testing.assert_allclose(clipped["b"], factor * gradient["b"], rtol=1e-7)
+
+
+PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.array([0.7, -0.1])}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_weight_decay_reaches_every_parameter(name):
+    chain = make_optimizer(config_with(name=name, weight_decay=0.5), 100)
+    zeros = {n: jnp.zeros_like(p) for n, p in PARAMS.items()}
+    updates, _ = chain.update(zeros, chain.init(PARAMS), PARAMS)
+    for parameter, value in PARAMS.items():
+        np.testing.assert_allclose(updates[parameter], -0.1 * 0.5 * value, rtol=1e-6)
+
+
+def run(config, gradients):
+    """Parameters after updates with these gradients, and the factors each was clipped by."""
+    chain = make_optimizer(config, steps_per_epoch=1)
+    params, state = PARAMS, chain.init(PARAMS)
+    for gradient in gradients:
+        updates, state = chain.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def gradients_of(count):
+    rng = np.random.default_rng(0)
+    return [{n: jnp.asarray(rng.normal(size=p.shape)) for n, p in PARAMS.items()}] * count
+
+
+def clipped_by_hand(gradient, max_norm):
+    norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in gradient.values()))
+    factor = min(1.0, max_norm / (norm + 1e-6)) if max_norm else 1.0
+    return {n: factor * np.asarray(g, np.float64) for n, g in gradient.items()}
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, 0.0])
+def test_sgd_is_torchs_loop(clip_norm):
+    """clip_grad_norm_, then torch.optim.SGD: decay added, then the momentum buffer, no Nesterov."""
+    options = {"learning_rate": 0.05, "momentum": 0.8, "weight_decay": 0.01, "epochs": 8}
+    gradients = gradients_of(8)
+    ours = run(config_with(clip_norm=clip_norm, **options), gradients)
+    params = {n: np.asarray(p, np.float64) for n, p in PARAMS.items()}
+    buffer = {n: np.zeros_like(p) for n, p in params.items()}
+    for t, gradient in enumerate(gradients):
+        rate = 0.05 * (0.01 if t >= 6 else 0.1 if t >= 3 else 1)
+        for name, g in clipped_by_hand(gradient, clip_norm).items():
+            buffer[name] = 0.8 * buffer[name] + g + 0.01 * params[name]
+            params[name] = params[name] - rate * buffer[name]
+    for name, value in params.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-5)
+
+
+def test_adamw_is_torchs_loop():
+    """Decoupled decay: the decay does not go through the moments."""
+    options = {"name": "adamw", "learning_rate": 0.01, "weight_decay": 0.1, "schedule": "constant"}
+    gradients = gradients_of(4)
+    ours = run(config_with(b1=0.8, b2=0.9, **options), gradients)
+    params = {n: np.asarray(p, np.float64) for n, p in PARAMS.items()}
+    first = {n: np.zeros_like(p) for n, p in params.items()}
+    second = {n: np.zeros_like(p) for n, p in params.items()}
+    for t, gradient in enumerate(gradients, start=1):
+        for name, g in clipped_by_hand(gradient, 1.0).items():
+            first[name] = 0.8 * first[name] + 0.2 * g
+            second[name] = 0.9 * second[name] + 0.1 * g**2
+            step = first[name] / (1 - 0.8**t) / (np.sqrt(second[name] / (1 - 0.9**t)) + 1e-8)
+            params[name] = params[name] - 0.01 * (step + 0.1 * params[name])
+    for name, value in params.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-5)

@@ -1,0 +1,323 @@
+"""One training step: draws, accumulation, devices, collectives, donation, averaging."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+from vit_at import models
+from vit_at.attacks import Threat
+from vit_at.data import augment
+from vit_at.distributed import sharding
+from vit_at.training.masking import Masking
+from vit_at.training.setup import initial_state
+from vit_at.training.step import Draws, TrainState, draw, perturb
+
+COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+SHAPE = (6, 8, 8, 3)
+
+
+# --- Draws ------------------------------------------------------------------------------------
+
+
+def draws(key=0, objective="at", **options):
+    arguments = {
+        "objective": objective,
+        "threat": Threat("linf", 0.1, 0.025, 5),
+        "masking": Masking(ard=True, prm=True, warmup_epochs=10.0, patch_size=4),
+        "progress": 5.0,
+        "image_shape": SHAPE,
+        "num_blocks": 3,
+    }
+    return draw(jax.random.key(key), **arguments | options)
+
+
+def test_draws_have_the_documented_shapes_and_types():
+    drawn = draws()
+    assert drawn.delta.shape == SHAPE
+    assert drawn.delta.dtype == jnp.float32
+    assert drawn.attn_keep.shape == (5, 3)
+    assert drawn.patch_keep.shape == (5, 2, 2)
+    assert drawn.attn_keep.dtype == drawn.patch_keep.dtype == bool
+    np.testing.assert_array_equal(drawn.patch_keep.sum(axis=(1, 2)), 2)
+
+
+def test_the_same_key_draws_the_same_and_another_key_something_else():
+    jax.tree.map(np.testing.assert_array_equal, draws(7), draws(7))
+    for a, b in zip(draws(7), draws(8), strict=True):
+        assert (np.asarray(a) != np.asarray(b)).any()
+
+
+@pytest.mark.parametrize("ard", [False, True])
+@pytest.mark.parametrize("prm", [False, True])
+def test_a_masking_that_is_off_is_none_and_changes_no_other_draw(ard, prm):
+    drawn = draws(masking=Masking(ard=ard, prm=prm, patch_size=4))
+    assert (drawn.attn_keep is not None) == ard
+    assert (drawn.patch_keep is not None) == prm
+    np.testing.assert_array_equal(drawn.delta, draws().delta)
+
+
+def test_at_starts_uniformly_in_the_ball():
+    delta = np.asarray(draws(image_shape=(64, 16, 16, 1)).delta)
+    assert np.abs(delta).max() <= 0.1
+    assert np.std(delta) == pytest.approx(0.1 / np.sqrt(3), rel=0.02)
+
+
+@pytest.mark.parametrize("objective", ["trades", "mart"])
+def test_trades_and_mart_start_at_a_thousandth_of_a_normal_in_normalised_units(objective):
+    std = (0.2, 0.4, 0.8)
+    delta = np.asarray(draws(objective=objective, image_shape=(64, 16, 16, 3), std=std).delta)
+    np.testing.assert_allclose(delta.std(axis=(0, 1, 2)), 0.001 * np.array(std), rtol=0.03)
+    np.testing.assert_allclose(delta.mean(axis=(0, 1, 2)), 0, atol=3e-5)
+
+
+@pytest.mark.parametrize("objective", ["at", "mart"])
+def test_a_zero_start_is_zero(objective):
+    np.testing.assert_array_equal(draws(objective=objective, start="zero").delta, 0)
+
+
+def test_natural_training_has_no_attack():
+    images = jnp.full(SHAPE, 0.5)
+    same = perturb(None, None, images, None, draws(), objective="natural", threat=Threat())
+    assert same is images
+
+
+# --- Steps ------------------------------------------------------------------------------------
+
+# Two settings only, so that few programs have to be compiled.
+MASKED = {
+    "masking__ard": True,
+    "masking__prm": True,
+    "masking__warmup_epochs": 1.0,
+    "threat__eps_warmup_epochs": 2.0,
+    "epochs": 3,
+}
+NATURAL = {"objective": "natural", "ema_decay": 0.75, "label_smoothing": 0.3}
+
+
+def start(num_devices=1, **changes):
+    """(setup, first state, batches on the devices)."""
+    setup = runs.tiny_setup(num_devices, **changes)
+    state = initial_state(setup, runs.optimizer_of(setup))
+    return setup, state, (sharding.split_batch(b, setup.mesh) for b in runs.batches(setup, 99))
+
+
+def take_steps(count, num_devices=1, **changes):
+    """(metrics of each step, final state), on the host."""
+    setup, state, batches = start(num_devices, **changes)
+    batch = next(batches)
+    step = runs.quick_step(setup, state, batch)
+    history = []
+    for _ in range(count):
+        state, metrics = step(state, batch)
+        history.append({name: float(value) for name, value in metrics.items()})
+        batch = next(batches)
+    return history, jax.device_get(state)
+
+
+@pytest.mark.parametrize(
+    ("objective", "devices"), [("at", 2), ("at", 4), ("trades", 4), ("mart", 4)]
+)
+def test_results_do_not_depend_on_the_number_of_devices(objective, devices):
+    """In l2, where rounding stays small: a sign near 0 would turn it into two steps of a pixel."""
+    options = MASKED | {"threat__norm": "l2", "threat__eps": 0.5, "threat__step_size": 0.25}
+    one, _ = take_steps(4, 1, objective=objective, **options)
+    several, _ = take_steps(4, devices, objective=objective, **options)
+    # TRADES starts where its gradient is the difference of nearly equal logits: rounding grows.
+    tolerance = 1e-2 if objective == "trades" else 1e-5
+    for a, b in zip(one, several, strict=True):
+        assert a == pytest.approx(b, rel=tolerance, abs=2e-6)
+    assert len({metrics["loss"] for metrics in one}) == 4
+
+
+@pytest.mark.parametrize("objective", ["at", "trades", "mart"])
+def test_a_step_with_scanned_blocks_is_the_same(objective, monkeypatch):
+    """As on an accelerator, where ``by_block`` changes nothing."""
+    options = MASKED | {"threat__norm": "l2", "threat__eps": 0.5, "threat__step_size": 0.25}
+    laid_out, state = take_steps(2, 1, objective=objective, **options)
+    monkeypatch.setattr(models.Classifier, "by_block", lambda self, params: params)
+    scanned, of_scanned = take_steps(2, 1, objective=objective, **options)
+    tolerance = 1e-2 if objective == "trades" else 1e-5  # as between numbers of devices
+    for a, b in zip(laid_out, scanned, strict=True):
+        assert a == pytest.approx(b, rel=tolerance, abs=2e-6)
+    close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+    jax.tree.map(close, state.params, of_scanned.params)
+
+
+def test_stochastic_depth_does_not_depend_on_devices_or_micro_batches():
+    def step(devices, drop_path, **changes):
+        setup = runs.tiny_setup(devices, objective="natural", **changes)
+        setup = setup._replace(model=setup.model.clone(drop_path=drop_path))
+        state = initial_state(setup, runs.optimizer_of(setup))
+        batch = sharding.split_batch(next(runs.batches(setup, 1)), setup.mesh)
+        _, metrics = runs.quick_step(setup, state, batch)(state, batch)
+        return {name: float(value) for name, value in metrics.items()}
+
+    one = step(1, 0.5)
+    assert step(4, 0.5, accumulate_steps=2) == pytest.approx(one, rel=1e-5)
+    assert step(1, 0.0)["loss"] != pytest.approx(one["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_does_not_change_the_update(parts):
+    """AT with masks: the draws are those of the whole batch."""
+    plain_history, plain = take_steps(1, **MASKED)
+    history, state = take_steps(1, accumulate_steps=parts, **MASKED)
+    assert history[0] == pytest.approx(plain_history[0], rel=1e-5)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, state.params, plain.params)
+    jax.tree.map(close, state.opt_state, plain.opt_state)
+
+
+def test_eps_and_keep_probability_grow_with_the_epochs_done():
+    """Four steps an epoch: eps is whole after two epochs, the keep probability after one."""
+    history, _ = take_steps(9, **MASKED)
+    eps = [metrics["eps"] for metrics in history]
+    np.testing.assert_allclose(eps, [*np.arange(1, 9) / 80, 0.1], rtol=1e-6)
+    keep = [metrics["keep_probability"] for metrics in history]
+    np.testing.assert_allclose(keep, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1], rtol=1e-6)
+
+
+def test_the_natural_step_reports_clean_accuracy_and_the_smoothed_loss():
+    setup, state, batches = start(**NATURAL)
+    batch = next(batches)
+    apply = models.classifier(setup.model, setup.config.data.mean, setup.config.data.std)
+    logits = np.asarray(apply(state.params, augment.to_float(batch["image"])), np.float64)
+    smooth = 0.7 * np.eye(3)[batch["label"]] + 0.1
+    log_sum = np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -(smooth * (logits - log_sum)).sum(-1).mean()
+    (metrics,), _ = take_steps(1, **NATURAL)
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+    accuracy = np.mean(logits.argmax(-1) == np.asarray(batch["label"]))
+    assert metrics["accuracy_clean"] == pytest.approx(accuracy)
+    assert not metrics.keys() & {"accuracy_adv", "keep_probability"}
+
+
+def test_averaged_weights_are_the_exponential_mean_of_the_weights():
+    setup, state, batches = start(**NATURAL)
+    step = runs.quick_step(setup, state, next(batches))
+    expected = jax.device_get(state.params)
+    for _ in range(3):
+        state, _ = step(state, next(batches))
+        now = jax.device_get(state.params)
+        expected = jax.tree.map(lambda mean, new: 0.75 * mean + 0.25 * new, expected, now)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, jax.device_get(state.eval_params), expected)
+    assert state.eval_params is state.ema
+
+
+def test_without_averaging_the_weights_themselves_are_evaluated():
+    state = TrainState(0, params={"a": 1}, opt_state=(), ema=None)
+    assert state.eval_params is state.params
+
+
+def test_the_state_is_donated():
+    setup, state, batches = start(**NATURAL)
+    batch = next(batches)
+    new_state, _ = runs.quick_step(setup, state, batch)(state, batch)
+    assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.opt_state, state.ema)))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(new_state))
+
+
+# --- The attack on a mesh ---------------------------------------------------------------------
+
+
+def attack_of(setup, objective="trades"):
+    """(per-device attack, its arguments in the global view)."""
+    apply = models.classifier(setup.model, setup.config.data.mean, setup.config.data.std)
+    threat = Threat.of(setup.config.threat)
+    attack = functools.partial(perturb, apply, objective=objective, threat=threat)
+    params = models.init_params(setup.model, jax.random.key(0))
+    (batch,) = runs.batches(setup, 1)
+    images, targets = augment.to_float(batch["image"]), augment.one_hot(batch["label"], 3)
+    masking = Masking(ard=True, prm=True, warmup_epochs=4.0, patch_size=2)
+    drawn = draw(
+        jax.random.key(1),
+        objective=objective,
+        threat=threat,
+        masking=masking,
+        progress=2.0,
+        image_shape=images.shape,
+        num_blocks=setup.model.num_blocks,
+    )
+    return attack, (params, images, targets, drawn)
+
+
+def mapped_attack(setup, attack):
+    split, whole = sharding.SPLIT, sharding.WHOLE
+    specs = (whole, split, split, Draws(split, whole, whole))
+    return jax.jit(sharding.map_shards(attack, setup.mesh, specs))
+
+
+@pytest.mark.parametrize("objective", ["at", "trades"])
+def test_the_mapped_attack_has_no_collective(objective):
+    setup = runs.tiny_setup(4)
+    attack, arguments = attack_of(setup, objective)
+    hlo = mapped_attack(setup, attack).lower(*arguments).compile().as_text()
+    assert "while" in hlo
+    assert not re.findall(COLLECTIVES, hlo)
+
+
+def computations(hlo):
+    """{name: text} of an HLO module."""
+    found = re.findall(
+        r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", hlo, re.MULTILINE | re.DOTALL
+    )
+    return dict(found)
+
+
+def reachable(name, texts):
+    """A computation's text, with that of every computation it calls."""
+    seen, todo = set(), [name]
+    while todo:
+        here = todo.pop()
+        if here in seen or here not in texts:
+            continue
+        seen.add(here)
+        todo += re.findall(r"%([\w.\-]+)", texts[here])
+    return "\n".join(texts[name] for name in seen)
+
+
+def test_in_the_whole_step_the_attacks_loop_holds_no_collective():
+    """The gradient's reduction does hold some, so the pattern would find one."""
+    setup, state, batches = start(4, **MASKED)
+    hlo = runs.quick_step(setup, state, next(batches)).as_text()
+    texts = computations(hlo)
+    pattern = r'while\([^\n]*body=%?([\w.\-]+)[^\n]*op_name="[^"]*/shard_map/jvp\(\)/while"'
+    (loop,) = re.findall(pattern, hlo)
+    inside = reachable(loop, texts)
+    assert "transpose(jvp(VisionTransformer))" in inside
+    assert not re.findall(COLLECTIVES, inside)
+    assert re.findall(COLLECTIVES, hlo)
+
+
+def test_pmap_of_the_same_attack_gives_the_same_numbers():
+    setup = runs.tiny_setup(4)
+    attack, (params, images, targets, drawn) = attack_of(setup)
+
+    def per_device(x):
+        return x.reshape(4, x.shape[0] // 4, *x.shape[1:])
+
+    mapped = mapped_attack(setup, attack)(params, images, targets, drawn)
+    axes = (None, 0, 0, Draws(0, None, None))
+    with_pmap = jax.pmap(attack, in_axes=axes, devices=jax.devices()[:4])(
+        params,
+        per_device(images),
+        per_device(targets),
+        drawn._replace(delta=per_device(drawn.delta)),
+    )
+    np.testing.assert_allclose(mapped, with_pmap.reshape(mapped.shape), atol=1e-6)
+    assert np.abs(np.asarray(mapped) - np.asarray(images)).max() > 0.05
+
+
+def test_batches_that_the_devices_do_not_divide_are_refused():
+    mesh = sharding.make_mesh(jax.devices()[:4])
+    sharding.check_batch_size("batch_size", 16, mesh, 4)
+    with pytest.raises(ValueError, match=r"batch_size is 30, which 4 devices do not divide.* 32"):
+        sharding.check_batch_size("batch_size", 30, mesh)
+    with pytest.raises(ValueError, match=r"4 devices times 3 micro-batches.* 12"):
+        sharding.check_batch_size("batch_size", 16, mesh, 3)

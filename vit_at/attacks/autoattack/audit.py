@@ -1,0 +1,232 @@
+"""Can a robust accuracy be trusted? Flags for what makes an evaluation worthless.
+
+    report = audit.audit(logits_fn, images, labels, result, surrogates={"other": adversarial})
+
+Each flag is explained in docs/audit.md: raised if, what it means, what to do. Some tests run before
+any attack, some compare attacks; the curves over eps and over steps come from APGD-CE. All of them
+take a fraction of a full AutoAttack on the same images.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vit_at.attacks import apgd, autoattack, losses
+from vit_at.attacks.autoattack.runner import Result
+
+Array = jax.Array
+MEANING = {
+    "randomised": "two calls on the same images give different logits",
+    "probabilities": "the outputs are probabilities, not logits",
+    "zero-gradients": "the DLR loss has no gradient for some images",
+    "saturated-softmax": "the cross-entropy has no gradient for some images where DLR has one",
+    "losses-disagree": "APGD on the DLR loss breaks images that APGD on the cross-entropy does not",
+    "square-wins": "Square breaks images that the attacks with gradients do not",
+    "more-steps-weaker": "the robust accuracy rises with more attack steps",
+    "robust-at-any-eps": "images stay robust where every image is within reach",
+    "transfer-wins": "another model's adversarial images break what white-box attacks do not",
+}
+CURVE_EPS = (0.5, 1.0, 2.0, 4.0)  # times eps; then the whole image range
+CURVE_STEPS = (10, 50, 100)
+_CURVE_ITERATIONS = 20  # of the curve over eps
+_DIFFERENT = 1e-4  # of unit-length logits, as in the official checks
+_PROBABILITY = 1e-5
+_MARGIN = 0.002  # of accuracy, as in the official check of Square
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """flags: {name of MEANING: what was found}; curves: {eps: accuracy} and {steps: accuracy}."""
+
+    flags: dict[str, str]
+    eps_curve: dict[float, float]
+    steps_curve: dict[int, float]
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values, for ``results.json``."""
+        return {
+            "flags": self.flags,
+            "eps_curve": [[eps, accuracy] for eps, accuracy in self.eps_curve.items()],
+            "steps_curve": [[steps, accuracy] for steps, accuracy in self.steps_curve.items()],
+        }
+
+    def summary(self) -> str:
+        """One line for each flag."""
+        lines = [f"flag {n}: {MEANING[n]} ({found})" for n, found in self.flags.items()]
+        return "\n".join([*lines, "see docs/audit.md"]) if lines else "no flags"
+
+
+def audit(
+    logits_fn: Callable[[Array], Array],
+    images: np.ndarray,
+    labels: np.ndarray,
+    result: Result | None = None,
+    *,
+    norm: str = "linf",
+    eps: float = 8 / 255,
+    batch_size: int = 64,
+    seed: int = 0,
+    surrogates: Mapping[str, np.ndarray] | None = None,
+    mesh: Mesh | None = None,
+) -> Report:
+    """All tests on the images given: a few hundred are enough.
+
+    Args:
+      logits_fn, images, labels, norm, eps, seed, mesh: as for ``autoattack.run``.
+      result: of that call on the same images, for the flags that judge it.
+      surrogates: {name: adversarial images of another model, [N, H, W, C]}.
+    """
+    flags = check_model(logits_fn, images, labels, norm=norm, eps=eps, batch_size=batch_size)
+    if "randomised" in flags:
+        return Report(flags, {}, {})
+    common = {"norm": norm, "batch_size": batch_size, "seed": seed, "mesh": mesh}
+
+    def robust(attack, eps, iterations):
+        found = autoattack.run(
+            logits_fn, images, labels, eps=eps, attacks=[attack], iterations=iterations, **common
+        )
+        return list(found.robust.values())[-1]
+
+    whole = 1.0 if norm == "linf" else float(np.sqrt(np.prod(images.shape[1:])))
+    logits = _logits(logits_fn, images, batch_size)
+    eps_curve = {0.0: float((logits.argmax(1) == labels).mean())}
+    for radius in (*(eps * c for c in CURVE_EPS if eps * c < whole), whole):
+        eps_curve[radius] = float(robust("apgd-ce", radius, _CURVE_ITERATIONS).mean())
+    by_steps = {steps: robust("apgd-ce", eps, steps) for steps in CURVE_STEPS}
+    steps_curve = {steps: float(kept.mean()) for steps, kept in by_steps.items()}
+    flags |= judge_curves(eps_curve, steps_curve, len(images))
+    if logits.shape[1] >= 3:
+        kept, by_dlr = by_steps[max(CURVE_STEPS)], robust("apgd-dlr", eps, max(CURVE_STEPS))
+        flags |= _compare_losses(kept, by_dlr)
+    if result is not None:
+        flags |= judge_result(result)
+        flags |= judge_transfer(logits_fn, labels, result, surrogates or {}, batch_size)
+    return Report(flags, eps_curve, steps_curve)
+
+
+def check_model(
+    logits_fn: Callable[[Array], Array],
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    norm: str = "linf",
+    eps: float = 8 / 255,
+    batch_size: int = 64,
+) -> dict[str, str]:
+    """The flags that need no attack, on at most a batch of images."""
+    batch = jnp.asarray(images[:batch_size], jnp.float32)
+    classes = jnp.asarray(labels[:batch_size], jnp.int32)
+    flags, logits = {}, np.asarray(logits_fn(batch))
+    again = np.asarray(logits_fn(batch))  # not compiled, so that hidden state shows
+    lengths = np.linalg.norm(logits, axis=1) + 1e-10
+    change = np.linalg.norm(logits - again, axis=1) / lengths
+    if change.max() > _DIFFERENT:
+        return {"randomised": f"they differ by up to {change.max():.2g} of their length"}
+    sums = np.abs(logits.sum(1) - 1)
+    if logits.min() > -_PROBABILITY and max(logits.max() - 1, sums.max()) < _PROBABILITY:
+        flags["probabilities"] = f"all are in [0, 1] and add up to 1 on {len(logits)} images"
+    correct = logits.argmax(1) == np.asarray(classes)
+    if logits.shape[1] >= 3 and correct.any():
+        flags |= _check_gradients(logits_fn, batch, classes, correct, norm, eps)
+    return flags
+
+
+def _check_gradients(logits_fn, images, labels, correct, norm, eps) -> dict[str, str]:
+    """Where the two losses have no gradient, at the image or at APGD's random start."""
+    keys = jax.random.split(jax.random.key(0), len(images))
+    draw = jax.vmap(lambda key: apgd.random_direction(key, images.shape[1:], norm))
+    begin = apgd.start(images, draw(keys), apgd.Options(norm, eps)).point
+
+    # The loss is a program of its own: compiled with a model that ends in a multiplication, XLA
+    # rounds once for both, and a saturated softmax has a gradient of rounding errors, not zeros.
+    one_hot = functools.partial(jax.nn.one_hot, labels)
+    of_losses = [
+        jax.jit(jax.grad(lambda z: losses.cross_entropy(z, one_hot(z.shape[1])).sum())),
+        jax.jit(jax.grad(lambda z: losses.dlr(z, labels).sum())),
+    ]
+    forward = jax.jit(logits_fn)
+    backward = jax.jit(lambda x, cotangent: jax.vjp(logits_fn, x)[1](cotangent)[0])
+
+    def vanishes(points):
+        logits = forward(points)
+        gradients = [backward(points, gradient(logits)) for gradient in of_losses]
+        return [(g == 0).all((1, 2, 3)) for g in gradients]
+
+    at_image, at_start = jax.device_get((vanishes(images), vanishes(begin)))
+    zero = [a | b for a, b in zip(at_image, at_start, strict=True)]
+    flags, count = {}, int(correct.sum())
+    by_ce, by_dlr = (int((z & correct).sum()) for z in zero)
+    only_ce = int((zero[0] & ~zero[1] & correct).sum())
+    if by_dlr:
+        flags["zero-gradients"] = f"{by_dlr} of {count} correct images"
+    if only_ce:
+        flags["saturated-softmax"] = f"{only_ce} of {count} correct images, {by_ce} for CE in all"
+    return flags
+
+
+def _compare_losses(by_ce: np.ndarray, by_dlr: np.ndarray) -> dict[str, str]:
+    """CE alone may miss a few images of a sound model; a twentieth of them is no accident."""
+    missed = by_ce.sum() - by_dlr.sum()
+    if missed <= max(1, 0.05 * len(by_ce)):
+        return {}
+    found = f"robust to CE {by_ce.sum()}, to DLR {by_dlr.sum()}, of {len(by_ce)} images"
+    return {"losses-disagree": found}
+
+
+def judge_curves(
+    eps_curve: Mapping[float, float], steps_curve: Mapping[int, float], count: int
+) -> dict[str, str]:
+    """The flags of the two curves, measured on ``count`` images."""
+    flags = {}
+    widest = max(eps_curve)
+    if eps_curve[widest] > 0:
+        flags["robust-at-any-eps"] = f"{eps_curve[widest]:.1%} at eps {widest:g}"
+    fewest, most = min(steps_curve), max(steps_curve)
+    lowest = min(steps_curve, key=lambda steps: steps_curve[steps])
+    if steps_curve[most] > steps_curve[lowest] + max(_MARGIN, 1.5 / count):
+        rise = f"{steps_curve[lowest]:.1%} after {lowest} steps, {steps_curve[most]:.1%} after"
+        flags["more-steps-weaker"] = f"{rise} {most} (from {fewest})"
+    return flags
+
+
+def judge_result(result: Result) -> dict[str, str]:
+    """The flag of a cascade in which Square comes after white-box attacks."""
+    accuracies = {name: float(kept.mean()) for name, kept in result.robust.items()}
+    names = list(accuracies)
+    if "square" not in names[2:]:  # after 'clean' and a white-box attack
+        return {}
+    before = accuracies[names[names.index("square") - 1]]
+    fell = before - accuracies["square"]
+    if fell <= _MARGIN:
+        return {}
+    return {"square-wins": f"the robust accuracy fell from {before:.2%} by {fell:.2%}"}
+
+
+def judge_transfer(
+    logits_fn: Callable[[Array], Array],
+    labels: np.ndarray,
+    result: Result,
+    surrogates: Mapping[str, np.ndarray],
+    batch_size: int,
+) -> dict[str, str]:
+    """The flag of adversarial images made for other models, within the same threat."""
+    robust, labels = list(result.robust.values())[-1], np.asarray(labels)
+    flags = {}
+    for name, points in surrogates.items():
+        predictions = _logits(logits_fn, points, batch_size).argmax(1)
+        broken = int((robust & (predictions != labels)).sum())
+        if broken:
+            flags["transfer-wins"] = f"{broken} of {int(robust.sum())} robust images by {name}"
+    return flags
+
+
+def _logits(logits_fn, images, batch_size) -> np.ndarray:
+    """[N, K], in batches, not compiled."""
+    batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    return np.concatenate([np.asarray(logits_fn(jnp.asarray(b, jnp.float32))) for b in batches])

@@ -1,0 +1,219 @@
+"""What AutoAttack demands of its input and of the model, each refused in one sentence.
+
+check_protocol, check_shapes   the arguments
+Classifier                     logits of any number of images, in batches of one width
+survey                         one pass over the clean images: their range, digest and classes
+"""
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from vit_at.attacks.threat import NORMS
+from vit_at.distributed import sharding
+from vit_at.errors import UserError
+
+_BATCH_TOLERANCE = 1e-3  # relative to the largest logit
+
+
+def check_protocol(
+    norm: str, eps: float, batch_size: int, iterations: int, queries: int, mesh: Mesh
+) -> None:
+    """Raises UserError for the first argument that is not allowed."""
+    if norm not in NORMS:
+        raise UserError(f"norm is '{norm}', which is unknown; use one of {', '.join(NORMS)}")
+    if not 0 < eps < np.inf or (norm == "linf" and eps > 1):
+        raise UserError(
+            f"eps is {eps:g}; it is in pixel units of images in [0, 1] and must be over 0"
+            f"{' and at most 1: 8/255, say, not 8' if norm == 'linf' else ''}"
+        )
+    for name, value in (("batch_size", batch_size), ("iterations", iterations)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be 1 or more")
+    if queries < 1:
+        raise UserError(f"queries is {queries}; it must be 1 or more")
+    sharding.check_batch_size("batch_size", batch_size, mesh)
+
+
+def check_shapes(images: Any, labels: Any) -> tuple[Any, np.ndarray]:
+    """Images [N, H, W, C] and labels [N] as int32.
+
+    images: a numpy array, or anything with ``shape`` and ``dtype`` whose rows ``images[places]``
+    gives as one: they are read a batch at a time, never all at once.
+
+    Raises:
+      UserError: their shapes or types.
+    """
+    labels = np.asarray(labels)
+    images = images if hasattr(images, "shape") else np.asarray(images)
+    if len(images.shape) != 4 or not images.shape[0]:
+        raise UserError(
+            f"images have the shape {tuple(images.shape)}; they must be [N, H, W, C], N > 0"
+        )
+    if images.dtype == np.uint8:
+        raise UserError("images are uint8; divide them by 255 to bring them into [0, 1]")
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"labels are {labels.dtype} of the shape {labels.shape}; they must be one integer for "
+            f"each of the {images.shape[0]} images"
+        )
+    return images, labels.astype(np.int32)
+
+
+def read(images: Any, places: np.ndarray) -> np.ndarray:
+    """The images at some places, [n, H, W, C] float32 on the host."""
+    return np.asarray(images[places]).astype(np.float32, copy=False)
+
+
+def as_batch_function(
+    model: Callable[..., jax.Array], randomised: bool
+) -> Callable[..., jax.Array]:
+    """(images, keys [b] or None) -> logits; a randomised model gets a key for every image."""
+    if not randomised:
+        return lambda images, keys: model(images)
+
+    def of_image(image, key):
+        return model(image[None], key)[0]
+
+    return lambda images, keys: jax.vmap(of_image)(images, keys)
+
+
+@functools.lru_cache(maxsize=8)
+def _logits_program(mesh: Mesh, randomised: bool):
+    """The compiled (model, seed, images, index, draw) -> logits."""
+
+    def logits(model, seed, images, index, draw):
+        def key(i):
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), draw), i)
+
+        keys = jax.vmap(key)(index) if randomised else None
+        return as_batch_function(model, randomised)(images, keys)
+
+    split, whole = sharding.SPLIT, sharding.WHOLE
+    return jax.jit(sharding.map_shards(logits, mesh, (whole, whole, split, split, whole)))
+
+
+class Classifier:
+    """Logits of any number of images, in batches of one width."""
+
+    def __init__(self, model: Any, mesh: Mesh, randomised: bool, seed: int, shape: tuple[int, ...]):
+        self.model, self.mesh, self.randomised = model, mesh, randomised
+        self._seed = np.uint32(seed)
+        self._check_signature(shape)
+        self._logits = _logits_program(mesh, randomised)
+
+    def _check_signature(self, shape) -> None:
+        arguments = [jax.ShapeDtypeStruct((1, *shape), jnp.float32)]
+        if self.randomised:
+            arguments.append(jax.eval_shape(lambda: jax.random.key(0)))
+        try:
+            inspect.signature(self.model).bind(*arguments)
+        except TypeError as error:
+            wanted = "(images, key)" if self.randomised else "(images)"
+            raise UserError(
+                f"logits_fn can't be called with {wanted} ({error}); for a randomised model use "
+                "attacks='rand' and a function of (images, key)"
+            ) from error
+        out = jax.eval_shape(self.model, *arguments)
+        if getattr(out, "ndim", 0) != 2 or out.shape[0] != 1 or out.shape[1] < 2:
+            raise UserError(
+                f"logits_fn gives {out} for one image; it must give logits [1, classes], 2 classes "
+                "or more"
+            )
+
+    def __call__(
+        self,
+        images: np.ndarray,
+        width: int,
+        index: np.ndarray | None = None,
+        draw: int = 0,
+    ) -> np.ndarray:
+        """[n, K] for images [n, H, W, C]; index, draw: of the keys of a randomised model."""
+        index = np.arange(len(images)) if index is None else np.asarray(index)
+        rows = []
+        for begin in range(0, len(images), width):
+            batch, places = images[begin : begin + width], index[begin : begin + width]
+            missing = width - len(batch)
+            batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
+            places = np.pad(places, (0, missing)).astype(np.uint32)
+            batch, places = sharding.split_whole((batch, places), self.mesh)
+            out = self._logits(self.model, self._seed, batch, places, np.uint32(draw))
+            rows.append(sharding.gather(out)[: width - missing])
+        return np.concatenate(rows)
+
+
+class Survey(NamedTuple):
+    """What one pass over the clean images tells.
+
+    ranking: [N, k] the classes with the highest logits, the first one first; probe: [n, K] logits
+    of the first images; digest: 16 hex digits of the SHA-256 over labels and images.
+    """
+
+    ranking: np.ndarray
+    probe: np.ndarray
+    digest: str
+
+
+def survey(
+    classify: Classifier, images: Any, labels: np.ndarray, batch_size: int, ranks: int
+) -> Survey:
+    """Reads all clean images once, in batches.
+
+    Raises:
+      UserError: images outside [0, 1], or logits that are not finite, suit other labels, or depend
+        on the rest of the batch.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(labels).tobytes())
+    ranking, probe, not_finite = [], None, 0
+    for begin in range(0, len(labels), batch_size):
+        batch = read(images, np.arange(begin, min(begin + batch_size, len(labels))))
+        _check_range(batch)
+        digest.update(np.ascontiguousarray(batch).tobytes())
+        logits = classify(batch, batch_size)
+        not_finite += int((~np.isfinite(logits)).any(1).sum())
+        ranking.append(np.argsort(-logits, axis=1, kind="stable")[:, :ranks])
+        if probe is None:
+            first, probe = batch, logits
+    if not_finite:
+        raise UserError(
+            f"logits_fn gives NaN or infinity for {not_finite} of {len(labels)} clean images; an "
+            "attack can't be judged by them: check the weights and the normalisation"
+        )
+    if labels.min() < 0 or labels.max() >= probe.shape[1]:
+        raise UserError(
+            f"labels range from {labels.min()} to {labels.max()}, but the model has classes 0 to "
+            f"{probe.shape[1] - 1}; give labels of these classes"
+        )
+    if not classify.randomised:
+        _check_independence(classify, first, probe, batch_size)
+    return Survey(np.concatenate(ranking), probe, digest.hexdigest()[:16])
+
+
+def _check_range(images: np.ndarray) -> None:
+    if not (images.min() >= 0 and images.max() <= 1):
+        raise UserError(
+            f"images range from {images.min():g} to {images.max():g}; they must be in [0, 1], with "
+            "the normalisation inside logits_fn"
+        )
+
+
+def _check_independence(
+    classify: Classifier, images: np.ndarray, logits: np.ndarray, batch_size: int
+) -> None:
+    """Other neighbours in the batch, and fewer, must not change an image's logits."""
+    moved = np.roll(classify(np.roll(images, 1, axis=0), batch_size), -1, axis=0)
+    halved = classify(images[: -(-len(images) // 2)], batch_size)
+    allowed = _BATCH_TOLERANCE * max(np.abs(logits).max(), 1e-6)
+    changes = [np.abs(other - logits[: len(other)]).max() for other in (moved, halved)]
+    if max(changes) > allowed:
+        raise UserError(
+            "logits_fn gives an image other logits when other images are in the batch; evaluate "
+            "the model in its inference mode, without batch statistics or randomness"
+        )

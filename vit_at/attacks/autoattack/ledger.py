@@ -1,0 +1,207 @@
+"""The outcome of every image on disk, written so that a killed evaluation goes on where it was.
+
+DIRECTORY/ledger.npz             the protocol, the outcomes so far, and the runs in progress
+DIRECTORY/adversarial_00000.npz  the adversarial images, some in each file: index, image
+DIRECTORY/per_example.npz        at the end: image x attack, and the worst case
+
+Every file is written whole or not at all. The ledger names how many of the adversarial files belong
+to it, so a file that a killed process wrote after the ledger does not count, and is written again.
+"""
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from vit_at.config import differences
+from vit_at.distributed import processes
+from vit_at.errors import UserError
+from vit_at.workdir.files import write_atomically
+
+LEDGER_FILE, PER_EXAMPLE_FILE = "ledger.npz", "per_example.npz"
+NOT_ATTACKED, WITHSTOOD, BROKEN = 0, 1, 2
+CLEAN = "clean"
+_SAME_LOGITS = 1e-3  # relative to the largest; other devices round differently
+
+
+class Ledger:
+    """What is known of N images after each attack.
+
+    clean: [N] bool, classified correctly; outcome: [N, attacks] int8, 0 not attacked, 1 withstood,
+    2 broken; run, step: [N] of the success; norm: [N] of the adversarial perturbation.
+    found: {image: adversarial image [H, W, C] float32} since the last ``Store.save``.
+    stage: number of attacks that are done; progress: a ``Packing.snapshot`` of the one under way.
+    """
+
+    def __init__(self, attacks: tuple[str, ...], count: int):
+        self.attacks = attacks
+        self.clean = np.zeros(count, bool)
+        self.outcome = np.zeros((count, len(attacks)), np.int8)
+        self.run, self.step = np.full(count, -1, np.int16), np.full(count, -1, np.int32)
+        self.norm = np.full(count, np.nan, np.float32)
+        self.found: dict[int, np.ndarray] = {}
+        self.stage = 0
+        self.progress: dict[str, np.ndarray] = {}
+        self.work: dict[str, dict[str, int]] = {}
+
+    @property
+    def robust(self) -> np.ndarray:
+        """[N] bool: correct, and broken by no attack so far."""
+        return self.clean & ~(self.outcome == BROKEN).any(1)
+
+    def robust_after(self) -> dict[str, np.ndarray]:
+        """{attack: [N] bool} after each attack of the cascade; 'clean' first."""
+        after, robust = {CLEAN: self.clean}, self.clean
+        for column, attack in enumerate(self.attacks):
+            robust = robust & (self.outcome[:, column] != BROKEN)
+            after[attack] = robust
+        return after
+
+    def broken_by(self) -> np.ndarray:
+        """[N]: the attack's place in the cascade, -1 robust, -2 misclassified from the start."""
+        first = np.argmax(self.outcome == BROKEN, 1)
+        return np.where(self.clean, np.where(self.robust, -1, first), -2).astype(np.int8)
+
+    def table(self) -> dict[str, np.ndarray]:
+        """The columns of ``per_example.npz``."""
+        return {
+            "attacks": np.array(self.attacks),
+            "clean_correct": self.clean,
+            "outcome": self.outcome,
+            "broken_by": self.broken_by(),
+            "worst_case_correct": self.robust,
+            "run": self.run,
+            "step": self.step,
+            "norm": self.norm,
+        }
+
+
+class Store:
+    """Reads and writes a ledger, and keeps the adversarial images: on disk, or in memory where
+    there is no directory.
+
+    protocol: what the evaluation is of, as JSON values; logits: [n, K] of the first clean images,
+    by which another model is known.
+    """
+
+    def __init__(self, directory: epath.Path | None, protocol: dict[str, Any], logits: np.ndarray):
+        self._directory, self._protocol, self._logits = directory, protocol, logits
+        self._parts = 0
+        self._in_memory: list[tuple[np.ndarray, np.ndarray]] = []
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a directory."""
+        return self._directory is not None
+
+    def load(self, ledger: Ledger) -> bool:
+        """Fills the ledger with what is on disk; False where nothing is.
+
+        Raises:
+          UserError: what is there belongs to another model, data or protocol.
+        """
+        if self._directory is None:
+            return False
+        if not processes.agree((self._directory / LEDGER_FILE).exists()):
+            return False
+        saved = self._read(LEDGER_FILE)
+        self._check(saved)
+        for name in ("clean", "outcome", "run", "step", "norm"):
+            setattr(ledger, name, saved[name])
+        ledger.stage = int(saved["stage"])
+        ledger.work = json.loads(str(saved["work"]))
+        prefix = "progress/"
+        ledger.progress = {
+            k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)
+        }
+        self._parts = int(saved["files"])
+        for _ in self.parts():  # a file that can't be read is better known now than at the end
+            pass
+        processes.barrier("ledger read")  # before the first process writes it anew
+        return True
+
+    def save(self, ledger: Ledger) -> None:
+        """Writes the new adversarial images, then the ledger that counts them."""
+        if ledger.found:
+            index = np.array(sorted(ledger.found))
+            self._keep(index, np.stack([ledger.found[i] for i in index]))
+            ledger.found = {}
+        if self._directory is None:
+            return
+        arrays = {
+            "protocol": np.array(json.dumps(self._protocol)),
+            "logits": self._logits,
+            "clean": ledger.clean,
+            "outcome": ledger.outcome,
+            "run": ledger.run,
+            "step": ledger.step,
+            "norm": ledger.norm,
+            "stage": np.array(ledger.stage),
+            "files": np.array(self._parts),
+            "work": np.array(json.dumps(ledger.work)),
+        }
+        self._write(LEDGER_FILE, arrays | {f"progress/{k}": v for k, v in ledger.progress.items()})
+
+    def _keep(self, index: np.ndarray, images: np.ndarray) -> None:
+        if self._directory is None:
+            self._in_memory.append((index, images))
+        else:
+            self._write(_adversarial_file(self._parts), {"index": index, "image": images})
+        self._parts += 1
+
+    def parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All adversarial images, a part at a time: places [n] and images [n, H, W, C]."""
+        if self._directory is None:
+            yield from self._in_memory
+            return
+        for number in range(self._parts):
+            part = self._read(_adversarial_file(number))
+            yield part["index"], part["image"]
+
+    def save_table(self, ledger: Ledger) -> None:
+        """Writes ``per_example.npz``."""
+        if self._directory is not None:
+            self._write(PER_EXAMPLE_FILE, ledger.table())
+
+    def _check(self, saved: dict[str, np.ndarray]) -> None:
+        old = json.loads(str(saved["protocol"]))
+        changes = differences(old, json.loads(json.dumps(self._protocol)))
+        theirs = saved["logits"]
+        scale = max(float(np.abs(theirs).max(initial=0)), 1e-6)
+        if not changes and (
+            theirs.shape != self._logits.shape
+            or np.abs(theirs - self._logits).max(initial=0) > _SAME_LOGITS * scale
+        ):
+            changes = ["other logits on the same images, so another model"]
+        if changes:
+            raise UserError(
+                f"{self._directory / LEDGER_FILE} belongs to another evaluation "
+                f"({'; '.join(changes[:4])}); choose another workdir, or delete it to start anew"
+            )
+
+    def _read(self, name: str) -> dict[str, np.ndarray]:
+        path = self._directory / name
+        try:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+                return dict(archive)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"{path} can't be read ({error}); delete {self._directory} to start anew"
+            ) from error
+
+    def _write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        if jax.process_index():
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        write_atomically(self._directory / name, content.getvalue())
+
+
+def _adversarial_file(number: int) -> str:
+    return f"adversarial_{number:05d}.npz"

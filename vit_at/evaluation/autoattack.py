@@ -1,0 +1,105 @@
+"""AutoAttack on the examples of a data set, with an audit of the result, for ``evaluate``."""
+
+import dataclasses
+import functools
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from vit_at import models
+from vit_at.attacks import autoattack
+from vit_at.attacks.autoattack import audit
+from vit_at.data.sources import Examples
+from vit_at.evaluation.protocol import Attack, weights_digest
+
+LEDGERS = "autoattack"  # in a work directory
+_AUDITED = 128  # images at most
+_READ_AT_ONCE = 256  # images
+
+
+class Pixels:
+    """The images of some examples, [N, H, W, C] float32 in [0, 1], decoded when asked for."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, examples: Examples):
+        self._examples, self.shape = examples, (len(examples), *examples.image_shape)
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        return self._examples.read(places)[0].astype(np.float32) / 255
+
+
+def labels_of(examples: Examples) -> np.ndarray:
+    """All labels [N], without keeping the images that are read with them."""
+    parts = np.array_split(np.arange(len(examples)), -(-len(examples) // _READ_AT_ONCE))
+    return np.concatenate([examples.read(part)[1] for part in parts])
+
+
+def evaluate_autoattack(
+    apply: Callable[..., jax.Array],
+    params: Any,
+    examples: Examples,
+    attack: Attack,
+    mesh: Mesh,
+    *,
+    seed: int,
+    batch_size: int,
+    workdir: epath.Path | None,
+    progress: bool,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Runs ``attack.version`` and, where that is a whole cascade, the audit on the first images.
+
+    Returns:
+      Correct [N] bool after the last attack, and what a record says besides the accuracy: the
+      accuracy after each attack, and the audit's flags and curves.
+    """
+    threat, labels, images = attack.threat, labels_of(examples), Pixels(examples)
+    progress = progress and jax.process_index() == 0
+    if jax.process_count() > 1:  # the audit calls the model on each process by itself
+        params = jax.device_get(params)
+    logits_fn = functools.partial(apply, models.by_block(apply, params))
+    if workdir is not None:
+        workdir = workdir / LEDGERS / _ledger_name(attack, examples, seed, weights_digest(params))
+    options = {
+        "norm": threat.norm,
+        "eps": float(threat.eps),
+        "seed": seed,
+        "batch_size": batch_size,
+        "mesh": mesh,
+    }
+    result = autoattack.run(
+        logits_fn,
+        images,
+        labels,
+        attacks=attack.version,
+        workdir=workdir,
+        progress=progress,
+        **options,
+    )
+    details = {"cascade": {name: float(robust.mean()) for name, robust in result.robust.items()}}
+    said = [result.summary()]
+    if result.failures:
+        details["unverified"] = {str(image): why for image, why in result.failures.items()}
+    if len(result.robust) > 2:  # 'clean' and more than one attack
+        few = np.arange(min(_AUDITED, len(labels)))
+        first = {name: robust[few] for name, robust in result.robust.items()}
+        first = dataclasses.replace(result, robust=first)
+        report = audit.audit(logits_fn, images[few], labels[few], first, **options)
+        details["audit"] = report.record()
+        said.append(report.summary())
+    if progress:
+        print("\n".join(said), file=sys.stderr)
+    return list(result.robust.values())[-1], details
+
+
+def _ledger_name(attack: Attack, examples: Examples, seed: int, digest: str) -> str:
+    """A directory name that another evaluation does not have."""
+    data = re.sub(r"[^a-z0-9.]+", "-", examples.name.lower()).strip("-")
+    threat = f"{attack.threat.norm}_{attack.threat.eps:.4g}"
+    return f"{attack.version}_{threat}_{data}_{len(examples)}_seed{seed}_{digest}"

@@ -1,0 +1,181 @@
+"""Clean, PGD-n, CW-n and AutoAttack accuracy: the same code in training, at its end, on its own.
+
+    python -m vit_at.evaluate runs/cifar10_sgd --attacks=clean,pgd-20,cw-20
+
+Attacks run in float32 with full-precision matrix products. The random start of an image is drawn
+from the seed and the image's place in its split, so results do not depend on batch or devices. Each
+result is stored with its protocol in ``results.json``, the outcome of each image in
+``per_example.npz``.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from vit_at import models
+from vit_at.attacks import pgd_attack
+from vit_at.attacks.threat import random_start
+from vit_at.console import Progress
+from vit_at.data import augment, pipeline
+from vit_at.data.sources import Examples
+from vit_at.distributed import processes, sharding
+from vit_at.errors import UserError
+from vit_at.evaluation.autoattack import evaluate_autoattack
+from vit_at.evaluation.protocol import Attack, record, weights_digest
+from vit_at.workdir.results import AUTOATTACK, Results
+
+Array = jax.Array
+
+
+def make_outcome_fn(
+    apply: Callable[..., Array], attack: Attack, mesh: Mesh, seed: int
+) -> Callable[[Any, dict[str, Array]], Array]:
+    """A compiled (params, batch) -> correct [B] bool: still classified right after the attack."""
+
+    def starts(indices, shape):
+        def of_image(index):
+            key = jax.random.fold_in(jax.random.key(seed), index)
+            keys = jax.random.split(key, attack.restarts)
+            return jax.vmap(lambda k: random_start(k, (1, *shape), attack.threat)[0])(keys)
+
+        return jnp.swapaxes(jax.vmap(of_image)(indices), 0, 1)
+
+    def outcome(params, batch):
+        logits_fn = functools.partial(apply, models.by_block(apply, params))
+
+        def of_part(part):
+            images, labels = augment.to_float(part["image"]), part["label"]
+            if attack.loss is not None:
+                init = starts(part["index"], images.shape[1:])
+                options = {"loss": attack.loss, "init": init}
+                images = pgd_attack(logits_fn, images, labels, None, attack.threat, **options)
+            return jnp.argmax(logits_fn(images), axis=-1) == labels
+
+        return jax.lax.map(of_part, sharding.in_parts(batch)).reshape(-1)
+
+    specs = (sharding.WHOLE, sharding.SPLIT)
+    compiled = jax.jit(sharding.map_shards(outcome, mesh, specs))
+
+    def full_precision(params, batch):
+        with jax.default_matmul_precision("highest"):
+            return compiled(params, batch)
+
+    return full_precision
+
+
+class Evaluator:
+    """Evaluates parameters on fixed examples; compiled once, used every epoch."""
+
+    def __init__(
+        self,
+        apply: Callable[..., Array],
+        examples: Examples,
+        attacks: Sequence[Attack],
+        mesh: Mesh,
+        *,
+        batch_size: int,
+        seed: int,
+        threads: int = 0,
+    ):
+        self.attacks = tuple(attacks)
+        self._examples, self._mesh = examples, mesh
+        self._batches = {"batch_size": batch_size, "threads": threads}
+        self._part = {
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+        self._apply, self._seed = apply, seed
+        self.details: dict[str, dict[str, Any]] = {}  # what records say besides the accuracy
+        plain = [a for a in attacks if a.loss != AUTOATTACK]
+        self._outcomes = {a.name: make_outcome_fn(apply, a, mesh, seed) for a in plain}
+
+    def __call__(self, params: Any, *, progress: bool = False) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (attack name, correct [N] bool), images in the order of the examples."""
+        for attack in self.attacks:
+            yield attack.name, self.run(attack, params, progress=progress)
+
+    def run(
+        self,
+        attack: Attack,
+        params: Any,
+        *,
+        progress: bool = False,
+        workdir: epath.Path | None = None,
+    ) -> np.ndarray:
+        """The outcomes of one of the attacks, correct [N] bool; workdir: of AutoAttack's ledger."""
+        batch_size = self._batches["batch_size"]
+        if attack.loss == AUTOATTACK:
+            correct, self.details[attack.name] = evaluate_autoattack(
+                self._apply,
+                params,
+                self._examples,
+                attack,
+                self._mesh,
+                seed=self._seed,
+                batch_size=batch_size,
+                workdir=workdir,
+                progress=progress,
+            )
+            return correct
+        params = sharding.replicate(params, self._mesh)
+        total = -(-len(self._examples) // batch_size)
+        bar = Progress(total, 0, "batch") if progress else None
+        correct, seen = np.zeros(len(self._examples), bool), 0
+        for batch in pipeline.eval_batches(self._examples, **self._batches, **self._part):
+            where, real = batch["index"], batch.pop("mask")
+            batch["index"] = np.where(real, self._examples.indices[where], 0).astype(np.uint32)
+            outcome = self._outcomes[attack.name](params, sharding.split_batch(batch, self._mesh))
+            correct[where[real]] = sharding.my_rows(outcome)[real]
+            seen += int(real.sum())
+            if bar is not None:
+                bar.update(f"{attack.name} {correct.sum() / max(seen, 1):.1%} correct")
+        if bar is not None:
+            bar.close()
+        return processes.any_of(correct)
+
+
+def evaluate_and_store(
+    evaluator: Evaluator,
+    params: Any,
+    examples: Examples,
+    results: Results,
+    *,
+    seed: int,
+    weights: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Runs an evaluator's attacks and stores each as it ends; what is stored is not run again.
+
+    weights: what to say of them besides their digest: their source and step.
+    """
+    weights = {"digest": weights_digest(params), **weights}
+    describe: dict[str, Any] = {"examples": examples, "seed": seed, "weights": weights}
+    records = []
+    for attack in evaluator.attacks:
+        wanted = record(attack, np.zeros(len(examples), bool), **describe)
+        entry: Any = results.find(wanted)
+        if not processes.agree(entry is not None):
+            correct = evaluator.run(attack, params, progress=True, workdir=results.workdir)
+            entry = record(attack, correct, **describe) | evaluator.details.get(attack.name, {})
+            results.add(entry, correct, examples)
+        records.append(entry)
+    return records
+
+
+def select(examples: Examples, count: int) -> Examples:
+    """The first ``count`` examples; 0: all.
+
+    Raises:
+      UserError: more than there are, or fewer than none.
+    """
+    if not 0 <= count <= len(examples):
+        raise UserError(
+            f"{count} examples are asked for, but {examples.name} has {len(examples)}; "
+            "ask for at most these, or for 0 to use all"
+        )
+    return examples.take(np.arange(count)) if count else examples

@@ -1,0 +1,109 @@
+"""Evaluations by name, and the record of what one has measured.
+
+parse_attacks   'clean,pgd-20,autoattack' -> what to run
+record          an accuracy with the protocol it was measured under: an entry of ``results.json``
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+import vit_at
+from vit_at.attacks.autoattack import methods
+from vit_at.attacks.threat import Threat
+from vit_at.data.sources import Examples
+from vit_at.errors import UserError
+from vit_at.workdir.results import AUTOATTACK
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+_LOSSES = {"pgd": "ce", "cw": "cw"}
+# The cascades by name, and each attack alone; 'rand' is for models that our own are not.
+_AUTOATTACKS = {AUTOATTACK: "standard", f"{AUTOATTACK}-plus": "plus"} | {
+    n: n for n in methods.NAMES
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """One evaluation.
+
+    loss: 'ce', 'cw', 'autoattack', or None for clean images; version: of AutoAttack, 'standard' or
+    what else ``autoattack.run`` takes.
+    """
+
+    name: str
+    loss: str | None
+    threat: Threat
+    restarts: int = 1
+    version: str = ""
+
+
+def parse_attacks(names: str, threat: Threat, restarts: int = 1) -> list[Attack]:
+    """'clean,pgd-20,cw-20': the numbers are those of the steps.
+
+    Raises:
+      UserError: a name of another form.
+    """
+    return [_parse_attack(name.strip(), threat, restarts) for name in names.split(",")]
+
+
+def _parse_attack(name: str, threat: Threat, restarts: int) -> Attack:
+    if name == "clean":
+        return Attack(name, None, threat)
+    if name in _AUTOATTACKS:
+        return Attack(name, AUTOATTACK, threat, version=_AUTOATTACKS[name])
+    kind, _, steps = name.partition("-")
+    if kind not in _LOSSES or not steps.isdecimal() or int(steps) < 1:
+        raise UserError(
+            f"attack '{name}' is unknown; write clean, pgd-N or cw-N with N steps, such as pgd-20, "
+            f"or {', '.join(_AUTOATTACKS)}"
+        )
+    return Attack(name, _LOSSES[kind], dataclasses.replace(threat, steps=int(steps)), restarts)
+
+
+def weights_digest(params: Any) -> str:
+    """First 16 hex digits of the SHA-256 over all parameters: which weights a number belongs to."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def record(
+    attack: Attack, correct: np.ndarray, *, examples: Examples, seed: int, weights: dict[str, Any]
+) -> dict[str, Any]:
+    """One result with the protocol it was measured under: an entry of ``results.json``."""
+    protocol = {
+        "data": examples.name,
+        "num_examples": len(correct),
+        "resolution": examples.image_shape[0],
+        "seed": seed,
+        "dtype": "float32",
+        "weights": weights,
+        "packages": {"vit_at": vit_at.__version__}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+    if attack.loss is not None:
+        threat = attack.threat
+        protocol |= {"norm": threat.norm, "eps": float(threat.eps), "loss": attack.loss}
+        if attack.loss == AUTOATTACK:
+            protocol |= {"version": attack.version}
+        else:
+            protocol |= {
+                "step_size": float(threat.step_size),
+                "steps": threat.steps,
+                "restarts": attack.restarts,
+            }
+    accuracy = float(correct.mean())
+    return {
+        "attack": attack.name,
+        "accuracy": accuracy,
+        "correct": int(correct.sum()),
+        "standard_error": float(np.sqrt(accuracy * (1 - accuracy) / len(correct))),
+        "protocol": protocol,
+    }

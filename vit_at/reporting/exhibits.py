@@ -1,0 +1,189 @@
+"""What a report shows of a trained model: attacked images, curves, masks, accuracy by class.
+
+Everything is computed from the checkpoint on the first test images, never on chosen ones, with one
+compiled attack whose eps and number of steps are arguments.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from vit_at import models
+from vit_at.attacks import Threat, pgd_attack
+from vit_at.data import sources
+from vit_at.data.sources import Examples
+from vit_at.training.masking import Masking
+from vit_at.training.step import Draws, draw
+from vit_at.workdir.checkpoint import Trained
+from vit_at.workdir.results import Results
+
+Array = jax.Array
+CURVE_EPS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # times the trained eps
+CURVE_STEPS = (1, 2, 5, 10, 20, 50)
+CURVE_IMAGES = (16, 128)  # at least, or there are no curves, and at most
+PICTURES = 6
+STEPS = 20  # of the attack on pictures, and of the curve over eps
+# Floating-point operations that the curves may take: a minute or so.
+_BUDGET = {"cpu": 2e12}
+_ACCELERATED_BUDGET = 1e15
+_MOST_LABELS = 20_000  # images that are decoded only to learn their classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Attacked:
+    """n test images before and after PGD, [n, H, W, C] in [0, 1]; probabilities: [n, K].
+
+    rollout: [n, rows, columns] of the clean and of the adversarial images, or None.
+    """
+
+    images: np.ndarray
+    adversarial: np.ndarray
+    labels: np.ndarray
+    clean_probabilities: np.ndarray
+    adversarial_probabilities: np.ndarray
+    rollout: tuple[np.ndarray, np.ndarray] | None
+
+
+class Exhibits:
+    """Computes what a report shows of the weights of one run."""
+
+    def __init__(self, trained: Trained, examples: Examples):
+        self._trained, config = trained, trained.config
+        self._examples = examples
+        # One device is enough, and the others need not do the same.
+        self._params = jax.device_put(trained.params, jax.devices()[0])
+        self.threat = dataclasses.replace(Threat.of(config.threat), steps=STEPS)
+        apply = models.classifier(trained.model, config.data.mean, config.data.std)
+        self._logits = jax.jit(apply)
+
+        def attack(params, images, labels, eps, step_size, steps):
+            threat = Threat(config.threat.norm, eps, step_size, steps)
+            logits_fn = functools.partial(apply, params)
+            return pgd_attack(logits_fn, images, labels, jax.random.key(config.seed), threat)
+
+        self._attack = jax.jit(attack)
+
+    @classmethod
+    def of(cls, trained: Trained) -> "Exhibits":
+        """On the test split of the run's configuration.
+
+        Raises:
+          UserError: its data set can't be read here.
+        """
+        data = ConfigDict(trained.config.data).unlock()
+        data.cache_gib = 0.0  # only the images that are shown need decoding
+        return cls(trained, sources.load(data, data.test_split, threads=data.threads))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name a class."""
+        return self._examples.class_names
+
+    def _first(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = self._examples.read(np.arange(min(count, len(self._examples))))
+        return images.astype(np.float32) / 255, labels
+
+    def _perturb(self, images: np.ndarray, labels: np.ndarray, threat: Threat) -> np.ndarray:
+        with jax.default_matmul_precision("highest"):
+            adversarial = self._attack(
+                self._params,
+                images,
+                labels,
+                jnp.float32(threat.eps),
+                jnp.float32(threat.step_size),
+                jnp.int32(threat.steps),
+            )
+        return np.asarray(adversarial)
+
+    def _predict(self, images: np.ndarray) -> np.ndarray:
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(jax.nn.softmax(self._logits(self._params, images)))
+
+    @property
+    def affordable(self) -> int:
+        """How many images the curves are measured on; 0: too large a model for this machine."""
+        fewest, most = CURVE_IMAGES
+        gradients = len(CURVE_EPS) * STEPS + sum(CURVE_STEPS)
+        cost = 3 * self._trained.model.forward_flops() * gradients
+        count = int(_BUDGET.get(jax.default_backend(), _ACCELERATED_BUDGET) / cost)
+        return min(count, most) if count >= fewest else 0
+
+    def attacked(self, count: int = PICTURES) -> Attacked:
+        """The first ``count`` test images and what PGD makes of them."""
+        images, labels = self._first(max(count, self.affordable))  # the curves' shape
+        adversarial = self._perturb(images, labels, self.threat)
+        before, after = self._predict(images)[:count], self._predict(adversarial)[:count]
+        images, adversarial = images[:count], adversarial[:count]
+        rollout = None
+        if rollout.has_rollout(self._trained.model):
+            mean, std = self._trained.config.data.mean, self._trained.config.data.std
+            looks = jax.jit(functools.partial(rollout.rollout, self._trained.model))
+            points = ((x - np.float32(mean)) / np.float32(std) for x in (images, adversarial))
+            rollout = tuple(np.asarray(looks(self._params, x)) for x in points)
+        return Attacked(images, adversarial, labels[:count], before, after, rollout)
+
+    def curves(self) -> tuple[dict[float, float], dict[int, float], int]:
+        """PGD accuracy by eps (0: clean) and by number of steps, on so many first test images.
+
+        Not to be called where none is ``affordable``.
+        """
+        images, labels = self._first(self.affordable)
+
+        def accuracy(threat):
+            adversarial = self._perturb(images, labels, threat)
+            return float((self._predict(adversarial).argmax(1) == labels).mean())
+
+        by_eps = {0.0: float((self._predict(images).argmax(1) == labels).mean())}
+        eps = float(self.threat.eps)
+        for factor in CURVE_EPS:
+            if self.threat.norm != "linf" or factor * eps <= 1:
+                by_eps[factor * eps] = accuracy(self.threat.scaled(factor))
+        of_steps = functools.partial(dataclasses.replace, self.threat)
+        by_steps = {steps: accuracy(of_steps(steps=steps)) for steps in CURVE_STEPS}
+        return by_eps, by_steps, len(images)
+
+    def masks(self) -> tuple[np.ndarray, Draws, float] | None:
+        """A test image [H, W, C], the masks of one training attack on it, and at which epoch.
+
+        They are those of half the warm-up, where half of all is masked; None where masking is off.
+        """
+        config, model = self._trained.config, self._trained.model
+        if not (config.masking.ard or config.masking.prm):
+            return None
+        images, _ = self._first(1)
+        epoch = config.masking.warmup_epochs / 2
+        draws = draw(
+            jax.random.key(config.seed),
+            objective=config.objective,
+            threat=Threat.of(config.threat),
+            masking=Masking.of(config.masking, model.patch_size),
+            progress=epoch,
+            image_shape=images.shape,
+            num_blocks=model.num_blocks,
+        )
+        return images[0], jax.device_get(draws), epoch
+
+    def by_class(self, results: Results, records: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """{class name: {attack: accuracy}} of stored records; None without outcomes or labels."""
+        outcomes = {r["attack"]: results.outcomes(r) for r in records}
+        outcomes = {name: found for name, found in outcomes.items() if found is not None}
+        tested = max((len(index) for index, _ in outcomes.values()), default=0)
+        if not 0 < tested <= min(_MOST_LABELS, len(self._examples)):
+            return None
+        rows = np.arange(tested)
+        labels = {}
+        for part in np.array_split(rows, -(-len(rows) // 512)):
+            of_part = self._examples.read(part)[1]
+            labels |= dict(zip(self._examples.indices[part], of_part, strict=True))
+        found: dict[str, dict[str, float]] = {name: {} for name in self._examples.class_names}
+        for attack, (index, correct) in outcomes.items():
+            of_image = np.array([labels.get(place, -1) for place in index])
+            for label, name in enumerate(self._examples.class_names):
+                if (of_image == label).any():
+                    found[name][attack] = float(correct[of_image == label].mean())
+        return found

@@ -1,0 +1,202 @@
+"""A work directory -> weights for PyTorch, with a description for leaderboards.
+
+    python -m vit_at.export runs/NAME [--checkpoint=best|last] [--output=DIR]
+
+writes ``model.safetensors`` under the names of timm 1.x, for a strict ``load_state_dict``, and
+``model.json``: what timm's ``create_model`` must be told, the normalisation, how the model was
+trained, and its results in the fields of RobustBench's ``model_info``; ``README.md`` says the same
+to people, for a model hub. In PyTorch:
+
+    about = json.load(open("model.json"))
+    model = timm.create_model(**about["timm"]["create_model"])
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = about["timm"]["layer_norm_eps"]
+    model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
+
+Images in [0, 1] are normalised by ``about["normalisation"]`` first. ``load_exported`` reads such a
+directory back, so that ``vit_at.evaluate`` takes it like a work directory.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from etils import epath
+from ml_collections import ConfigDict
+
+from vit_at import weights
+from vit_at.errors import UserError
+from vit_at.evaluation.protocol import weights_digest
+from vit_at.models.build import build
+from vit_at.models.convit import ConViT
+from vit_at.models.swin import STAGES, SwinTransformer
+from vit_at.reporting.model_card import model_card
+from vit_at.workdir.checkpoint import Trained, load_trained
+from vit_at.workdir.files import as_config, read_json, write_atomically
+from vit_at.workdir.results import Results, in_255ths
+
+WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"
+CARD_FILE = "README.md"
+
+
+def export(params: Any, model: Any, path: str | epath.Path, metadata: dict[str, Any]) -> epath.Path:
+    """Writes the weights, their description and a model card, each file whole or not at all.
+
+    Args:
+      path: a directory; created if need be.
+      metadata: of ``model.json``; 'architecture' (timm's name of the model) is required.
+
+    Returns:
+      The path of the weights.
+    """
+    path = epath.Path(path)
+    state_dict = weights.to_timm(params, model, names="1.x")
+    content = safetensors.numpy.save(_fold_scale(state_dict, model), metadata={"format": "pt"})
+    description = metadata | {
+        "timm": {
+            "create_model": timm_arguments(model, metadata["architecture"]),
+            "layer_norm_eps": model.norm_eps,
+        },
+        "image_size": model.image_size,
+        "patch_size": model.patch_size,
+        "weights": {"file": WEIGHTS_FILE, "sha256": hashlib.sha256(content).hexdigest()},
+    }
+    text = json.dumps(description, indent=2) + "\n"
+    path.mkdir(parents=True, exist_ok=True)
+    write_atomically(path / WEIGHTS_FILE, content)
+    write_atomically(path / DESCRIPTION_FILE, text)
+    write_atomically(path / CARD_FILE, model_card(description))
+    return path / WEIGHTS_FILE
+
+
+def timm_arguments(model: Any, name: str) -> dict[str, Any]:
+    """The arguments of timm's ``create_model`` for this model, whatever was overridden."""
+    arguments = {
+        "model_name": re.sub("_in2[12]k$", "", name),  # one architecture with and without
+        "num_classes": model.num_classes,
+        "img_size": model.image_size,
+        "patch_size": model.patch_size,
+        "in_chans": model.in_channels,
+        "mlp_ratio": model.mlp_ratio,
+    }
+    if isinstance(model, SwinTransformer):
+        return arguments | {
+            "embed_dim": model.embed_dim,
+            "depths": list(model.depths),
+            "num_heads": [model.num_heads * 2**i for i in range(STAGES)],
+            "window_size": model.window_size,
+        }
+    arguments |= {"depth": model.depth, "num_heads": model.num_heads}
+    if isinstance(model, ConViT):  # timm counts its width per head
+        width = model.embed_dim // model.num_heads
+        return arguments | {"embed_dim": width, "local_up_to_layer": model.local_blocks}
+    return arguments | {"embed_dim": model.embed_dim, "qkv_bias": model.qkv_bias}
+
+
+def _fold_scale(state_dict: dict[str, np.ndarray], model: Any) -> dict[str, np.ndarray]:
+    """Moves an attention scale that timm cannot be told into the queries' weights."""
+    if not model.qk_scale:
+        return state_dict
+    factor = model.qk_scale * (model.embed_dim // model.num_heads) ** 0.5
+    folded = dict(state_dict)
+    for name, value in state_dict.items():
+        match = re.search(r"\.attn\.(qkv|qk)\.(weight|bias)$", name)
+        if match:
+            value = value.copy()
+            value[: len(value) // len(match[1])] *= factor
+            folded[name] = value
+    return folded
+
+
+def describe(trained: Trained, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The metadata of a trained model; records: the entries of its results.json."""
+    config = trained.config
+    digest = weights_digest(trained.params)
+    own = [r for r in records if r["protocol"]["weights"]["digest"] == digest]
+    robust = _percent(own, "autoattack", config.threat)
+    return {
+        "link": "",
+        "name": config.name,
+        "authors": "",
+        "additional_data": bool(config.model.pretrained),
+        "number_forward_passes": 1,
+        "dataset": config.data.name,
+        "venue": "Unpublished",
+        "architecture": config.model.name,
+        "eps": in_255ths(config.threat.eps),
+        "clean_acc": _percent(own, "clean", config.threat),
+        "reported": robust,
+        "autoattack_acc": robust,
+        "unreliable": False,
+        "threat_model": {"linf": "Linf", "l2": "L2"}[config.threat.norm],
+        "num_classes": trained.model.num_classes,
+        "normalisation": {"mean": list(config.data.mean), "std": list(config.data.std)},
+        "training": config.to_dict(),
+        "checkpoint": trained.values,
+        "results": own,
+    }
+
+
+def _percent(records: Sequence[dict[str, Any]], attack: str, threat: ConfigDict) -> str | None:
+    """The accuracy in per cent under the trained threat, on the most images; None: not evaluated.
+
+    As RobustBench writes it: a string with two digits after the point.
+    """
+
+    def fits(record):
+        protocol = record["protocol"]
+        norm, eps = protocol.get("norm", threat.norm), protocol.get("eps", threat.eps)
+        same_threat = norm == threat.norm and abs(eps - threat.eps) < 1e-6
+        return record["attack"].startswith(attack) and same_threat
+
+    measured = [record for record in records if fits(record)]
+    if not measured:
+        return None
+    best = max(measured, key=lambda record: record["protocol"]["num_examples"])
+    return f"{100 * best['accuracy']:.2f}"
+
+
+def export_workdir(workdir: str | epath.Path, which: str, output: str = "") -> epath.Path:
+    """Exports the ``best`` or ``last`` weights of a work directory; output: '': WORKDIR/export.
+
+    Raises:
+      UserError: there are no such weights.
+    """
+    workdir = epath.Path(workdir)
+    trained = load_trained(workdir, which)
+    metadata = describe(trained, Results(workdir).records)
+    return export(trained.params, trained.model, output or workdir / "export", metadata)
+
+
+def load_exported(directory: str | epath.Path) -> Trained:
+    """The weights that ``export`` has written to a directory, for evaluation.
+
+    Raises:
+      UserError: a file is missing, changed, or tells nothing of the training.
+    """
+    directory = epath.Path(directory)
+    about = read_json(directory / DESCRIPTION_FILE)
+    path = directory / WEIGHTS_FILE
+    if "training" not in about or "checkpoint" not in about:
+        raise UserError(
+            f"{directory / DESCRIPTION_FILE} has no 'training' and 'checkpoint', which say how to "
+            "build the model; export the work directory again"
+        )
+    if not path.exists():
+        raise UserError(f"{path} is missing; copy it beside {DESCRIPTION_FILE}")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != about["weights"]["sha256"]:
+        raise UserError(
+            f"{path} is not the file that {DESCRIPTION_FILE} describes (its SHA-256 differs); "
+            "export the work directory again"
+        )
+    config = as_config(about["training"])
+    built = config.copy_and_resolve_references().unlock()
+    built.model.qk_scale = 0.0  # it is in the queries' weights, see _fold_scale
+    model = build(built, about["num_classes"], "float32")
+    params = weights.from_timm(weights.load(path), model)
+    return Trained(config, model, params, about["checkpoint"])

@@ -1,0 +1,99 @@
+"""The README.md beside exported weights: what they are, how to load them, what was measured."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vit_at.workdir.results import table
+
+_LOADING = """\
+```python
+import json, timm, torch
+from safetensors.torch import load_file
+
+about = json.load(open("model.json"))
+model = timm.create_model(**about["timm"]["create_model"])
+for module in model.modules():
+    if isinstance(module, torch.nn.LayerNorm):
+        module.eps = about["timm"]["layer_norm_eps"]
+model.load_state_dict(load_file("model.safetensors"))
+mean, std = (torch.tensor(about["normalisation"][k]).view(1, -1, 1, 1) for k in ("mean", "std"))
+logits = model.eval()((images - mean) / std)  # images [B, C, H, W] in [0, 1]
+```"""
+
+
+def model_card(about: dict[str, Any]) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    about: the content of ``model.json``.
+    """
+    training = about.get("training")
+    parts = [
+        _front_matter(about),
+        f"# {about.get('name') or about['architecture']}",
+        _summary(about, training),
+        "## Use",
+        f"Images are {about['image_size']} x {about['image_size']} pixels in [0, 1]; they are "
+        "normalised before the model, and eps is in pixel units before that.",
+        _LOADING,
+        "## Results",
+        _results(about.get("results") or ()),
+    ]
+    if training:
+        parts += ["## Training", _training(training)]
+    parts += ["## Limits", _limits(about, training)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(about: dict[str, Any]) -> str:
+    lines = ["---", "library_name: timm", "pipeline_tag: image-classification"]
+    lines += ["tags:", "- adversarial-robustness", "- vision-transformer"]
+    if about.get("dataset"):
+        lines += ["datasets:", f"- {about['dataset']}"]
+    return "\n".join([*lines, "---"])
+
+
+def _summary(about: dict[str, Any], training: dict[str, Any] | None) -> str:
+    text = f"`{about['architecture']}`, patch {about['patch_size']}"
+    if training is None:
+        return f"{text}, exported by vit_at."
+    how = training["objective"]
+    masks = [word.upper() for word in ("ard", "prm") if training["masking"][word]]
+    how = how if how == "natural" else " + ".join([how.upper(), *masks])
+    return (
+        f"{text}, trained on {about['dataset']} by vit_at: {how}. The method is that of Mo et al., "
+        "“When Adversarial Training Meets Vision Transformers”, NeurIPS 2022 (arXiv 2210.07540); "
+        "the weights are not the authors'."
+    )
+
+
+def _results(records: Sequence[dict[str, Any]]) -> str:
+    if not records:
+        return "Nothing has been measured of these weights."
+    said = "Accuracy, with what matters most of its protocol; all of it is in `model.json`."
+    return f"{said}\n\n```\n{table(records)}\n```"
+
+
+def _training(training: dict[str, Any]) -> str:
+    threat, optimizer = training["threat"], training["optimizer"]
+    lines = [
+        f"- {training['epochs']} epochs, batch {training['batch_size']}, seed {training['seed']}",
+        f"- {optimizer['name']}, learning rate {optimizer['learning_rate']:g} "
+        f"({optimizer['schedule']}), weight decay {optimizer['weight_decay']:g}",
+        f"- started from {training['model']['pretrained'] or 'scratch'}",
+    ]
+    if training["objective"] != "natural":
+        lines.append(
+            f"- attack: {threat['norm']}, eps {threat['eps']:.4g}, {threat['steps']} steps of "
+            f"{threat['step_size']:.4g}, in pixel units"
+        )
+    return "\n".join(lines)
+
+
+def _limits(about: dict[str, Any], training: dict[str, Any] | None) -> str:
+    attacks = {record["attack"] for record in about.get("results") or ()}
+    text = "Robustness holds for the norm and eps above, and for images like those of the training."
+    if training and training["objective"] == "natural":
+        return "These weights were trained naturally: they are not robust."
+    if not any(attack.startswith("autoattack") for attack in attacks):
+        text += " AutoAttack has not been run, so the robust accuracies are upper bounds at best."
+    return text

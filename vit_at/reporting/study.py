@@ -1,0 +1,296 @@
+"""Runs read back from their work directories, and compared: seeds averaged, differences named.
+
+Run      one work directory: configuration, metrics, results
+groups   runs that differ in nothing but the seed, named by what tells them from the others
+table    their accuracies, mean and standard deviation over the seeds, as a Table
+"""
+
+import dataclasses
+import json
+import re
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from vit_at.config import flatten
+from vit_at.training.metrics import METRICS_FILE
+from vit_at.workdir.files import CONFIG_FILE, read_config, read_json
+from vit_at.workdir.results import AUTOATTACK, RESULTS_FILE, in_255ths
+
+# What may differ between two runs of one experiment: names, places, and how often is looked at it.
+_IRRELEVANT = frozenset(
+    {
+        "name",
+        "seed",
+        "data.dir",
+        "data.cache_gib",
+        "data.threads",
+        "eval.attacks",
+        "eval.batch_size",
+        "eval.num_examples",
+        "checkpoint.every_minutes",
+        "checkpoint.keep",
+        "log_every_steps",
+    }
+)
+# What training without masks does not look at, and natural training.
+_OF_THE_MASKS = frozenset({"masking.keep_max", "masking.patch_size", "masking.warmup_epochs"})
+_OF_THE_ATTACK = frozenset({"beta", "threat.eps_warmup_epochs", "threat.start", "threat.steps"})
+_MOST_DIFFERENCES = 4  # in a group's name
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A work directory, or what is there of it.
+
+    config: as nested dicts; metrics: the lines of metrics.jsonl; records: those of results.json.
+    """
+
+    workdir: epath.Path
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    records: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, workdir: str | epath.Path) -> "Run":
+        """Reads a work directory; metrics and results may be missing.
+
+        Raises:
+          UserError: it is none, or a file in it is damaged.
+        """
+        workdir = epath.Path(workdir)
+        config = read_config(workdir).to_dict()
+        results = workdir / RESULTS_FILE
+        records: Any = read_json(results) if results.exists() else []
+        return cls(workdir, config, _metrics(workdir / METRICS_FILE), records)
+
+    @property
+    def tested(self) -> list[dict[str, Any]]:
+        """The records of the weights that the configuration says are to be tested, if any."""
+        which = self.config["eval"]["checkpoint"]
+        own = [r for r in self.records if r["protocol"]["weights"].get("checkpoint") == which]
+        return own or self.records
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """Epochs and values of a metric, over the lines that have it."""
+        lines = [line for line in self.metrics if name in line]
+        return [line["epoch"] for line in lines], [line[name] for line in lines]
+
+
+def find(places: Sequence[str | epath.Path]) -> list[Run]:
+    """The runs of these work directories, or of those right inside a directory that is none.
+
+    Raises:
+      UserError: a place holds no work directory, or a damaged one.
+    """
+    runs = []
+    for place in map(epath.Path, places):
+        inner = [place] if (place / CONFIG_FILE).exists() else _inside(place)
+        runs += [Run.read(workdir) for workdir in inner or [place]]
+    return runs
+
+
+def _inside(place: epath.Path) -> list[epath.Path]:
+    if not place.is_dir():
+        return []
+    runs = (path for path in place.iterdir() if (path / CONFIG_FILE).exists())
+    return sorted(runs, key=_by_numbers)
+
+
+def _by_numbers(path: epath.Path) -> list[str | float]:
+    """A key for sorting by name, numbers by their values: 'epochs=5' before 'epochs=10'."""
+    words = re.split(r"(\d+(?:\.\d+)?)", path.name)
+    return [float(word) if i % 2 else word for i, word in enumerate(words)]
+
+
+def _metrics(path: epath.Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; one that a crash cut short ends it."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    per_step = next((line["epoch"] / line["step"] for line in lines if line.get("epoch")), 0.0)
+    return [{"epoch": per_step * line["step"]} | line for line in lines]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed; name: what tells them from the other groups."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """Gathers runs by their configuration without the seed, in the order of their first."""
+    gathered: dict[str, list[Run]] = {}
+    for run in runs:
+        gathered.setdefault(json.dumps(_relevant(run), sort_keys=True), []).append(run)
+    flat = [_relevant(members[0]) for members in gathered.values()]
+    fields = dict.fromkeys(field for config in flat for field in config)
+    differing = [f for f in fields if len({json.dumps(c[f]) for c in flat if f in c}) > 1]
+    return [
+        Group(_name(config, differing, members[0]), tuple(members))
+        for config, members in zip(flat, gathered.values(), strict=True)
+    ]
+
+
+def _relevant(run: Run) -> dict[str, Any]:
+    flat = flatten(run.config)
+    # Each seed may start from pre-trained weights of its own.
+    flat["model.pretrained"] = re.sub(r"(seed\D?)\d+", r"\1*", flat["model.pretrained"])
+    without = _IRRELEVANT
+    if flat["objective"] == "natural":
+        without |= _OF_THE_ATTACK | _OF_THE_MASKS
+    if not (flat["masking.ard"] or flat["masking.prm"]):
+        without |= _OF_THE_MASKS
+    return {field: value for field, value in flat.items() if field not in without}
+
+
+def _name(config: dict[str, Any], differing: Sequence[str], run: Run) -> str:
+    """'AT + ARD + PRM' or 'TRADES, learning_rate 0.01': the method, then what else differs.
+
+    Where that is more than can be read, the name of a work directory stands for it, less its seed.
+    """
+    said = ("objective", "masking.ard", "masking.prm")
+    rest = [field for field in differing if field in config and field not in said]
+    if len(rest) > _MOST_DIFFERENCES:
+        arm = re.sub(r"[-_]?seed\W?\d+", "", run.workdir.name)
+        return f"{method(config)} ({arm})" if arm else method(config)
+    return ", ".join([method(config), *(describe(field, config[field]) for field in rest)])
+
+
+def method(config: dict[str, Any]) -> str:
+    """'natural', 'AT', 'TRADES + PRM', ... of a flat configuration."""
+    objective = config["objective"]
+    masks = [word.upper() for word in ("ard", "prm") if config[f"masking.{word}"]]
+    return " + ".join([objective if objective == "natural" else objective.upper(), *masks])
+
+
+def describe(field: str, value: Any) -> str:
+    """A field and its value in few words: 'schedule cosine', 'no weight_decay', 'from scratch'."""
+    if field == "model.pretrained":
+        return f"from {value.rstrip('/').rpartition('/')[2]}" if value else "from scratch"
+    if field == "model.name":
+        return value
+    word = field if field.endswith(".name") else field.rpartition(".")[2]
+    if word == "probability":
+        word = field.rpartition(".")[0]
+    if isinstance(value, (bool, int, float)) and not value:
+        return f"no {word}"
+    if isinstance(value, bool):
+        return word
+    return f"{word} {value:g}" if isinstance(value, (int, float)) else f"{word} {value}"
+
+
+def attack_name(attack: str) -> str:
+    """'pgd-20' -> 'PGD-20', 'autoattack' -> 'AutoAttack'."""
+    if attack == "clean":
+        return attack
+    return attack.upper().replace(AUTOATTACK.upper(), "AutoAttack")
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """An attack with its protocol: numbers of two columns are not to be averaged."""
+
+    attack: str
+    data: str
+    num_examples: int
+    norm: str | None
+    eps: float | None
+    step_size: float | None
+    restarts: int | None
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Column":
+        protocol = record["protocol"]
+        eps, step = protocol.get("eps"), protocol.get("step_size")
+        return cls(
+            record["attack"],
+            protocol["data"],
+            protocol["num_examples"],
+            protocol.get("norm"),
+            eps and round(eps, 9),
+            step and round(step, 9),
+            protocol.get("restarts"),
+        )
+
+    def heading(self, others: Sequence["Column"]) -> str:
+        """The attack, with as much of the protocol as tells it from the other columns."""
+        parts = [attack_name(self.attack)]
+        same = [other for other in others if other.attack == self.attack]
+        words = {
+            "norm": self.norm,
+            "eps": f"eps {in_255ths(self.eps)}" if self.eps else "",
+            "step_size": f"step {in_255ths(self.step_size)}" if self.step_size else "",
+            "restarts": f"{self.restarts} restarts",
+            "num_examples": f"{self.num_examples} images",
+            "data": self.data,
+        }
+        differing = [w for f, w in words.items() if len({getattr(o, f) for o in same}) > 1]
+        return ", ".join(parts + [word for word in differing if word])
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """headings of the columns; rows: (name, number of seeds, a cell each, '-' where unmeasured)."""
+
+    headings: tuple[str, ...]
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, int, tuple[str, ...]], ...]
+
+    def markdown(self, first: str = "training") -> str:
+        """As a GitHub table."""
+        lines = [[first, "seeds", *(f"{heading} %" for heading in self.headings)]]
+        lines += [["---"] * len(lines[0])]
+        lines += [[name, str(seeds), *cells] for name, seeds, cells in self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def table(members: Sequence[Group]) -> Table:
+    """Accuracies in per cent: mean ± standard deviation over the seeds of each group."""
+    measured = [accuracies(group) for group in members]
+    columns = sorted(
+        dict.fromkeys(column for accuracies in measured for column in accuracies), key=_order
+    )
+    headings = tuple(column.heading(columns) for column in columns)
+    rows = [
+        (group.name, len(group.runs), tuple(_cell(found.get(c, []), group) for c in columns))
+        for group, found in zip(members, measured, strict=True)
+    ]
+    return Table(headings, tuple(columns), tuple(rows))
+
+
+def _cell(values: Sequence[float], group: Group) -> str:
+    text = mean_and_deviation(values)
+    return text if len(values) in (0, len(group.runs)) else f"{text} ({len(values)} seeds)"
+
+
+def accuracies(group: Group) -> dict[Column, list[float]]:
+    """{column: a value for each seed that has been measured under its protocol}."""
+    found: dict[Column, list[float]] = {}
+    for run in group.runs:
+        for record in run.tested:
+            found.setdefault(Column.of(record), []).append(record["accuracy"])
+    return found
+
+
+def _order(column: Column) -> tuple[Any, ...]:
+    """Clean first, then by attack and strength; AutoAttack last."""
+    rank = 2 if column.attack.startswith(AUTOATTACK) else int(column.attack != "clean")
+    kind, _, steps = column.attack.partition("-")
+    strength = int(steps) if steps.isdecimal() else 0
+    return rank, kind, strength, column.eps or 0, column.step_size or 0, -column.num_examples
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """[0.7, 0.8] -> '75.0 ± 7.1': per cent, the deviation that of a sample; '-' for none."""
+    if not values:
+        return "-"
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"

@@ -1,0 +1,324 @@
+"""The loop: from a configuration to a trained model with its measured robustness."""
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import logging
+from clu import parameter_overview
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from vit_at.attacks import Threat
+from vit_at.data import pipeline
+from vit_at.distributed import processes, sharding
+from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store
+from vit_at.evaluation.protocol import parse_attacks
+from vit_at.training import metrics, optim
+from vit_at.training.setup import (
+    Setup,
+    StepFn,
+    compile_step,
+    float32_classifier,
+    initial_state,
+    prepare,
+    resolve,
+)
+from vit_at.training.step import TrainState
+from vit_at.workdir.checkpoint import Checkpoints
+from vit_at.workdir.files import disk_errors, locked, write_atomically, write_config
+from vit_at.workdir.results import Results
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end; its state is saved."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal_number)
+        self.exit_status = 128 + signal_number
+
+
+class Diverged(Exception):
+    """Loss or gradient is not finite; the text says at which step and what to try."""
+
+
+def train(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
+    """Trains, or goes on with, the run of ``workdir``; then evaluates it on the test split.
+
+    Returns:
+      The records of the final evaluation, which are also in ``results.json``.
+
+    Raises:
+      UserError: a configuration, data set or work directory that can't be used; nothing has been
+        written then.
+      Interrupted: SIGTERM or SIGINT came; the state is saved.
+      Diverged: loss or gradient became NaN or infinite; the last good state is kept.
+    """
+    setup = prepare(resolve(config))
+    optimizer = optim.make_optimizer(setup.config, setup.steps_per_epoch)
+    state = initial_state(setup, optimizer)
+    with disk_errors(workdir):
+        write_config(workdir, setup.config)
+        with locked(workdir, "training"):
+            return _run(setup, optimizer, state, workdir)
+
+
+def _run(
+    setup: Setup, optimizer: optax.GradientTransformation, state: TrainState, workdir: epath.Path
+) -> list[dict[str, Any]]:
+    """``train`` in a work directory that is ours."""
+    checkpoints = Checkpoints(workdir, setup.config.checkpoint.keep)
+    values: dict[str, Any] = {"best": None}
+    if restored := checkpoints.restore(state.trees, setup.mesh):
+        step, trees, values = restored
+        state = state.replace(step=sharding.replicate(np.int32(step), setup.mesh), **trees)
+    _describe(setup, state, workdir)
+    if int(state.step) < setup.total_steps:
+        loop = Loop(setup, compile_step(setup, optimizer), checkpoints, workdir, values["best"])
+        state = loop.run(state)
+    if jax.process_count() > 1:  # JAX's service, which took SIGTERM, has done its part
+        processes.end_on_sigterm()
+    params, weights = _tested_weights(setup, state, checkpoints)
+    checkpoints.close()
+    return _final_evaluation(setup, params, weights, workdir)
+
+
+def _describe(setup: Setup, state: TrainState, workdir: epath.Path) -> None:
+    """Says what is about to run and what it will cost; writes the parameter overview."""
+    config, done = setup.config, int(state.step)
+    if jax.process_index() == 0:
+        overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+        write_atomically(workdir / "parameters.txt", overview + "\n")
+    flops = metrics.step_flops(
+        config.objective, setup.model.forward_flops(), config.batch_size, config.threat.steps
+    )
+    parameters = parameter_overview.count_parameters(state.params)
+    held_out = len(setup.validation_set or ())
+    logging.info("work directory %s", workdir)
+    logging.info(
+        "%s of %s, matrix products in %s", config.objective, config.model.name, config.dtype
+    )
+    logging.info("%s: %d images, %d held out", setup.train_set.name, len(setup.train_set), held_out)
+    logging.info("devices: %d of kind %s", setup.mesh.size, jax.devices()[0].device_kind)
+    logging.info("%s", metrics.cost_estimate(flops, setup.total_steps, parameters))
+    if done:
+        logging.info("resuming at step %d of %d", done, setup.total_steps)
+
+
+class Loop:
+    """Steps with what goes on around them: metrics, validation, checkpoints, signals."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        step_fn: StepFn,
+        checkpoints: Checkpoints,
+        workdir: epath.Path,
+        best: dict[str, Any] | None,
+    ):
+        """best: {'step', 'robust', 'clean'} of the best validation so far."""
+        self._setup, self._config = setup, setup.config
+        self._step_fn, self._checkpoints, self._workdir = step_fn, checkpoints, workdir
+        self._best = best
+        self._window = metrics.Window()
+        self._collapse = metrics.Collapse(setup.train_set.num_classes)
+        self._evaluator = _validation_evaluator(setup)
+
+    def run(self, state: TrainState) -> TrainState:
+        """Takes all steps that are left."""
+        first = int(state.step)
+        self._progress = metrics.Progress(self._setup.total_steps, first, "step")
+        logging.info("compiling the step; the first one takes a while")
+        self._saved = self._logged = time.monotonic()
+        writer = metrics.Writer(self._workdir, first)
+        with contextlib.closing(writer) as self._writer, _Signals() as signals:
+            for step, batch in enumerate(self._batches(first), start=first + 1):
+                state, step_metrics = self._step_fn(state, batch)
+                self._window.add(step_metrics)
+                signals.agree(step)
+                self._after_step(state, step, signals.received is not None)
+                if signals.received is not None:
+                    break
+        self._progress.close()
+        self._checkpoints.wait()
+        if signals.received is not None:
+            logging.info("saved step %d; the same command goes on from there", step)
+            raise Interrupted(signals.received)
+        return state
+
+    def _batches(self, first_step: int) -> Iterator[dict[str, jax.Array]]:
+        """Batches on the devices, each sent while the step before it runs."""
+        host_batches = pipeline.train_batches(
+            self._setup.train_set,
+            batch_size=self._config.batch_size,
+            seed=self._config.seed,
+            first_step=first_step,
+            last_step=self._setup.total_steps,
+            threads=self._config.data.threads,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for batch in host_batches:
+            yield sharding.split_batch(batch, self._setup.mesh)
+
+    def _after_step(self, state: TrainState, step: int, ending: bool) -> None:
+        config, per_epoch = self._config, self._setup.steps_per_epoch
+        epoch_ends = step % per_epoch == 0
+        logs = step % config.log_every_steps == 0
+        save = epoch_ends or ending or self._save_is_due(step, logs)
+        text = self._log(step) if save or logs else ""
+        if epoch_ends and self._evaluator and self._validates(step // per_epoch):
+            self._validate(self._evaluator, state, step)
+        if save:
+            self._checkpoints.save(step, state.trees, self._values(step))
+            self._saved = time.monotonic()
+        self._progress.update(text)
+
+    def _save_is_due(self, step: int, logs: bool) -> bool:
+        """By the steps, or by the clock of process 0, asked whenever metrics are logged."""
+        options = self._config.checkpoint
+        if options.every_steps and step % options.every_steps == 0:
+            return True
+        if not (logs and options.every_minutes):
+            return False
+        minutes = (time.monotonic() - self._saved) / 60
+        return processes.agree(minutes >= options.every_minutes)
+
+    def _validates(self, epoch: int) -> bool:
+        return epoch % self._config.eval.every_epochs == 0 or epoch == self._config.epochs
+
+    def _log(self, step: int) -> str:
+        """Writes the window's means; returns the line beside the progress bar."""
+        count, epoch = len(self._window), step / self._setup.steps_per_epoch
+        means = self._window.means()
+        if not (math.isfinite(means["loss"]) and math.isfinite(means["gradient_norm"])):
+            self._progress.close()
+            self._checkpoints.wait()
+            raise Diverged(metrics.diverged(step))
+        seconds, self._logged = time.monotonic() - self._logged, time.monotonic()
+        means["images_per_second"] = count * self._config.batch_size / seconds
+        self._writer.write(step, {"epoch": epoch} | means)
+        if alarm := self._collapse.check(means):
+            self._progress.say(f"warning: {alarm}")
+        return metrics.status_line(means, epoch, self._config.epochs)
+
+    def _validate(self, evaluator: Evaluator, state: TrainState, step: int) -> None:
+        """Robust validation; the weights are kept where they are the best so far."""
+        params = sharding.replicate(state.eval_params, self._setup.mesh)
+        accuracies = {n: float(c.mean()) for n, c in evaluator(params)}
+        robust = accuracies[self._config.eval.validation_attack]
+        epoch = step / self._setup.steps_per_epoch
+        values = {f"validation/{name}": accuracy for name, accuracy in accuracies.items()}
+        self._writer.write(step, {"epoch": epoch} | values)
+        line = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
+        self._progress.say(f"epoch {epoch:g}: validation {line}")
+        if self._best is None or robust > self._best["robust"]:
+            self._best = {"step": step, "robust": robust}
+            self._checkpoints.save_best(state.eval_params, self._values(step))
+        self._logged = time.monotonic()
+
+    def _values(self, step: int) -> dict[str, Any]:
+        data = self._setup.train_set
+        return {
+            "step": step,
+            "best": self._best,
+            "num_classes": data.num_classes,
+            "class_names": list(data.class_names),
+        }
+
+
+def _validation_evaluator(setup: Setup) -> Evaluator | None:
+    config = setup.config
+    if setup.validation_set is None or not config.eval.every_epochs:
+        return None
+    return _evaluator(setup, f"clean,{config.eval.validation_attack}", setup.validation_set)
+
+
+def _evaluator(setup: Setup, attacks: str, examples: Any) -> Evaluator:
+    config = setup.config
+    return Evaluator(
+        float32_classifier(setup),
+        examples,
+        parse_attacks(attacks, Threat.of(config.threat)),
+        setup.mesh,
+        batch_size=config.eval.batch_size,
+        seed=config.seed,
+        threads=config.data.threads,
+    )
+
+
+def _tested_weights(
+    setup: Setup, state: TrainState, checkpoints: Checkpoints
+) -> tuple[Any, dict[str, Any]]:
+    """The weights that the final evaluation is about, and what to say of them."""
+    if setup.config.eval.checkpoint == "best":
+        restored = checkpoints.restore_best(state.eval_params, setup.mesh)
+        if restored is not None:
+            params = sharding.replicate(restored[0], setup.mesh)
+            return params, {"checkpoint": "best", "step": restored[1]}
+        logging.warning("no best checkpoint can be read; testing the last weights instead")
+    params = sharding.replicate(state.eval_params, setup.mesh)
+    return params, {"checkpoint": "last", "step": int(state.step)}
+
+
+def _final_evaluation(
+    setup: Setup, params: Any, weights: dict[str, Any], workdir: epath.Path
+) -> list[dict[str, Any]]:
+    config = setup.config
+    logging.info(
+        "testing the %s weights (step %d) on %d images of %s",
+        weights["checkpoint"],
+        weights["step"],
+        len(setup.test_set),
+        setup.test_set.name,
+    )
+    with locked(workdir, "evaluation"):
+        return evaluate_and_store(
+            _evaluator(setup, config.eval.attacks, setup.test_set),
+            params,
+            setup.test_set,
+            Results(workdir),
+            seed=config.seed,
+            weights=weights,
+        )
+
+
+class _Signals:
+    """Remembers SIGTERM and SIGINT, for the loop to end between two steps.
+
+    Among several processes the one that is asked to end tells the others through JAX's preemption
+    service, which listens to SIGTERM itself and chooses a step that none of them has passed.
+    """
+
+    def __enter__(self) -> "_Signals":
+        self.received: int | None = None
+        self._several = jax.process_count() > 1
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._remember) for number in numbers}
+        return self
+
+    def agree(self, step: int) -> None:
+        """Takes up what another process has received; each calls it after each step."""
+        if self._several and multihost_utils.reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM
+
+    def _remember(self, number: int, frame: Any) -> None:
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        if self.received is not None:  # asked twice: no more patience
+            raise KeyboardInterrupt
+        self.received = number
+        logging.info("signal %d: saving, then ending; once more ends at once", number)
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,288 @@
+"""Parameters between timm's names and Flax's, so that weights move both ways.
+
+from_timm   {timm name: array} -> Flax parameters, adapted to the model's patch, resolution, classes
+to_timm     Flax parameters -> {timm name: array}
+convert     from_timm with a report of what was loaded, adapted, dropped and newly initialised
+load        a file or a model hub's name -> {timm name: array}
+
+File formats are in vit_at/weight_files.py and changes of shape in vit_at/weight_adaptation.py: both
+are plain functions of arrays that know nothing about Flax or our models.
+
+timm stores a linear weight as [out, in] and a convolution as [out, in, height, width]; Flax stores
+[in, out] and [height, width, in, out], and the blocks' parameters are stacked along axis 0, as the
+model's ``stacks`` says. The names of timm 0.5 serve inside; those of timm 1.x differ for Swin only:
+``layers.i.downsample`` became ``layers.(i+1).downsample`` and ``head`` became ``head.fc``.
+"""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_at import models
+from vit_at.errors import UserError
+from vit_at.models import swin
+from vit_at.weights.adaptation import adapt
+from vit_at.weights.files import HUB_PREFIX, load
+
+__all__ = ["HUB_PREFIX", "Report", "convert", "from_timm", "load", "timm_shapes", "to_timm"]
+
+_LEAF_NAMES = {"kernel": "weight", "scale": "weight"}
+_MODULE_NAMES = {"patch_embed": "patch_embed.proj", "patch_norm": "patch_embed.norm"}
+_BUFFERS = ("relative_position_index", "attn_mask")
+_SHOWN = 20  # problems of a kind that an error names; the others are counted
+
+StateDict = dict[str, np.ndarray]
+
+
+def _layout(path: tuple[str, ...], value: np.ndarray, *, to_timm: bool) -> np.ndarray:
+    """Between Flax's and PyTorch's order of a kernel's axes; other parameters stay."""
+    if path[-1] != "kernel":
+        return value
+    if value.ndim == 4:
+        return value.transpose((3, 2, 0, 1) if to_timm else (2, 3, 1, 0))
+    return value.T
+
+
+def _rows(path: tuple[str, ...], model: Any) -> tuple[list[str], bool]:
+    """timm's names of a Flax parameter, and whether they are rows along its axis 0."""
+    prefixes, rest = None, path
+    for stack, names in model.stacks.items():
+        parts = tuple(stack.split("/"))
+        if path[: len(parts)] == parts:
+            prefixes, rest = names, path[len(parts) :]
+    *modules, leaf = rest
+    renamed = _MODULE_NAMES | {"last_block": f"blocks.{model.depth - 1}"}
+    modules = [renamed.get(m, re.sub(r"layers_(\d)_", r"layers.\1.", m)) for m in modules]
+    name = ".".join([*modules, _LEAF_NAMES.get(leaf, leaf)])
+    if prefixes is None:
+        return [name], False
+    return [f"{prefix}.{name}" for prefix in prefixes], True
+
+
+def _rename_1x(name: str, step: int) -> str:
+    """A Swin parameter's name from timm 0.5 to 1.x (step 1) or back (step -1)."""
+    name = re.sub(
+        r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + step}.downsample", name
+    )
+    old, new = ("head.", "head.fc.") if step > 0 else ("head.fc.", "head.")
+    return name.replace(old, new, 1) if name.startswith(old) else name
+
+
+def timm_shapes(params: Any, model: Any) -> dict[str, tuple[int, ...]]:
+    """{name of timm 0.5: PyTorch's shape} of Flax parameters, which may be abstract."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, leaf in flax.traverse_util.flatten_dict(params).items():
+        names, stacked = _rows(path, model)
+        row = np.broadcast_to(np.zeros(()), leaf.shape[1:] if stacked else leaf.shape)
+        shapes |= dict.fromkeys(names, _layout(path, row, to_timm=True).shape)
+    return shapes
+
+
+def to_timm(params: Any, model: Any, *, names: str = "0.5", buffers: bool = False) -> StateDict:
+    """The parameters under timm's names and in PyTorch's layouts.
+
+    Args:
+      names: '0.5' or '1.x', timm's version.
+      buffers: adds Swin's index tables and masks, which timm 0.5 wants in a strict
+        ``load_state_dict`` and timm 1.x refuses.
+    """
+    state_dict = {}
+    for path, leaf in flax.traverse_util.flatten_dict(params).items():
+        value = np.asarray(leaf)
+        row_names, stacked = _rows(path, model)
+        for name, row in zip(row_names, value if stacked else [value], strict=True):
+            state_dict[name] = np.ascontiguousarray(_layout(path, row, to_timm=True))
+    if isinstance(model, swin.SwinTransformer):
+        if buffers:
+            state_dict |= _swin_buffers(model)
+        if names == "1.x":
+            state_dict = {_rename_1x(name, 1): value for name, value in state_dict.items()}
+    return state_dict
+
+
+def _swin_buffers(model: swin.SwinTransformer) -> StateDict:
+    """What timm 0.5 stores beside the parameters and computes from the architecture."""
+    buffers = {}
+    stages = zip(model.depths, model.stage_windows(), strict=True)
+    for i, (depth, (side, window, shift)) in enumerate(stages):
+        for j in range(depth):
+            block = f"layers.{i}.blocks.{j}"
+            index = swin.relative_position_index(window)
+            buffers[f"{block}.attn.relative_position_index"] = index.astype(np.int64)
+            if shift and j % 2:
+                mask = swin.shift_mask(side + -side % window, window, shift)
+                buffers[f"{block}.attn_mask"] = mask.astype(np.float32)
+    return buffers
+
+
+@dataclasses.dataclass
+class Report:
+    """What became of each array: timm's names, with a word on those that were not just loaded."""
+
+    loaded: list[str] = dataclasses.field(default_factory=list)
+    adapted: dict[str, str] = dataclasses.field(default_factory=dict)
+    dropped: dict[str, str] = dataclasses.field(default_factory=dict)
+    initialised: list[str] = dataclasses.field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"loaded       {len(self.loaded)} arrays as they are"]
+        for title, changes in (("adapted", self.adapted), ("dropped", self.dropped)):
+            groups: dict[str, list[str]] = {}
+            for name, what in changes.items():
+                groups.setdefault(what, []).append(name)
+            for what, names in groups.items():
+                shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" * (len(names) > 2))
+                lines.append(f"{title:12} {shown}: {what}")
+        if self.initialised:
+            lines.append(f"{'initialised':12} {', '.join(self.initialised)}: at random")
+        return "\n".join(lines)
+
+
+def from_timm(state_dict: StateDict, model: Any) -> Any:
+    """Flax parameters from {timm name: array}, under the names of timm 0.5 or 1.x.
+
+    The patch kernel, the position embedding and Swin's bias tables are adapted where their shapes
+    differ; the head is dropped and newly initialised where the number of classes does. If anything
+    was not just loaded, the report is printed to stderr.
+
+    Raises:
+      UserError: keys that are missing, unexpected, of another shape or no finite floating-point
+        numbers, each named.
+    """
+    params, report = convert(state_dict, model)
+    if report.adapted or report.dropped or report.initialised:
+        print(report, file=sys.stderr)
+    return params
+
+
+def convert(state_dict: StateDict, model: Any, key: jax.Array | None = None) -> tuple[Any, Report]:
+    """from_timm, with a report; ``key``: of a newly initialised head, by default jax.random.key(0).
+
+    Raises:
+      UserError: as from_timm.
+    """
+    key = jax.random.key(0) if key is None else key
+    abstract = jax.eval_shape(lambda k: models.init_params(model, k), key)
+    shapes = timm_shapes(abstract, model)
+    report = Report()
+    values = {name: np.asarray(value) for name, value in state_dict.items()}
+    new_names = _has_new_names(values, model)
+    values = _canonical(values, model, new_names)
+    _drop_head(values, shapes, report)
+    _adapt_all(values, shapes, model, report)
+    _check(values, shapes, report, new_names)
+    report.loaded = [n for n in shapes if n in values and n not in report.adapted]
+
+    fresh = _fresh_head(model, key) if report.initialised else {}
+    params = {}
+    for path, leaf in flax.traverse_util.flatten_dict(abstract).items():
+        names, stacked = _rows(path, model)
+        if names[0] in report.initialised:
+            params[path] = fresh[path]
+            continue
+        rows = [_layout(path, values[name], to_timm=False) for name in names]
+        params[path] = jnp.asarray(np.stack(rows) if stacked else rows[0], leaf.dtype)
+    return flax.traverse_util.unflatten_dict(params), report
+
+
+def _has_new_names(state_dict: StateDict, model: Any) -> bool:
+    """Whether these are a Swin's arrays under the names of timm 1.x."""
+    only_there = ("head.fc.", f"layers.{swin.STAGES - 1}.downsample.")
+    named = any(name.startswith(only_there) for name in state_dict)
+    return named and isinstance(model, swin.SwinTransformer)
+
+
+def _canonical(state_dict: StateDict, model: Any, new_names: bool) -> StateDict:
+    """The arrays under timm 0.5's names, without buffers of a plausible shape."""
+    if not isinstance(model, swin.SwinTransformer):
+        return state_dict
+    if new_names:
+        state_dict = {_rename_1x(name, -1): value for name, value in state_dict.items()}
+
+    def is_buffer(name, value):
+        square = value.ndim >= 2 and value.shape[-1] == value.shape[-2]
+        return square and value.ndim == (2 if name.endswith(_BUFFERS[0]) else 3)
+
+    return {
+        name: value
+        for name, value in state_dict.items()
+        if not (name.endswith(_BUFFERS) and is_buffer(name, value))
+    }
+
+
+def _drop_head(values: StateDict, shapes: dict[str, tuple[int, ...]], report: Report) -> None:
+    """Drops a head for another number of classes, and a representation layer below it."""
+    weight, shape = values.get("head.weight"), shapes["head.weight"]
+    if weight is None or weight.ndim != 2 or weight.shape == shape:
+        return
+    classes = len(weight)
+    bias = values.get("head.bias")
+    if weight.shape[1] != shape[1] or bias is None or bias.shape != (classes,):
+        return
+    for name in [n for n in values if n in ("head.weight", "head.bias") or "pre_logits" in n]:
+        report.dropped[name] = f"made for {classes} classes, not {shape[0]}"
+        del values[name]
+    report.initialised = ["head.weight", "head.bias"]
+
+
+def _adapt_all(
+    values: StateDict, shapes: dict[str, tuple[int, ...]], model: Any, report: Report
+) -> None:
+    for name, shape in shapes.items():
+        if name in values and values[name].shape != shape and _is_float(values[name]):
+            result = adapt(name, values[name], shape, model.num_tokens)
+            if result is not None:
+                values[name], report.adapted[name] = result
+
+
+def _is_float(value: np.ndarray) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _check(
+    values: StateDict, shapes: dict[str, tuple[int, ...]], report: Report, new_names: bool
+) -> None:
+    """Raises a UserError that names every array which does not fit, as its file does."""
+    if new_names:
+        values = {_rename_1x(name, 1): value for name, value in values.items()}
+        shapes = {_rename_1x(name, 1): shape for name, shape in shapes.items()}
+    fresh = [_rename_1x(n, 1) if new_names else n for n in report.initialised]
+    common = [name for name in shapes if name in values]
+    wrong = {
+        "missing": [n for n in shapes if n not in values and n not in fresh],
+        "unexpected": [n for n in values if n not in shapes],
+        "misshapen": [
+            f"{n} {values[n].shape} instead of {shapes[n]}"
+            for n in common
+            if values[n].shape != shapes[n]
+        ],
+        "not floating-point": [
+            f"{n} {values[n].dtype}" for n in common if not _is_float(values[n])
+        ],
+        "not finite": [
+            n for n in common if _is_float(values[n]) and not np.isfinite(values[n]).all()
+        ],
+    }
+    parts = []
+    for kind, names in wrong.items():
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            parts.append(f"{kind}: {', '.join(names[:_SHOWN])}{more}")
+    if parts:
+        raise UserError(
+            f"the weights do not fit the model ({'; '.join(parts)}); choose the weights of the "
+            "architecture in model.name"
+        )
+
+
+def _fresh_head(model: Any, key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
+    """Only the head of newly initialised parameters, so that nothing else is computed."""
+    head: Callable = jax.jit(lambda k: models.init_params(model, k)["head"])
+    return {("head", leaf): value for leaf, value in head(key).items()}

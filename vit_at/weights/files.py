@@ -1,0 +1,232 @@
+"""Weight files -> {timm name: array}, without executing anything that is in them.
+
+.safetensors         plain arrays
+.npz                 plain arrays, under timm's names or Google's (the original ViT and AugReg)
+.pth .pt .bin        pickles, only through ``torch.load(weights_only=True)``, if torch is installed
+hf:owner/name        model.safetensors of a model hub's repository, through huggingface_hub
+
+Files are recognised by their suffix alone: what a file holds never chooses how it is read.
+"""
+
+import contextlib
+import os
+import pathlib
+import pickle
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from vit_at.errors import UserError
+
+HUB_PREFIX = "hf:"
+HUB_FILE = "model.safetensors"
+_HUB_TIMEOUT = 5.0  # seconds for the hub's first answer
+_WAYS_ON = (
+    "give a file (--config.model.pretrained=PATH.safetensors), a work directory of ours "
+    "(--config.model.pretrained=runs/NAME), or train from scratch (--config.model.pretrained='')"
+)
+
+StateDict = dict[str, np.ndarray]
+
+
+def load(source: str | os.PathLike) -> StateDict:
+    """Reads weights.
+
+    Args:
+      source: a .safetensors, .npz, .pth, .pt or .bin file; a directory that holds a
+        model.safetensors; or a model hub's name such as 'hf:timm/deit_tiny_patch16_224.fb_in1k',
+        with '@revision' at its end if wanted. Once fetched, a hub's file is read from the cache.
+
+    Returns:
+      {name: array} under timm's names.
+
+    Raises:
+      UserError: the file is missing, damaged, of an unknown kind, or holds more than plain arrays.
+    """
+    source = os.fspath(source)
+    if source.startswith(HUB_PREFIX):
+        path = _fetch(source[len(HUB_PREFIX) :])
+    else:
+        path = pathlib.Path(source).expanduser()
+        if path.is_dir():
+            path = path / HUB_FILE
+    if not path.is_file():
+        raise UserError(f"there is no weight file '{path}'; {_WAYS_ON}")
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise UserError(
+            f"weight file '{path}' has an unknown suffix; convert it to one of "
+            f"{', '.join(_READERS)}"
+        )
+    state_dict = reader(path)
+    if not state_dict:
+        raise UserError(f"weight file '{path}' holds no arrays; choose another file")
+    return state_dict
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return UserError(
+        f"weight file '{path}' is damaged or no {path.suffix} file ({reason}); fetch it again"
+    )
+
+
+def _read_safetensors(path: pathlib.Path) -> StateDict:
+    try:
+        return safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_npz(path: pathlib.Path) -> StateDict:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
+        raise _damaged(path, error) from error
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError) as error:
+        raise _damaged(path, error) from error
+    prefix = "opt/target/" if "opt/target/embedding/kernel" in arrays else ""
+    if f"{prefix}embedding/kernel" in arrays:
+        arrays = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+        return _from_google(arrays, path)
+    return arrays
+
+
+def _read_torch(path: pathlib.Path) -> StateDict:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"reading '{path}' needs PyTorch, which is not installed; pip install torch, or "
+            "convert the file to .safetensors where it is"
+        ) from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"weight file '{path}' is damaged or a pickle that holds more than plain arrays, and "
+            "nothing in it was run; choose a file that holds only a state_dict"
+        ) from error
+    except (OSError, ValueError, EOFError, RuntimeError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    )
+    if not tensors:
+        raise UserError(
+            f"weight file '{path}' holds something else than a state_dict; choose a file of named "
+            "tensors, at its top or under 'model' or 'state_dict'"
+        )
+    return {name: _to_numpy(value) for name, value in content.items()}
+
+
+def _to_numpy(tensor: Any) -> np.ndarray:
+    tensor = tensor.detach()
+    if str(tensor.dtype) == "torch.bfloat16":  # NumPy has no such type
+        tensor = tensor.float()
+    return tensor.numpy()
+
+
+_READERS: dict[str, Callable[[pathlib.Path], StateDict]] = {
+    ".safetensors": _read_safetensors,
+    ".npz": _read_npz,
+    ".pth": _read_torch,
+    ".pt": _read_torch,
+    ".bin": _read_torch,
+}
+
+
+def _fetch(name: str) -> pathlib.Path:
+    """The hub's file in the local cache, downloaded if it is not there."""
+    try:
+        import huggingface_hub as hub
+    except ImportError as error:
+        raise UserError(
+            f"'{HUB_PREFIX}{name}' needs huggingface_hub, which is not installed; pip install "
+            f"huggingface_hub, or {_WAYS_ON}"
+        ) from error
+    repository, _, revision = name.partition("@")
+    wanted = {"repo_id": repository, "filename": HUB_FILE, "revision": revision or None}
+    with contextlib.suppress(Exception):  # that it is not cached, in any of the hub's versions
+        return pathlib.Path(hub.hf_hub_download(**wanted, local_files_only=True))
+    try:
+        _check_reachable(hub.constants.ENDPOINT)
+        return pathlib.Path(hub.hf_hub_download(**wanted))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(
+            f"'{HUB_PREFIX}{name}' is not in the cache and cannot be fetched ({reason}); {_WAYS_ON}"
+        ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Raises OSError where nothing answers: the hub library would retry for half a minute."""
+    request = urllib.request.Request(address, method="HEAD")
+    # An answer of any kind, such as a proxy's refusal of HEAD, is for the library to judge.
+    with contextlib.suppress(urllib.error.HTTPError):
+        urllib.request.urlopen(request, timeout=_HUB_TIMEOUT).close()
+
+
+def _from_google(arrays: StateDict, path: pathlib.Path) -> StateDict:
+    """Google's names and layouts (the original ViT and AugReg) -> timm's.
+
+    There, query, key and value are apart, with kernels [d, heads, head_dim], and the output's
+    kernel is [heads, head_dim, d].
+    """
+    left = dict(arrays)
+    out: StateDict = {}
+
+    def move(timm: str, google: str) -> None:
+        """A dense or convolution layer, or a LayerNorm."""
+        weight = left.pop(f"{google}/scale", None)
+        if weight is None:
+            kernel = left.pop(f"{google}/kernel")
+            weight = kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T
+        out[f"{timm}.weight"], out[f"{timm}.bias"] = weight, left.pop(f"{google}/bias")
+
+    def move_block(timm: str, google: str) -> None:
+        move(f"{timm}.norm1", f"{google}/LayerNorm_0")
+        move(f"{timm}.norm2", f"{google}/LayerNorm_2")
+        for i in range(2):
+            move(f"{timm}.mlp.fc{i + 1}", f"{google}/MlpBlock_3/Dense_{i}")
+        attention = f"{google}/MultiHeadDotProductAttention_1"
+        parts = [f"{attention}/{part}" for part in ("query", "key", "value")]
+        kernels = [left.pop(f"{part}/kernel") for part in parts]
+        d = len(kernels[0])
+        out[f"{timm}.attn.qkv.weight"] = np.concatenate([k.reshape(d, -1).T for k in kernels])
+        biases = [left.pop(f"{part}/bias").reshape(-1) for part in parts]
+        out[f"{timm}.attn.qkv.bias"] = np.concatenate(biases)
+        out[f"{timm}.attn.proj.weight"] = left.pop(f"{attention}/out/kernel").reshape(-1, d).T
+        out[f"{timm}.attn.proj.bias"] = left.pop(f"{attention}/out/bias")
+
+    try:
+        out["cls_token"] = left.pop("cls")
+        out["pos_embed"] = left.pop("Transformer/posembed_input/pos_embedding")
+        move("patch_embed.proj", "embedding")
+        i = 0
+        while f"Transformer/encoderblock_{i}/LayerNorm_0/scale" in left:
+            move_block(f"blocks.{i}", f"Transformer/encoderblock_{i}")
+            i += 1
+        move("norm", "Transformer/encoder_norm")
+        if "pre_logits/kernel" in left:
+            move("pre_logits.fc", "pre_logits")
+        if "head/kernel" in left:
+            move("head", "head")
+    except KeyError as error:
+        raise UserError(
+            f"weight file '{path}' has Google's ViT names but lacks {error}; fetch it again"
+        ) from error
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    return out | left

@@ -1,0 +1,260 @@
+"""Checkpoints with orbax: asynchronous, atomic, and verified when they are read.
+
+    WORKDIR/checkpoints/last/STEP/    the whole training state; the newest few are kept
+    WORKDIR/checkpoints/best/STEP/    the weights that did best on the validation examples
+    WORKDIR/checkpoints/corrupt/      what could not be read, moved aside
+
+Orbax writes into a temporary directory and renames it, so a checkpoint is there whole or not at
+all. Every checkpoint also holds a fingerprint of each array, so that changed bits are found.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from vit_at import models
+from vit_at.distributed import processes, sharding
+from vit_at.errors import UserError
+from vit_at.models.build import build
+from vit_at.workdir.files import check_space, disk_errors, read_config
+
+_METADATA = 2**20  # bytes allowed for what orbax writes beside the arrays
+
+
+@jax.jit
+def fingerprint(tree: Any) -> list[jax.Array]:
+    """One uint32 per array: sum_i (2 i + 1) bits_i mod 2^32, i running over its 32-bit words.
+
+    Any single changed word changes it, and as integer sums have no order, sharding does not.
+    """
+
+    def of_array(x):
+        if x.dtype.itemsize < 4:
+            x = x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.uint32)
+        words = jax.lax.bitcast_convert_type(x, jnp.uint32).ravel()
+        return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1))
+
+    return [of_array(x) for x in jax.tree.leaves(tree)]
+
+
+def _plain_fingerprint(tree: Any) -> list[int]:
+    return [int(x) for x in jax.device_get(fingerprint(tree))]
+
+
+def _abstract(tree: Any, mesh: Mesh) -> Any:
+    """Shapes, each with the sharding that it is to have: the array's own, or whole."""
+
+    def of_array(x):
+        own = getattr(x, "sharding", None)
+        whole = NamedSharding(mesh, sharding.WHOLE)
+        laid = own if isinstance(own, NamedSharding) else whole
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid)
+
+    return jax.tree.map(of_array, tree)
+
+
+class Series:
+    """The checkpoints of one kind, by step: named trees of arrays, and a dict of plain values."""
+
+    def __init__(self, directory: epath.Path, keep: int | None, *, read_only: bool = False):
+        self._directory = directory = directory.resolve()  # orbax takes no relative path
+        # Two series may write the same step at a time: their processes must not meet crosswise.
+        apart = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name)
+        self._manager = ocp.CheckpointManager(
+            directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                create=not read_only,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,
+                multiprocessing_options=apart,
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest step that is there whole, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, trees: dict[str, Any], values: dict[str, Any]) -> None:
+        """Starts to write a checkpoint; the arrays may be donated as soon as this returns.
+
+        Raises:
+          UserError: this or the save before it found the disk full or the directory not writable.
+        """
+        values = values | {"fingerprints": {n: _plain_fingerprint(t) for n, t in trees.items()}}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items["values"] = ocp.args.JsonSave(values)
+        check_space(self._directory, sum(x.nbytes for x in jax.tree.leaves(trees)) + _METADATA)
+        with disk_errors(self._directory):
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def values(self, step: int) -> dict[str, Any]:
+        """The plain values of a checkpoint."""
+        items = ocp.args.Composite(values=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=items)["values"]
+
+    def restore(self, step: int, trees: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+        """The named trees of a checkpoint, on the devices as the given ones are.
+
+        trees: {name: tree of arrays or shapes}, which the stored ones must match; shapes stand for
+        arrays that are whole on every device of ``mesh``.
+
+        Raises:
+          ValueError: the stored arrays are not those that were saved, or are of another model.
+        """
+        items = {n: ocp.args.StandardRestore(_abstract(t, mesh)) for n, t in trees.items()}
+        items["values"] = ocp.args.JsonRestore()
+        stored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        for name in trees:
+            if _plain_fingerprint(stored[name]) != stored["values"]["fingerprints"][name]:
+                raise ValueError(f"the arrays of '{name}' are not those that were saved")
+        return {name: stored[name] for name in trees}
+
+    def newest_intact(self, read: Callable[[int], Any]) -> Any | None:
+        """``read(step)`` of the newest checkpoint for which it works; None where there is none.
+
+        Corrupt ones are moved aside, and said so.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            found, reason = None, "another process could not read it"
+            try:
+                found = read(step)
+            except Exception as error:
+                reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
+            if processes.all_of(found is not None):
+                return found
+            logging.warning(
+                "checkpoint %s is corrupt (%s); falling back to the one before it",
+                self._directory / str(step),
+                reason,
+            )
+            self._move_aside(step)
+        return None
+
+    def _move_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            aside = self._directory.parent / "corrupt"
+            aside.mkdir(parents=True, exist_ok=True)
+            (self._directory / str(step)).rename(_free_name(aside, str(step)))
+        processes.barrier("moved aside")
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Returns once everything is on disk; UserError where that failed."""
+        with disk_errors(self._directory):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and releases the threads."""
+        self.wait()
+        self._manager.close()
+
+
+def _free_name(directory: epath.Path, name: str) -> epath.Path:
+    taken = sum(path.name.split(".")[0] == name for path in directory.iterdir())
+    return directory / (f"{name}.{taken}" if taken else name)
+
+
+class Checkpoints:
+    """The two series of a work directory: ``last`` for resuming, ``best`` for testing."""
+
+    def __init__(self, workdir: epath.Path, keep: int = 2, *, read_only: bool = False):
+        self._root = root = workdir / "checkpoints"
+        self.last = Series(root / "last", keep, read_only=read_only)
+        self.best = Series(root / "best", 2, read_only=read_only)  # the second: if one is corrupt
+
+    def save(self, step: int, trees: dict[str, Any], values: dict[str, Any]) -> None:
+        """Starts to save the training state, as named trees, under its step."""
+        self.last.save(step, trees, values)
+
+    def restore(
+        self, trees: dict[str, Any], mesh: Mesh
+    ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+        """The newest intact (step, trees, values); None where nothing has been saved.
+
+        Raises:
+          UserError: something has been saved, and none of it can be read.
+        """
+
+        def read(step):
+            return step, self.last.restore(step, trees, mesh), self.last.values(step)
+
+        started = self.last.latest_step() is not None
+        restored = self.last.newest_intact(read)
+        if started and restored is None:
+            raise UserError(
+                f"none of the checkpoints in {self._root / 'last'} can be read; they were moved to "
+                f"{self._root / 'corrupt'}: run the command again to start from step 0"
+            )
+        return restored
+
+    def save_best(self, params: Any, values: dict[str, Any]) -> None:
+        """Starts to save the weights that did best; a step saved before is left as it is."""
+        if values["step"] != self.best.latest_step():
+            self.best.save(values["step"], {"params": params}, values)
+
+    def restore_best(self, params: Any, mesh: Mesh) -> tuple[Any, int] | None:
+        """(weights, step) of the best checkpoint that is intact; None where there is none."""
+        self.best.wait()
+
+        def read(step):
+            return self.best.restore(step, {"params": params}, mesh)["params"], step
+
+        return self.best.newest_intact(read)
+
+    def wait(self) -> None:
+        """Returns once everything is on disk."""
+        self.last.wait()
+        self.best.wait()
+
+    def close(self) -> None:
+        """Waits and releases the threads."""
+        self.last.close()
+        self.best.close()
+
+
+class Trained(NamedTuple):
+    """The weights of a work directory, ready to use.
+
+    values: what the checkpoint says of them: step, num_classes, class_names, ...
+    """
+
+    config: ConfigDict
+    model: Any
+    params: Any
+    values: dict[str, Any]
+
+
+def load_trained(workdir: str | epath.Path, which: str, dtype: str = "float32") -> Trained:
+    """The ``best`` or ``last`` weights of a work directory (the averaged ones, if any).
+
+    Raises:
+      UserError: no work directory, no such checkpoint, or a corrupt one.
+    """
+    workdir = epath.Path(workdir)
+    config = read_config(workdir)
+    mesh = sharding.make_mesh()
+    series = Series(workdir / "checkpoints" / which, None, read_only=True)
+    step = series.latest_step() if (workdir / "checkpoints" / which).exists() else None
+    if step is None:
+        raise UserError(f"{workdir} holds no '{which}' checkpoint yet; train it first")
+    try:
+        values = series.values(step)
+        model = build(config, values["num_classes"], dtype)
+        shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+        name = "ema" if "ema" in values["fingerprints"] else "params"
+        params = series.restore(step, {name: shapes}, mesh)[name]
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"the '{which}' checkpoint of {workdir} (step {step}) can't be read ({reason}); "
+            "resume the run with its command, or use the other of --checkpoint=best and last"
+        ) from error
+    return Trained(config, model, params, values)

@@ -1,0 +1,111 @@
+"""What was measured, with the protocol it was measured under.
+
+results.json      one record per evaluation: attack, accuracy, protocol
+per_example.npz   for each of them the images' places in their split, and which were still correct
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from vit_at.data.sources import Examples
+from vit_at.workdir.files import read_json, write_atomically
+
+RESULTS_FILE, PER_EXAMPLE_FILE = "results.json", "per_example.npz"
+AUTOATTACK = "autoattack"  # loss of its entries, and name of the standard cascade
+
+
+class Results:
+    """``results.json`` and ``per_example.npz`` of a work directory; rewritten atomically."""
+
+    def __init__(self, workdir: epath.Path):
+        self.workdir = workdir
+        self._json, self._npz = workdir / RESULTS_FILE, workdir / PER_EXAMPLE_FILE
+        self.records: list[dict[str, Any]] = []
+        if self._json.exists():
+            self.records = read_json(self._json)
+
+    def find(self, entry: dict[str, Any]) -> dict[str, Any] | None:
+        """The stored record of the same attack and protocol."""
+        same = [r for r in self.records if _identity(r) == _identity(entry)]
+        return same[0] if same else None
+
+    def add(self, entry: dict[str, Any], correct: np.ndarray, examples: Examples) -> None:
+        """Stores a record, in place of an earlier one of the same protocol, and its outcomes."""
+        if jax.process_index():
+            return
+        self.records = [r for r in self.records if _identity(r) != _identity(entry)] + [entry]
+        table = {}
+        if self._npz.exists():
+            with np.load(self._npz.open("rb")) as archive:
+                table = dict(archive)
+        key = _key(entry)
+        table |= {f"{key}/index": examples.indices, f"{key}/correct": correct}
+        content = io.BytesIO()
+        np.savez_compressed(content, **table)
+        write_atomically(self._npz, content.getvalue())
+        write_atomically(self._json, json.dumps(self.records, indent=2) + "\n")
+
+    def outcomes(self, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
+        """(places in the split [N], correct [N] bool) of a record; None where they aren't kept."""
+        if not self._npz.exists():
+            return None
+        with np.load(self._npz.open("rb")) as archive:
+            names = [f"{_key(entry)}/{kind}" for kind in ("index", "correct")]
+            if not set(names) <= set(archive):
+                return None
+            return archive[names[0]], archive[names[1]]
+
+
+def _key(entry: dict[str, Any]) -> str:
+    protocol = entry["protocol"]
+    return f"{protocol['weights']['digest']}/{protocol['data']}/{_short(entry)}"
+
+
+def _identity(entry: dict[str, Any]) -> str:
+    protocol = {k: v for k, v in entry["protocol"].items() if k != "packages"}
+    return json.dumps([entry["attack"], protocol], sort_keys=True)
+
+
+def _short(entry: dict[str, Any]) -> str:
+    """'359 clean' or '359 pgd-20 linf 0.03137 step 0.007843 x1 seed 0': tells entries apart."""
+    protocol = entry["protocol"]
+    text = f"{protocol['num_examples']} {entry['attack']}"
+    if "norm" not in protocol:
+        return text
+    if "step_size" not in protocol:
+        return f"{text} {protocol['norm']} {protocol['eps']:.4g} seed {protocol['seed']}"
+    return (
+        f"{text} {protocol['norm']} {protocol['eps']:.4g} step {protocol['step_size']:.4g} "
+        f"x{protocol['restarts']} seed {protocol['seed']}"
+    )
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Results as aligned text, one line each."""
+    lines = [f"{'attack':<10} {'accuracy':>9}   images  protocol"]
+    for entry in records:
+        protocol = entry["protocol"]
+        threat = ""
+        if "norm" in protocol:
+            threat = f"{protocol['norm']} eps {in_255ths(protocol['eps'])}, "
+        if "step_size" in protocol:
+            step = in_255ths(protocol["step_size"])
+            threat += f"step {step}, {protocol['restarts']} restart(s), "
+        error = 100 * entry["standard_error"]
+        lines.append(
+            f"{entry['attack']:<10} {100 * entry['accuracy']:6.2f} %  "
+            f"{protocol['num_examples']:>7}  {threat}{protocol['data']} (s.e. {error:.2f})"
+        )
+    return "\n".join(lines)
+
+
+def in_255ths(value: float) -> str:
+    """0.03137 -> '8/255'; other values as decimals."""
+    scaled = value * 255
+    return f"{round(scaled)}/255" if abs(scaled - round(scaled)) < 1e-6 else f"{value:.4g}"
