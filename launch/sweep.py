@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from etils import epath  # noqa: E402
 
-from vit_at.config import UserError, one_sentence_errors  # noqa: E402
+from vit_at.errors import UserError, one_sentence_errors  # noqa: E402
 from vit_at.reporting.sweep import Run, collect, runs_of  # noqa: E402
 
 

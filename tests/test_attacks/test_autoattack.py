@@ -23,7 +23,7 @@ from vit_at.attacks.autoattack.ledger import BROKEN, LEDGER_FILE, NOT_ATTACKED
 from vit_at.data import sources
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
-from vit_at.workdir.files import results
+from vit_at.workdir import results
 
 SHAPE = (4, 4, 2)
 SHORT = {"iterations": 20, "queries": 300}

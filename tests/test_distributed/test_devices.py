@@ -36,8 +36,9 @@ def test_every_batch_divides_over_the_devices_in_parts_worth_splitting(cores, ba
 def printed(**environment):
     """What a fresh process says of its devices and cache."""
     code = (
-        "from vit_at import runtime, sharding; devices.set_up(64, cache='/tmp/somewhere');"
-        "import jax; print(sharding.make_mesh().size, jax.config.jax_compilation_cache_dir)"
+        "from vit_at.distributed import devices, sharding; import jax;"
+        "devices.set_up(64, cache='/tmp/somewhere'); "
+        "print(sharding.make_mesh().size, jax.config.jax_compilation_cache_dir)"
     )
     names = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")
     clean = {name: value for name, value in os.environ.items() if name not in names}

@@ -10,13 +10,14 @@ import pytest
 import runs
 from etils import epath
 
-from vit_at import evaluate, export
+from vit_at import evaluate
 from vit_at.attacks import Threat
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
 from vit_at.evaluate import fraction
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store, select
 from vit_at.evaluation.protocol import parse_attacks, weights_digest
+from vit_at.reporting import exported
 from vit_at.workdir.results import Results, in_255ths, table
 
 THREAT = Threat("linf", 0.3, 0.1, 3)
@@ -262,7 +263,7 @@ def test_the_defaults_repeat_the_final_evaluation(workdir, capsys):
 
 
 def test_exported_weights_are_evaluated_like_the_work_directory(workdir, tmp_path, capsys):
-    export.export_workdir(workdir, "last", str(tmp_path / "there"))
+    exported.export_workdir(workdir, "last", str(tmp_path / "there"))
     arguments = ["--attacks=clean,pgd-2,apgd-ce", "--num_examples=8", "--batch_size=8"]
     status, lines, _ = status_and_lines(capsys, tmp_path / "there", *arguments)
     assert status == 0

@@ -14,6 +14,7 @@ from vit_at.configs import default
 
 from vit_at import export, models, weights
 from vit_at.evaluation.protocol import weights_digest
+from vit_at.reporting import exported
 from vit_at.reporting.model_card import model_card
 from vit_at.workdir.checkpoint import Trained
 
@@ -56,7 +57,7 @@ def test_description_has_robustbench_fields():
         record("autoattack-standard", 0.4567, **linf),
         record("autoattack-standard", 0.1, num_examples=500, norm="linf", eps=16 / 255),
     ]
-    about = export.describe(trained(), records)
+    about = exported.describe(trained(), records)
     expected = {
         "architecture": "deit_tiny_patch16_224",
         "eps": "8/255",
@@ -72,12 +73,12 @@ def test_description_has_robustbench_fields():
     assert {key: about[key] for key in expected} == expected
     assert {"link", "name", "authors", "venue"} <= about.keys()
     assert len(about["results"]) == 4
-    assert export.describe(trained(), [])["clean_acc"] is None
+    assert exported.describe(trained(), [])["clean_acc"] is None
 
 
 def test_files(tmp_path):
-    about = export.describe(trained(), [])
-    path = export.export(trained().params, trained().model, tmp_path / "new", about)
+    about = exported.describe(trained(), [])
+    path = exported.export(trained().params, trained().model, tmp_path / "new", about)
     assert sorted(p.name for p in path.parent.iterdir()) == [
         "README.md",
         "model.json",
@@ -93,7 +94,7 @@ def test_files(tmp_path):
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "load_trained", lambda workdir, which: trained())
+    monkeypatch.setattr(exported, "load_trained", lambda workdir, which: trained())
     (tmp_path / "results.json").write_text(json.dumps([record("clean", 0.5)]))
     assert export.main([str(tmp_path), "--checkpoint=last"]) == 0
     assert "model.safetensors" in capsys.readouterr().out
@@ -131,7 +132,7 @@ def test_no_work_directory_is_one_sentence(tmp_path, capsys):
 def test_scale_is_folded_into_the_queries(name, overrides, tmp_path):
     model = models.create(name, num_classes=3, **overrides)
     params = golden.params(model)
-    path = export.export(params, model, tmp_path, {"architecture": name})
+    path = exported.export(params, model, tmp_path, {"architecture": name})
     plain = models.create(name, num_classes=3, **overrides | {"qk_scale": 0.0})
     folded = weights.from_timm(weights.load(path), plain)
     images = golden.images(model.image_size, "imagenet").astype(np.float32)
@@ -142,11 +143,11 @@ def test_scale_is_folded_into_the_queries(name, overrides, tmp_path):
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-def exported(name, overrides, path):
+def exported_model(name, overrides, path):
     """(logits of ours, images as PyTorch has them, the exported files' content)."""
     model = models.create(name, num_classes=10, **overrides)
     params = golden.params(model)
-    export.export(params, model, path, {"architecture": name})
+    exported.export(params, model, path, {"architecture": name})
     images = golden.images(model.image_size, "imagenet").astype(np.float32)
     logits = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
     about = json.loads((path / "model.json").read_text())
@@ -167,7 +168,7 @@ def import_timm():
 def test_timm_computes_the_same_logits(name, overrides, tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     timm = import_timm()
-    logits, images, about, state_dict = exported(name, overrides, tmp_path)
+    logits, images, about, state_dict = exported_model(name, overrides, tmp_path)
     model = timm.create_model(**about["timm"]["create_model"]).eval()
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):
@@ -182,7 +183,7 @@ def test_pytorchs_own_encoder_computes_the_same_logits(tmp_path):
     """torch.nn.TransformerEncoder is a ViT's trunk: the parity test that needs PyTorch alone."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     overrides = {"image_size": 32, "patch_size": 4}
-    logits, images, about, state_dict = exported("deit_tiny_patch16_224", overrides, tmp_path)
+    logits, images, about, state_dict = exported_model("deit_tiny_patch16_224", overrides, tmp_path)
     tensors = {name: torch.from_numpy(value) for name, value in state_dict.items()}
     arguments = about["timm"]["create_model"]
     d, eps = arguments["embed_dim"], about["timm"]["layer_norm_eps"]

@@ -11,10 +11,9 @@ import runs
 from etils import epath
 from test_study import make_run, pgd, record
 
-from vit_at import report
 from vit_at.attacks.autoattack.audit import MEANING
 from vit_at.errors import UserError
-from vit_at.reporting import exhibits, pictures, study
+from vit_at.reporting import exhibits, page, pictures, study
 from vit_at.workdir.checkpoint import load_trained
 from vit_at.workdir.results import Results
 
@@ -62,11 +61,11 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(trained):
-    return Page(report.write([trained]).read_text())
+def shown(trained):
+    return Page(page.write([trained]).read_text())
 
 
-def test_the_page_of_a_run_shows_everything_and_loads_nothing(page, trained):
+def test_the_page_of_a_run_shows_everything_and_loads_nothing(shown, trained):
     for title in (
         "Results",
         "Accuracy by attack",
@@ -76,21 +75,21 @@ def test_the_page_of_a_run_shows_everything_and_loads_nothing(page, trained):
         "Attacked images",
         "What ARD and PRM mask",
     ):
-        assert title in page.words
-    assert "Not shown" not in page.words
-    assert all(load.startswith("data:image/png;base64,") for load in page.loads)
-    assert "http" not in page.source.replace("http://www.w3.org/", "")
-    assert "script" not in page.tags
+        assert title in shown.words
+    assert "Not shown" not in shown.words
+    assert all(load.startswith("data:image/png;base64,") for load in shown.loads)
+    assert "http" not in shown.source.replace("http://www.w3.org/", "")
+    assert "script" not in shown.tags
     for entry in Results(trained).records:
-        assert f"{100 * entry['accuracy']:.2f}" in page.words
-    assert "AT + ARD + PRM" in page.words
-    assert "prefers-color-scheme: dark" in page.source
-    assert 'name="viewport"' in page.source
+        assert f"{100 * entry['accuracy']:.2f}" in shown.words
+    assert "AT + ARD + PRM" in shown.words
+    assert "prefers-color-scheme: dark" in shown.source
+    assert 'name="viewport"' in shown.source
 
 
-def test_charts_take_their_colours_from_the_page(page):
-    assert page.tags.count("svg") >= 9
-    figures = "".join(re.findall(r"<svg.*?</svg>", page.source, re.DOTALL))
+def test_charts_take_their_colours_from_the_page(shown):
+    assert shown.tags.count("svg") >= 9
+    figures = "".join(re.findall(r"<svg.*?</svg>", shown.source, re.DOTALL))
     assert "var(--c0)" in figures
     assert "var(--ink)" in figures
     assert not re.findall(r"#0[14]0[25]0[36]|#0a0b", figures)
@@ -152,7 +151,7 @@ def test_what_a_work_directory_lacks_is_said_in_a_sentence(tmp_path, trained):
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(trained / "config.json", bare / "config.json")
-    words = Page(report.write([bare]).read_text()).words
+    words = Page(page.write([bare]).read_text()).words
     assert "Nothing has been evaluated yet" in words
     assert "no curves are drawn" in words
     assert "holds no 'last' checkpoint yet" in words
@@ -164,7 +163,7 @@ def test_data_that_are_gone_leave_the_rest_of_the_page(tmp_path, trained):
     config = json.loads((moved / "config.json").read_text())
     config["data"]["name"] = f"folder:{tmp_path / 'gone'}"
     (moved / "config.json").write_text(json.dumps(config))
-    words = Page(report.write([moved]).read_text()).words
+    words = Page(page.write([moved]).read_text()).words
     assert "No attacked images and no accuracy by class, as" in words
     assert "gone" in words
     assert "Training loss" in words
@@ -178,12 +177,12 @@ def test_runs_are_compared_over_seeds(tmp_path):
     for seed, accuracy in enumerate((0.7, 0.8)):
         make_run(tmp_path / f"a{seed}", [pgd(accuracy)], metrics, seed=seed)
         make_run(tmp_path / f"b{seed}", [pgd(0.5)], seed=seed, objective="mart")
-    found = Page(report.write([tmp_path], tmp_path / "page.html").read_text())
+    found = Page(page.write([tmp_path], tmp_path / "page.html").read_text())
     assert "4 runs compared" in found.words
     assert "75.0 ± 7.1" in found.words
     assert "“MART” has left no metrics here" in found.words
     assert found.tags.count("svg") == 3  # side by side, validation, loss
-    text = report.write([tmp_path], tmp_path / "table.md").read_text()
+    text = page.write([tmp_path], tmp_path / "table.md").read_text()
     assert "| MART | 2 | 50.0 ± 0.0 |" in text
 
 
@@ -191,7 +190,7 @@ def test_a_comparison_needs_a_place(tmp_path):
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", seed=1)
     with pytest.raises(UserError, match="--out"):
-        report.write([tmp_path])
+        page.write([tmp_path])
 
 
 def test_flags_of_the_audit_are_said_in_the_words_of_its_documentation(tmp_path):
@@ -199,14 +198,14 @@ def test_flags_of_the_audit_are_said_in_the_words_of_its_documentation(tmp_path)
     entry["cascade"] = {"clean": 0.9, "apgd-ce": 0.5, "square": 0.4}
     curves = {"eps_curve": [[0.0, 0.9], [0.03, 0.4]], "steps_curve": [[10, 0.5], [100, 0.4]]}
     entry["audit"] = {"flags": {"square-wins": "the accuracy fell"}} | curves
-    found = Page(report.write([make_run(tmp_path / "a", [entry])]).read_text())
+    found = Page(page.write([make_run(tmp_path / "a", [entry])]).read_text())
     assert "Square breaks images that the attacks with gradients do not" in found.words
     assert "A search without gradients should not find more than attacks" in found.words
     assert found.tags.count("svg") == 4  # by attack, the cascade, over eps, over steps
 
 
 def test_every_flag_has_the_words_of_docs_audit():
-    words = json.loads((report._PACKAGED / "flags.json").read_text())
+    words = json.loads((page._PACKAGED / "flags.json").read_text())
     assert words.keys() == MEANING.keys()
     documented = " ".join((ROOT / "docs" / "audit.md").read_text().replace("`", "").split())
     for sentences in words.values():
@@ -217,14 +216,14 @@ def test_every_flag_has_the_words_of_docs_audit():
 def test_published_numbers_are_those_of_the_same_data_and_threat():
     config = runs.smoke().to_dict()
     config["data"]["name"] = "imagenet2012"
-    assert report.published(config) == []  # digits' eps
+    assert page.published(config) == []  # digits' eps
     config["threat"]["eps"] = 4 / 255
-    ours = [row for row in report.published(config) if "2210.07540" in row["source"]]
+    ours = [row for row in page.published(config) if "2210.07540" in row["source"]]
     assert [(row["clean"], row["autoattack"]) for row in ours] == [(68.38, 34.4), (74.66, 38.3)]
 
 
 def test_a_failing_report_is_a_warning(tmp_path, caplog):
-    assert report.write_after_training(epath.Path(tmp_path / "none")) is None
+    assert page.write_after_training(epath.Path(tmp_path / "none")) is None
 
 
 def test_many_points_are_averaged_and_few_left_alone():

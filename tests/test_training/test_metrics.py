@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
+from vit_at import console
 from vit_at.training import metrics
 
 
@@ -106,7 +107,7 @@ def test_the_better_of_clean_and_adversarial_accuracy_counts():
     ],
 )
 def test_duration(seconds, text):
-    assert metrics.duration(seconds) == text
+    assert console.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -135,8 +136,8 @@ def test_the_status_line_shows_what_there_is():
 
 def test_progress_off_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    progress = metrics.Progress(10, 2, "step", every_seconds=30.0)
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    progress = console.Progress(10, 2, "step", every_seconds=30.0)
     for _ in range(8):
         now[0] += 16.0
         progress.update("loss 1.0")

@@ -119,13 +119,13 @@ class Exhibits:
         adversarial = self._perturb(images, labels, self.threat)
         before, after = self._predict(images)[:count], self._predict(adversarial)[:count]
         images, adversarial = images[:count], adversarial[:count]
-        rollout = None
+        attention = None
         if rollout.has_rollout(self._trained.model):
             mean, std = self._trained.config.data.mean, self._trained.config.data.std
             looks = jax.jit(functools.partial(rollout.rollout, self._trained.model))
             points = ((x - np.float32(mean)) / np.float32(std) for x in (images, adversarial))
-            rollout = tuple(np.asarray(looks(self._params, x)) for x in points)
-        return Attacked(images, adversarial, labels[:count], before, after, rollout)
+            attention = tuple(np.asarray(looks(self._params, x)) for x in points)
+        return Attacked(images, adversarial, labels[:count], before, after, attention)
 
     def curves(self) -> tuple[dict[float, float], dict[int, float], int]:
         """PGD accuracy by eps (0: clean) and by number of steps, on so many first test images.

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from vit_at.attacks import Threat
+from vit_at.console import Progress
 from vit_at.data import pipeline
 from vit_at.distributed import processes, sharding
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store
@@ -135,7 +136,7 @@ class Loop:
     def run(self, state: TrainState) -> TrainState:
         """Takes all steps that are left."""
         first = int(state.step)
-        self._progress = metrics.Progress(self._setup.total_steps, first, "step")
+        self._progress = Progress(self._setup.total_steps, first, "step")
         logging.info("compiling the step; the first one takes a while")
         self._saved = self._logged = time.monotonic()
         writer = metrics.Writer(self._workdir, first)
