@@ -11,6 +11,7 @@ Staying inside the image range is the same for all norms: ``into_image_range``.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,9 +23,16 @@ Array = jax.Array
 _NORM_FLOOR = 1e-12  # keeps 0 / 0 away: a zero gradient gives a zero step
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("eps", "step_size"),
+    meta_fields=("norm", "steps"),
+)
 @dataclasses.dataclass(frozen=True)
 class Threat:
     """What an attack may do, in pixel units.
+
+    A pytree: eps and step_size may be arrays under jit; norm and steps are static.
 
     eps: radius of the ball; step_size: of one attack step; steps: their number.
     """

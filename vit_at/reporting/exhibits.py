@@ -17,6 +17,7 @@ from vit_at import models
 from vit_at.attacks import Threat, pgd_attack
 from vit_at.data import sources
 from vit_at.data.sources import Examples
+from vit_at.reporting import rollout
 from vit_at.training.masking import Masking
 from vit_at.training.step import Draws, draw
 from vit_at.workdir.checkpoint import Trained

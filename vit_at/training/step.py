@@ -9,7 +9,6 @@ after a crash, and gives the same result on any number of devices.
 What is in brackets is mapped over the shards of the batch and sends nothing.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -256,19 +255,18 @@ def _gradient(mesh, apply, params, images, targets, draws, keys, threat, config)
         (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         return gradient, {"loss": value} | _batch_metrics(aux, targets)
 
-    def of_shard(params, images, targets, draws, keys, eps, step_size):
-        mine = dataclasses.replace(threat, eps=eps, step_size=step_size)
+    def of_shard(params, images, targets, draws, keys, threat):
         parts = sharding.in_parts((images, targets, draws.delta, keys), config.accumulate_steps)
         params = models.by_block(apply, params)
-        of_mine = functools.partial(of_part, params, draws, mine)
+        of_mine = functools.partial(of_part, params, draws, threat)
         gradient, metrics = _mean_over_parts(of_mine, parts)
         means = models.stacked(apply, gradient), metrics
         return sharding.mean_over_devices(means, (specs, sharding.WHOLE))
 
     split, whole = sharding.SPLIT, sharding.WHOLE
-    in_specs = (whole, split, split, Draws(split, whole, whole), split, whole, whole)
+    in_specs = (whole, split, split, Draws(split, whole, whole), split, whole)
     mapped = sharding.map_shards(of_shard, mesh, in_specs, (specs, whole))
-    return mapped(params, images, targets, draws, keys, threat.eps, threat.step_size)
+    return mapped(params, images, targets, draws, keys, threat)
 
 
 def _batch_metrics(aux, targets):
