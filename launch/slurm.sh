@@ -26,7 +26,7 @@ cd "$SLURM_SUBMIT_DIR"
 python=${PYTHON:-python3} status=0
 run="srun --kill-on-bad-exit=1 $python -m vit_at.main"
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-  words=("$python" launch/sweep.py "$1" --index="$SLURM_ARRAY_TASK_ID" --launcher="$run" "${@:2}")
+  words=("$python" -m vit_at sweep "$1" --index="$SLURM_ARRAY_TASK_ID" --launcher="$run" "${@:2}")
 else
   read -ra words <<<"$run" && words+=("$@")
 fi

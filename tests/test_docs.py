@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import io
+import json
 import pathlib
 import re
 import shlex
@@ -16,7 +17,8 @@ import pytest
 
 from vit_at import models
 from vit_at.config import validate
-from vit_at.reporting import study, sweep
+from vit_at.reporting import study
+from vit_at.reporting.jobs import jobs_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -70,6 +72,22 @@ def test_python_blocks_run_in_the_order_of_their_page(page, tmp_path, monkeypatc
         exec(compile(block, str(page), "exec"), names)
 
 
+# The commands of ``vit-at``, as the modules that they run.
+COMMANDS = {name: f"vit_at.{name}" for name in ("evaluate", "report", "export", "prepare")}
+COMMANDS |= {"train": "vit_at.main", "sweep": "vit_at.reporting.sweep"}
+
+
+def words_of(command: str) -> list[str]:
+    """A command as [module or script, argument, ...]; `vit-at X` is the module that it runs."""
+    words = shlex.split(command)
+    if words[0] == "vit-at":
+        words = [COMMANDS[words[1]], *words[2:]]
+        if words[0] == "vit_at.main" and not words[1].startswith("-"):
+            words[1] = f"--config={words[1]}"
+        return words
+    return words[2:] if words[1] == "-m" else words[1:]
+
+
 def commands() -> list[str]:
     """Every command of a bash block that starts something of ours, on one line."""
     found = []
@@ -78,18 +96,24 @@ def commands() -> list[str]:
             text = re.sub(r"\s*\\\n\s*", " ", block)
             lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines()]
             found += [part.strip() for line in lines for part in line.split("&&")]
-    ours = re.compile(r"\S*python3? (-m vit_at\.|launch/|results/|benchmarks/)")
+    ours = re.compile(
+        rf"\S*python3? (-m vit_at\.|launch/|benchmarks/)|vit-at ({'|'.join(COMMANDS)}) "
+    )
     return sorted({command for command in found if ours.match(command)})
 
 
+TRAINING = [command for command in commands() if words_of(command)[0] == "vit_at.main"]
+
+
 def test_there_are_commands_to_test():
-    entries = {command.split()[2] for command in commands() if " -m " in command}
+    entries = {words_of(command)[0] for command in commands()}
     assert {"vit_at.main", "vit_at.evaluate", "vit_at.prepare", "vit_at.report"} <= entries
+    assert "vit_at.reporting.sweep" in entries
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if "-m vit_at.main" in c])
+@pytest.mark.parametrize("command", TRAINING)
 def test_training_commands_give_a_valid_configuration(command, parse):
-    words = shlex.split(command)[3:]
+    words = words_of(command)[1:]
     validate(parse(*(word for word in words if word.startswith(("--config", "--workdir")))))
 
 
@@ -105,13 +129,12 @@ def help_of(entry: str) -> str:
     return shown.getvalue()
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if "-m vit_at.main" not in c])
+@pytest.mark.parametrize("command", [c for c in commands() if c not in TRAINING])
 def test_other_commands_take_the_flags_they_are_given(command):
-    words = shlex.split(command)[1:]
-    words = words[1:] if words[0] == "-m" else words
-    entry, own = words[0], words[1 : words.index("--") if "--" in words else None]
-    if entry == "launch/sweep.py":
-        assert sweep.runs_of(own[0])
+    entry, *own = words_of(command)
+    own = own[: own.index("--")] if "--" in own else own
+    if entry == "vit_at.reporting.sweep":
+        assert jobs_of(own[0])
     names = {word.partition("=")[0] for word in own if word.startswith("--")}
     assert all(name in help_of(entry) for name in names), names
 
@@ -135,9 +158,45 @@ def test_every_module_that_documentation_names_exists():
 
 def test_the_tables_of_the_study_are_those_of_the_committed_results():
     text = (ROOT / "docs" / "study.md").read_text()
-    tables = re.findall(r"<!-- (results/\w+) -->\n\n(.*?)\n<!-- end -->", text, re.DOTALL)
-    digits = {str(path.relative_to(ROOT)) for path in ROOT.glob("results/digits_*")}
-    assert {directory for directory, _ in tables} == digits
-    for directory, table in tables:
-        found = study.table(study.groups(study.find([ROOT / directory]))).markdown()
-        assert table == found, f"python -m vit_at.report {directory} --out=table.md"
+    tables = re.findall(r"<!-- (results/\w+\.json) -->\n\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    files = {str(path.relative_to(ROOT)) for path in ROOT.glob("results/*")}
+    assert {file for file, _ in tables} == files - {"results/dtype_digits.json"}
+    for file, table in tables:
+        found = study.compare(study.groups(study.find([ROOT / file]))).markdown()
+        assert table == found, f"python -m vit_at.report {file} --out=table.md"
+
+
+def rows_of(table: str, columns: tuple[int, ...]) -> set[tuple[str, ...]]:
+    """The cells of these columns of a Markdown table, without its head."""
+    lines = [line.strip("|").split("|") for line in table.strip().splitlines()[2:]]
+    return {tuple(line[column].strip() for column in columns) for line in lines}
+
+
+@pytest.mark.parametrize(
+    ("page", "begin", "columns", "file", "theirs"),
+    [
+        ("README.md", "| training | clean % | PGD-20 % | PGD-100 % | CW-20 % |",
+         (1, 4, 2, 3), "digits_sgd", (2, 3, 4, 5)),
+        ("docs/performance.md", "| training in | clean % | PGD-20 % | PGD-100 % | CW-20 % |",
+         (1, 4, 2, 3), "dtype_digits", (2, 3, 4, 5)),
+    ],
+)  # fmt: skip
+def test_other_tables_hold_numbers_of_the_committed_results(page, begin, columns, file, theirs):
+    text = (ROOT / page).read_text()
+    table = text[text.index(begin) :].partition("\n\n")[0]
+    found = study.compare(study.groups(study.find([ROOT / f"results/{file}.json"]))).markdown()
+    assert rows_of(table, columns) <= rows_of(found, theirs)
+    assert len(rows_of(table, columns)) >= 2
+
+
+def test_committed_results_hold_no_path_of_a_machine():
+    for path in ROOT.glob("results/*"):
+        assert not re.findall(r'"(/|~|[A-Z]:)[^"]*"', path.read_text()), path
+
+
+def test_committed_results_say_how_and_where_they_were_measured():
+    for path in ROOT.glob("results/*"):
+        stored = json.loads(path.read_text())
+        assert stored["commands"], path
+        assert stored["machine"], path
+        assert "packages.jax" in stored["protocols"]["clean"], path

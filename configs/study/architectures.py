@@ -1,6 +1,6 @@
 """Which architecture? ViT without qkv bias, DeiT and ConViT; at :cpu all of one width and depth.
 
-    python launch/sweep.py configs/study/architectures.py:cpu
+    vit-at sweep configs/study/architectures.py:cpu
 
 timm publishes the weights of vit_small of depth 8 only as a file of its release 0.5: put
 vit_small_p16_224-15ec54c9.pth where you start the larger sizes. Swin is for images of 224 pixels.

@@ -1,6 +1,6 @@
 """How much augmentation? None, crop and flip, mixup and CutMix on some batches, or strong.
 
-    python launch/sweep.py configs/study/augmentation.py:cpu
+    vit-at sweep configs/study/augmentation.py:cpu
 
 ``mixed`` is the paper's: mixup or CutMix on three batches of ten. ``strong`` mixes every batch and
 smooths the labels. Digits are cropped but not flipped: a mirrored 2 is none.

@@ -2,7 +2,7 @@
 
 Each file here is one question of the paper's, as a ``get_config`` and a ``sweep``:
 
-    python launch/sweep.py configs/study/masking.py:cpu
+    vit-at sweep configs/study/masking.py:cpu
     python -m vit_at.report runs/study_masking-cpu-sweep --out=masking.html
 
 cpu    the packaged digits, 40 epochs: about a minute a run on one CPU core, and no more than 20

@@ -1,6 +1,6 @@
 """Is the gradient to be clipped, and where? The paper clips its norm at 1.
 
-python launch/sweep.py configs/study/clipping.py:cpu
+vit-at sweep configs/study/clipping.py:cpu
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Vanilla, ARD, PRM or both? The paper: both together are best.
 
-python launch/sweep.py configs/study/masking.py:cpu          # of AT
-python launch/sweep.py configs/study/masking.py:cpu,trades   # likewise of TRADES, and of MART
+vit-at sweep configs/study/masking.py:cpu          # of AT
+vit-at sweep configs/study/masking.py:cpu,trades   # likewise of TRADES, and of MART
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """SGD or AdamW? The paper: SGD, clearly.
 
-    python launch/sweep.py configs/study/optimizer.py:cpu
+    vit-at sweep configs/study/optimizer.py:cpu
 
 AdamW with its usual decoupled weight decay, cosine schedule and warm-up, at three rates.
 """

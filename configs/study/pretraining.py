@@ -1,7 +1,7 @@
 """From pre-trained weights or from scratch? The paper: a ViT needs pre-training.
 
     python -m vit_at.main --config=configs/digits_sgd.py:natural   # for :cpu, the weights
-    python launch/sweep.py configs/study/pretraining.py:cpu
+    vit-at sweep configs/study/pretraining.py:cpu
 
 The larger sizes start from published weights. At :cpu it is a natural training of one seed on the
 same digits, and eps does not warm up, as that would be another remedy for the same illness.

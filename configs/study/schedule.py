@@ -1,6 +1,6 @@
 """Which learning-rate schedule? The paper drops the rate twice, close to the end.
 
-python launch/sweep.py configs/study/schedule.py:cpu
+vit-at sweep configs/study/schedule.py:cpu
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """How long do ARD and PRM mask? n_w of the paper, 10 of 40 epochs there; 0: not at all.
 
-python launch/sweep.py configs/study/warmup.py:cpu
+vit-at sweep configs/study/warmup.py:cpu
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """How much weight decay? Adversarial training of CNNs likes 5e-4; the paper takes 1e-4 for ViTs.
 
-python launch/sweep.py configs/study/weight_decay.py:cpu
+vit-at sweep configs/study/weight_decay.py:cpu
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from test_study import make_run, pgd, record
 
 from vit_at.attacks.autoattack.audit import MEANING
 from vit_at.errors import UserError
-from vit_at.reporting import exhibits, page, pictures, study
+from vit_at.reporting import exhibits, page
 from vit_at.workdir.checkpoint import load_trained
 from vit_at.workdir.results import Results
 
@@ -164,7 +164,7 @@ def test_data_that_are_gone_leave_the_rest_of_the_page(tmp_path, trained):
     config["data"]["name"] = f"folder:{tmp_path / 'gone'}"
     (moved / "config.json").write_text(json.dumps(config))
     words = Page(page.write([moved]).read_text()).words
-    assert "No attacked images and no accuracy by class, as" in words
+    assert "No attacked images and no accuracy by class: " in words
     assert "gone" in words
     assert "Training loss" in words
 
@@ -180,7 +180,7 @@ def test_runs_are_compared_over_seeds(tmp_path):
     found = Page(page.write([tmp_path], tmp_path / "page.html").read_text())
     assert "4 runs compared" in found.words
     assert "75.0 ± 7.1" in found.words
-    assert "“MART” has left no metrics here" in found.words
+    assert "Training curves of “MART”: there are no metrics here" in found.words
     assert found.tags.count("svg") == 3  # side by side, validation, loss
     text = page.write([tmp_path], tmp_path / "table.md").read_text()
     assert "| MART | 2 | 50.0 ± 0.0 |" in text
@@ -224,16 +224,3 @@ def test_published_numbers_are_those_of_the_same_data_and_threat():
 
 def test_a_failing_report_is_a_warning(tmp_path, caplog):
     assert page.write_after_training(epath.Path(tmp_path / "none")) is None
-
-
-def test_many_points_are_averaged_and_few_left_alone():
-    assert pictures.thin([1, 2], [3, 4]) == ([1, 2], [3, 4])
-    xs, ys = pictures.thin(range(1000), np.ones(1000))
-    assert len(xs) <= 160
-    assert set(ys) == {1.0}
-    assert xs[0] == 3.0  # the mean of 0 ... 6
-
-
-def test_groups_of_no_metrics_do_not_break_the_series():
-    run = study.Run(epath.Path("x"), {}, [], [])
-    assert run.series("loss") == ([], [])

@@ -52,7 +52,7 @@ def test_seeds_are_averaged_and_what_differs_names_the_groups(tmp_path):
         make_run(tmp_path / f"at{seed}", [record("clean", 0.9), pgd(accuracy)], seed=seed)
         changes = {"masking__ard": True, "optimizer__schedule": "cosine", "seed": seed}
         make_run(tmp_path / f"ard{seed}", [pgd(0.5)], **changes)
-    table = study.table(study.groups(study.find([tmp_path])))
+    table = study.compare(study.groups(study.find([tmp_path])))
     assert table.headings == ("clean", "PGD-20")
     assert table.rows == (
         ("AT + ARD, schedule cosine", 2, ("-", "50.0 ± 0.0")),
@@ -64,7 +64,7 @@ def test_seeds_are_averaged_and_what_differs_names_the_groups(tmp_path):
 def test_numbers_of_different_protocols_are_not_averaged(tmp_path):
     make_run(tmp_path / "a", [pgd(0.7)])
     make_run(tmp_path / "b", [pgd(0.1, eps=16 / 255)], seed=1)
-    (table,) = [study.table(study.groups(study.find([tmp_path])))]
+    (table,) = [study.compare(study.groups(study.find([tmp_path])))]
     assert table.headings == ("PGD-20, eps 8/255", "PGD-20, eps 16/255")
     assert table.rows == (("AT", 2, ("70.0 (1 seeds)", "10.0 (1 seeds)")),)
 

@@ -7,7 +7,8 @@ from vit_at.configs import common
 from vit_at.configs.study import base
 
 from vit_at.config import flatten, validate
-from vit_at.reporting import study, sweep
+from vit_at.reporting import study
+from vit_at.reporting.jobs import jobs_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(
@@ -20,12 +21,12 @@ FILES = sorted(
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("size", base.SIZES)
 def test_a_sweep_is_valid_and_every_arm_has_every_seed(path, size):
-    runs = sweep.runs_of(f"{path}:{size}")
+    runs = jobs_of(f"{path}:{size}")
     arms = {}
     for run in runs:
         validate(run.config)
         assert run.config.name.startswith(f"study_{path.stem}-{size}")
-        read = study.Run(run.workdir, run.config.to_dict(), [], [])
+        read = study.Run(run.name, run.config.to_dict())
         arms.setdefault(str(study._relevant(read)), []).append(run.config.seed)
     assert len(arms) >= 2
     assert all(tuple(seeds) == base.SEEDS for seeds in arms.values())
@@ -34,7 +35,7 @@ def test_a_sweep_is_valid_and_every_arm_has_every_seed(path, size):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_study_can_be_tried_in_seconds(path):
-    for run in sweep.runs_of(f"{path}:cpu,smoke"):
+    for run in jobs_of(f"{path}:cpu,smoke"):
         assert run.config.data.train_split == "train[:160]"
         assert run.config.epochs == 2
 
@@ -50,8 +51,7 @@ def test_only_what_a_study_asks_about_differs_between_its_arms():
     }
     for name, fields in asked.items():
         configs = [
-            flatten(run.config.to_dict())
-            for run in sweep.runs_of(f"{ROOT}/configs/study/{name}.py:cpu")
+            flatten(run.config.to_dict()) for run in jobs_of(f"{ROOT}/configs/study/{name}.py:cpu")
         ]
         differing = {f for f in configs[0] if len({str(c[f]) for c in configs}) > 1}
         assert differing - {"seed", "name"} == fields, name

@@ -12,7 +12,8 @@ import numpy as np
 
 from vit_at.reporting import pictures
 from vit_at.reporting.exhibits import Attacked, Exhibits
-from vit_at.reporting.study import Group, Run, Table, accuracies, attack_name
+from vit_at.reporting.run import Run
+from vit_at.reporting.study import Group, Table, accuracies, attack_name, groups
 from vit_at.workdir.results import Results, in_255ths
 
 _MOST_CLASSES = 20  # drawn; of more, the best and the worst
@@ -29,7 +30,8 @@ class Section:
     cards: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
 
 
-# Metric and title.
+# Metric and title of a chart over epochs. The chart of accuracies has several metrics.
+_ACCURACIES = {"training, adversarial": "accuracy_adv", "training, clean": "accuracy_clean"}
 _CURVES = (
     ("loss", "Training loss"),
     ("learning_rate", "Learning rate"),
@@ -53,6 +55,18 @@ def training(runs: Mapping[str, Run]) -> Section:
     return Section("Training", note + _validation_note(runs), tuple(charts))
 
 
+def with_drawn_curves(runs: Sequence[Run]) -> list[Run]:
+    """The runs with those curves alone that a page of them draws: of one run in each group."""
+    drawn = [group.drawn for group in groups(runs)]
+    metrics = {*_ACCURACIES.values(), *(metric for metric, _ in _CURVES)}
+
+    def curves(run):
+        kept = (n for n in run.curves if n in metrics or n.startswith("validation/"))
+        return {name: run.curves[name] for name in kept} if run in drawn else {}
+
+    return [dataclasses.replace(run, curves=curves(run)) for run in runs]
+
+
 def _attacks(run: Run) -> bool:
     return run.config["objective"] != "natural"
 
@@ -65,18 +79,14 @@ def _validation_note(runs: Mapping[str, Run]) -> str:
 
 def _validation_attack(run: Run) -> str | None:
     """The metric of robust validation, such as 'validation/pgd-10'."""
-    names = {name for line in run.metrics for name in line if name.startswith("validation/")}
-    return next(iter(sorted(names - {"validation/clean"})), None)
+    names = {name for name in run.curves if name.startswith("validation/")}
+    return min(names - {"validation/clean"}, default=None)
 
 
 def _accuracies(runs: Mapping[str, Run]) -> str:
     (run,) = runs.values()
     attack = _validation_attack(run)
-    wanted = {
-        "training, adversarial": "accuracy_adv",
-        "training, clean": "accuracy_clean",
-        "validation, clean": "validation/clean",
-    }
+    wanted = _ACCURACIES | {"validation, clean": "validation/clean"}
     if attack:
         wanted[f"validation, {attack.removeprefix('validation/').upper()}"] = attack
     lines = {name: run.series(metric) for name, metric in wanted.items()}
@@ -114,9 +124,9 @@ def _with_eps(record: dict[str, Any]) -> str:
     return f"{name}, eps {in_255ths(eps)}" if eps else name
 
 
-def compared(groups: Sequence[Group], table: Table) -> Section | None:
-    """Bars of each group: clean, and under the attack that leaves least of those on all groups."""
-    measured = [accuracies(group) for group in groups]
+def compared(members: Sequence[Group], table: Table) -> Section | None:
+    """Bars of each group: clean, and under the strongest attack that all were tested with."""
+    measured = [accuracies(group) for group in members]
     common = [c for c in table.columns if all(c in found for found in measured)]
     clean = [column for column in common if column.attack == "clean"]
     attacks = [column for column in common if column.attack != "clean"]
@@ -126,7 +136,7 @@ def compared(groups: Sequence[Group], table: Table) -> Section | None:
         return None
     bars = {
         group.name: {attack_name(column.attack): found[column] for column in shown}
-        for group, found in zip(groups, measured, strict=True)
+        for group, found in zip(members, measured, strict=True)
     }
     note = "Bars are means; with several seeds, each is a circle."
     return Section("Side by side", note, (pictures.bar_chart("", bars),))

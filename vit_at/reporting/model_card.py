@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from vit_at.config import flatten
+from vit_at.reporting.study import method
 from vit_at.workdir.results import table
 
 _LOADING = """\
@@ -56,20 +58,17 @@ def _summary(about: dict[str, Any], training: dict[str, Any] | None) -> str:
     text = f"`{about['architecture']}`, patch {about['patch_size']}"
     if training is None:
         return f"{text}, exported by vit_at."
-    how = training["objective"]
-    masks = [word.upper() for word in ("ard", "prm") if training["masking"][word]]
-    how = how if how == "natural" else " + ".join([how.upper(), *masks])
     return (
-        f"{text}, trained on {about['dataset']} by vit_at: {how}. The method is that of Mo et al., "
-        "“When Adversarial Training Meets Vision Transformers”, NeurIPS 2022 (arXiv 2210.07540); "
-        "the weights are not the authors'."
+        f"{text}, trained on {about['dataset']} by vit_at: {method(flatten(training))}. The method "
+        "is that of Mo et al., “When Adversarial Training Meets Vision Transformers”, NeurIPS 2022 "
+        "(arXiv 2210.07540); the weights are not the authors'."
     )
 
 
 def _results(records: Sequence[dict[str, Any]]) -> str:
     if not records:
         return "Nothing has been measured of these weights."
-    said = "Accuracy, with what matters most of its protocol; all of it is in `model.json`."
+    said = "Accuracy and the main fields of its protocol; the whole protocol is in `model.json`."
     return f"{said}\n\n```\n{table(records)}\n```"
 
 

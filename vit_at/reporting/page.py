@@ -1,13 +1,14 @@
-"""Work directories -> one HTML page that needs nothing else: no network, no scripts, no files.
+"""The report: one HTML page that needs no network, scripts or other files.
 
     python -m vit_at.report runs/NAME                    # writes runs/NAME/report/index.html
     python -m vit_at.report runs/A runs/B --out=page.html
-    python -m vit_at.report results/digits_sgd --out=table.md    # only the table, as Markdown
+    python -m vit_at.report results/digits_sgd.json --out=table.md    # the table alone, as Markdown
+    python -m vit_at.report runs/NAME-sweep --out=study.json          # a study file
 
-A directory that is no work directory stands for those right inside it. One run is shown whole:
-protocol, curves, results beside published ones, attacked images. Several are compared: curves
-overlaid, and a table with mean and standard deviation over the seeds. What a work directory lacks,
-such as a checkpoint, is said in a sentence in its place.
+A place is a work directory, a directory of work directories, or a study file. A single run gets
+its protocol, curves, results beside published ones, and attacked images. Several runs are
+compared: their curves in the same charts, and a table of mean and standard deviation over the
+seeds. The page names what it can't show, such as the images of a run without a checkpoint.
 """
 
 import html
@@ -24,9 +25,9 @@ from etils import epath
 from vit_at.attacks.autoattack.audit import MEANING
 from vit_at.config import flatten
 from vit_at.errors import UserError
-from vit_at.reporting import charts, study
+from vit_at.reporting import charts, study, study_file
 from vit_at.reporting.exhibits import Exhibits
-from vit_at.reporting.study import Run
+from vit_at.reporting.run import Run
 from vit_at.workdir.checkpoint import load_trained
 from vit_at.workdir.files import write_atomically
 from vit_at.workdir.results import RESULTS_FILE, Results, in_255ths
@@ -34,38 +35,39 @@ from vit_at.workdir.results import RESULTS_FILE, Results, in_255ths
 _PACKAGED = importlib.resources.files("vit_at.reporting") / "packaged"
 
 
-def write(workdirs: Sequence[str | epath.Path], out: str | epath.Path = "") -> epath.Path:
-    """Writes the page of these runs, or with a name in ``.md`` their table; returns its path.
+def write(places: Sequence[str | epath.Path], out: str | epath.Path = "") -> epath.Path:
+    """Writes the report of the runs that ``study.find`` finds in these places; returns its path.
 
-    out: default WORKDIR/report/index.html, which only a single work directory has.
+    out: its ending decides what is written: ``.md`` the table, ``.json`` a study file, else the
+      page. Default for a single work directory: WORKDIR/report/index.html.
 
     Raises:
       UserError: a place without runs, a damaged file, or no place to write to.
     """
-    runs = study.find(workdirs)
-    if not out and len(runs) > 1:
+    runs = study.find(places)
+    if not out and (len(runs) > 1 or runs[0].workdir is None):
         raise UserError(
-            f"{len(runs)} runs are compared, and none of them owns the page; say where it goes "
-            "with --out=FILE.html"
+            "the page of several runs or of a study file has no default place; add --out=FILE.html"
         )
     path = epath.Path(out) if out else runs[0].workdir / "report" / "index.html"
-    if path.suffix == ".md":
-        text = study.table(study.groups(runs)).markdown()
-    else:
-        text = single(runs[0]) if len(runs) == 1 else comparison(runs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
+    if path.suffix == ".json":
+        study_file.write(path, charts.with_drawn_curves(runs))
+    elif path.suffix == ".md":
+        write_atomically(path, study.compare(study.groups(runs)).markdown())
+    else:
+        write_atomically(path, single(runs[0]) if len(runs) == 1 else comparison(runs))
     return path
 
 
 def embedded(page: str | epath.Path, height: int = 900) -> str:
-    """A page as HTML to put inside another, such as a notebook, whose style it does not touch."""
+    """A page as an HTML frame for a notebook, so that neither changes the other's style."""
     source = html.escape(epath.Path(page).read_text())
     return f'<iframe srcdoc="{source}" style="width:100%;height:{height}px;border:0"></iframe>'
 
 
 def write_after_training(workdir: epath.Path) -> epath.Path | None:
-    """``write`` at the end of a run, which must not fail for want of a picture: it only warns."""
+    """``write`` at the end of a run; any failure is logged as a warning, and None returned."""
     try:
         return write([workdir])
     except Exception as error:
@@ -86,24 +88,24 @@ def single(run: Run) -> str:
         sections.append(charts.by_attack(run.tested))
     else:
         missing.append(
-            f"Nothing has been evaluated yet (there is no {RESULTS_FILE}): "
-            "python -m vit_at.evaluate does it."
+            f"Nothing has been evaluated yet (there is no {RESULTS_FILE}); run "
+            "python -m vit_at.evaluate."
         )
-    if run.metrics:
+    if run.curves:
         sections.append(charts.training({"": run}))
     else:
-        missing.append("Training has left no metrics here, so no curves are drawn.")
+        missing.append("There are no training metrics here, so no curves are drawn.")
     sections += [charts.audit_curves(r) for r in run.tested if "audit" in r]
     try:
         exhibits = _exhibits(run)
     except UserError as error:
-        missing.append(f"No attacked images and no accuracy by class, as {error}.")
+        missing.append(f"No attacked images and no accuracy by class: {error}.")
     else:
         sections += charts.of_model(exhibits, run, Results(run.workdir))
         if not exhibits.affordable:
             missing.append(
-                "Accuracy over eps and over attack steps, which would take too long on this "
-                "machine; an AutoAttack evaluation has both in its audit."
+                "Accuracy over eps and over attack steps would take too long on this machine; the "
+                "audit of an AutoAttack evaluation has both."
             )
     return _render(
         title=run.config["name"],
@@ -115,11 +117,13 @@ def single(run: Run) -> str:
 
 
 def _exhibits(run: Run) -> Exhibits:
-    """Of the weights that the configuration tests, or else of the last ones.
+    """Of the weights that ``eval.checkpoint`` names, or of the last ones if those are missing.
 
     Raises:
-      UserError: there are none, or not all processes are here to read them together.
+      UserError: there are no weights, or other processes would have to read them too.
     """
+    if run.workdir is None:
+        raise UserError("a study file holds no weights")
     if jax.process_count() > 1:
         raise UserError(
             f"this was one of {jax.process_count()} processes; for them, run python -m "
@@ -131,20 +135,18 @@ def _exhibits(run: Run) -> Exhibits:
 
 
 def comparison(runs: Sequence[Run]) -> str:
-    """The page of several runs: their table, and the curves of each group's first run."""
+    """The page of several runs: their table, and the curves of one run of each group."""
     members = study.groups(runs)
-    shown = {group.name: group.runs[0] for group in members}
-    drawn = {name: run for name, run in shown.items() if run.metrics}
-    table = study.table(members)
+    drawn = {group.name: group.drawn for group in members if group.drawn}
+    table = study.compare(members)
     sections, missing = [], []
     if side_by_side := charts.compared(members, table):
         sections.append(side_by_side)
     if drawn:
         sections.append(charts.training(drawn))
-    for name in shown.keys() - drawn.keys():
-        missing.append(f"“{name}” has left no metrics here, so its curves are not drawn.")
-    untested = [str(run.workdir) for run in runs if not run.tested]
-    if untested:
+    if without := [f"“{group.name}”" for group in members if not group.drawn]:
+        missing.append(f"Training curves of {', '.join(without)}: there are no metrics here.")
+    if untested := [run.name for run in runs if not run.tested]:
         missing.append(f"Not evaluated yet: {', '.join(untested)}.")
     return _render(
         title=f"{len(runs)} runs compared",
@@ -168,7 +170,7 @@ def _render(*, runs: Sequence[Run], **values: Any) -> str:
 
 
 def protocol(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(what, how) of the runs; of several, only what they have in common."""
+    """(label, text) of the runs' configuration and tests; for several, what all share."""
     described = [dict(_protocol(run)) for run in runs]
     return [
         (what, how)
@@ -236,7 +238,7 @@ def _result(record: dict[str, Any]) -> dict[str, str]:
 
 
 def published(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Published results on the same data under the same threat; none are known for most."""
+    """Published results on the same data under the same threat; empty if none are listed."""
     threat = config["threat"]
     for table in json.loads((_PACKAGED / "published.json").read_text()):
         same_eps = abs(table["eps_255"] - 255 * threat["eps"]) < 1e-3
@@ -246,7 +248,7 @@ def published(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def audits(run: Run) -> list[dict[str, str]]:
-    """What the audit of each AutoAttack evaluation has found, in words."""
+    """The flags that the audit of each AutoAttack evaluation has raised, with their meaning."""
     found = []
     words = json.loads((_PACKAGED / "flags.json").read_text())
     for record in run.tested:

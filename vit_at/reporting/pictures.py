@@ -17,6 +17,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vit_at.reporting.run import Curve, thin
+
 SERIES = 6  # colours; a seventh line takes the first again, with other dashes
 _DASHES = ("-", "--", ":", "-.")
 # Stand-ins: colours that nothing else uses, for the page's variables.
@@ -45,8 +47,6 @@ _STYLE = {
 }
 _MOST_POINTS = 160  # of one line; more are averaged
 
-Line = tuple[Sequence[float], Sequence[float]]
-
 
 def colour(index: int) -> str:
     """The stand-in for the page's colour ``--c<index>``."""
@@ -55,7 +55,7 @@ def colour(index: int) -> str:
 
 def line_chart(
     title: str,
-    lines: Mapping[str, Line],
+    lines: Mapping[str, Curve],
     *,
     x: str,
     y: str = "",
@@ -71,7 +71,7 @@ def line_chart(
 
     def draw(axes):
         for i, (name, (xs, ys)) in enumerate(lines.items()):
-            xs, ys = thin(xs, ys)
+            xs, ys = thin(xs, ys, _MOST_POINTS)
             scaled = 100 * np.asarray(ys) if percent else ys
             few = marked or len(xs) <= 25
             axes.plot(
@@ -145,16 +145,6 @@ def _legend(axes: Any, entries: int) -> None:
     axes.figure.legend(loc="outside lower left", ncols=columns)
     rows = -(-entries // columns)
     axes.figure.set_figheight(axes.figure.get_figheight() + 0.2 * rows)
-
-
-def thin(xs: Sequence[float], ys: Sequence[float]) -> Line:
-    """At most 160 points, each the mean of as many neighbours as that takes."""
-    width = -(-len(xs) // _MOST_POINTS)
-    if width <= 1:
-        return xs, ys
-    starts = range(0, len(xs), width)
-    means = [[float(np.mean(v[i : i + width])) for i in starts] for v in (xs, ys)]
-    return means[0], means[1]
 
 
 def _svg(title: str, draw: Any, height: float = 2.9) -> str:

@@ -30,7 +30,7 @@ from vit_at.attacks import Threat
 from vit_at.errors import UserError, one_sentence_errors
 from vit_at.evaluation.protocol import parse_attacks
 from vit_at.models.build import build
-from vit_at.reporting.sweep import load_recipe
+from vit_at.reporting.jobs import load_recipe
 from vit_at.training import metrics
 from vit_at.workdir.results import AUTOATTACK
 

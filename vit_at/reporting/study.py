@@ -1,8 +1,8 @@
-"""Runs read back from their work directories, and compared: seeds averaged, differences named.
+"""Comparing runs: which differ in the seed alone, what tells the rest apart, their mean accuracies.
 
-Run      one work directory: configuration, metrics, results
-groups   runs that differ in nothing but the seed, named by what tells them from the others
-table    their accuracies, mean and standard deviation over the seeds, as a Table
+find     the runs of work directories and study files
+groups   runs that differ only in the seed, named by what tells them from the other groups
+compare  the groups' accuracies, mean and standard deviation over the seeds, as a Table
 """
 
 import dataclasses
@@ -15,11 +15,12 @@ from typing import Any
 from etils import epath
 
 from vit_at.config import flatten
-from vit_at.training.metrics import METRICS_FILE
-from vit_at.workdir.files import CONFIG_FILE, read_config, read_json
-from vit_at.workdir.results import AUTOATTACK, RESULTS_FILE, in_255ths
+from vit_at.reporting import study_file
+from vit_at.reporting.run import Run
+from vit_at.workdir.files import CONFIG_FILE
+from vit_at.workdir.results import AUTOATTACK, in_255ths
 
-# What may differ between two runs of one experiment: names, places, and how often is looked at it.
+# Fields that do not change what is trained: names, places, and how often the run is measured.
 _IRRELEVANT = frozenset(
     {
         "name",
@@ -35,58 +36,23 @@ _IRRELEVANT = frozenset(
         "log_every_steps",
     }
 )
-# What training without masks does not look at, and natural training.
+# Fields that training without masks, and natural training, do not use.
 _OF_THE_MASKS = frozenset({"masking.keep_max", "masking.patch_size", "masking.warmup_epochs"})
 _OF_THE_ATTACK = frozenset({"beta", "threat.eps_warmup_epochs", "threat.start", "threat.steps"})
 _MOST_DIFFERENCES = 4  # in a group's name
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A work directory, or what is there of it.
-
-    config: as nested dicts; metrics: the lines of metrics.jsonl; records: those of results.json.
-    """
-
-    workdir: epath.Path
-    config: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    records: list[dict[str, Any]]
-
-    @classmethod
-    def read(cls, workdir: str | epath.Path) -> "Run":
-        """Reads a work directory; metrics and results may be missing.
-
-        Raises:
-          UserError: it is none, or a file in it is damaged.
-        """
-        workdir = epath.Path(workdir)
-        config = read_config(workdir).to_dict()
-        results = workdir / RESULTS_FILE
-        records: Any = read_json(results) if results.exists() else []
-        return cls(workdir, config, _metrics(workdir / METRICS_FILE), records)
-
-    @property
-    def tested(self) -> list[dict[str, Any]]:
-        """The records of the weights that the configuration says are to be tested, if any."""
-        which = self.config["eval"]["checkpoint"]
-        own = [r for r in self.records if r["protocol"]["weights"].get("checkpoint") == which]
-        return own or self.records
-
-    def series(self, name: str) -> tuple[list[float], list[float]]:
-        """Epochs and values of a metric, over the lines that have it."""
-        lines = [line for line in self.metrics if name in line]
-        return [line["epoch"] for line in lines], [line[name] for line in lines]
-
-
 def find(places: Sequence[str | epath.Path]) -> list[Run]:
-    """The runs of these work directories, or of those right inside a directory that is none.
+    """The runs of these places: work directories, directories of them, or study files.
 
     Raises:
-      UserError: a place holds no work directory, or a damaged one.
+      UserError: a place holds no run, or a damaged one.
     """
     runs = []
     for place in map(epath.Path, places):
+        if place.suffix == ".json":
+            runs += study_file.read(place)
+            continue
         inner = [place] if (place / CONFIG_FILE).exists() else _inside(place)
         runs += [Run.read(workdir) for workdir in inner or [place]]
     return runs
@@ -100,33 +66,26 @@ def _inside(place: epath.Path) -> list[epath.Path]:
 
 
 def _by_numbers(path: epath.Path) -> list[str | float]:
-    """A key for sorting by name, numbers by their values: 'epochs=5' before 'epochs=10'."""
+    """Sorts names with their numbers by value: 'epochs=5' before 'epochs=10'."""
     words = re.split(r"(\d+(?:\.\d+)?)", path.name)
     return [float(word) if i % 2 else word for i, word in enumerate(words)]
 
 
-def _metrics(path: epath.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; one that a crash cut short ends it."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    per_step = next((line["epoch"] / line["step"] for line in lines if line.get("epoch")), 0.0)
-    return [{"epoch": per_step * line["step"]} | line for line in lines]
-
-
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed; name: what tells them from the other groups."""
+    """Runs that differ only in the seed; name: what tells them from the other groups."""
 
     name: str
     runs: tuple[Run, ...]
 
+    @property
+    def drawn(self) -> Run | None:
+        """The run whose curves a page draws: the first that has any."""
+        return next((run for run in self.runs if run.curves), None)
+
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """Gathers runs by their configuration without the seed, in the order of their first."""
+    """Groups runs by their configuration without the seed, in the order of each group's first."""
     gathered: dict[str, list[Run]] = {}
     for run in runs:
         gathered.setdefault(json.dumps(_relevant(run), sort_keys=True), []).append(run)
@@ -141,7 +100,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
 
 def _relevant(run: Run) -> dict[str, Any]:
     flat = flatten(run.config)
-    # Each seed may start from pre-trained weights of its own.
+    # Each seed may start from its own pre-trained weights.
     flat["model.pretrained"] = re.sub(r"(seed\D?)\d+", r"\1*", flat["model.pretrained"])
     without = _IRRELEVANT
     if flat["objective"] == "natural":
@@ -154,12 +113,12 @@ def _relevant(run: Run) -> dict[str, Any]:
 def _name(config: dict[str, Any], differing: Sequence[str], run: Run) -> str:
     """'AT + ARD + PRM' or 'TRADES, learning_rate 0.01': the method, then what else differs.
 
-    Where that is more than can be read, the name of a work directory stands for it, less its seed.
+    If more than four fields differ, they are replaced by the run's name without its seed.
     """
     said = ("objective", "masking.ard", "masking.prm")
     rest = [field for field in differing if field in config and field not in said]
     if len(rest) > _MOST_DIFFERENCES:
-        arm = re.sub(r"[-_]?seed\W?\d+", "", run.workdir.name)
+        arm = re.sub(r"[-_]?seed\W?\d+", "", run.name)
         return f"{method(config)} ({arm})" if arm else method(config)
     return ", ".join([method(config), *(describe(field, config[field]) for field in rest)])
 
@@ -172,7 +131,7 @@ def method(config: dict[str, Any]) -> str:
 
 
 def describe(field: str, value: Any) -> str:
-    """A field and its value in few words: 'schedule cosine', 'no weight_decay', 'from scratch'."""
+    """A field and its value in words: 'schedule cosine', 'no weight_decay', 'from scratch'."""
     if field == "model.pretrained":
         return f"from {value.rstrip('/').rpartition('/')[2]}" if value else "from scratch"
     if field == "model.name":
@@ -196,7 +155,7 @@ def attack_name(attack: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """An attack with its protocol: numbers of two columns are not to be averaged."""
+    """An attack with its protocol; accuracies of different columns must not be averaged."""
 
     attack: str
     data: str
@@ -221,7 +180,7 @@ class Column:
         )
 
     def heading(self, others: Sequence["Column"]) -> str:
-        """The attack, with as much of the protocol as tells it from the other columns."""
+        """The attack, with what of its protocol differs from the same attack in other columns."""
         parts = [attack_name(self.attack)]
         same = [other for other in others if other.attack == self.attack]
         words = {
@@ -238,7 +197,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """headings of the columns; rows: (name, number of seeds, a cell each, '-' where unmeasured)."""
+    """headings of the columns; rows: (name, number of seeds, a cell each, '-' if not measured)."""
 
     headings: tuple[str, ...]
     columns: tuple[Column, ...]
@@ -252,7 +211,7 @@ class Table:
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def table(members: Sequence[Group]) -> Table:
+def compare(members: Sequence[Group]) -> Table:
     """Accuracies in per cent: mean ± standard deviation over the seeds of each group."""
     measured = [accuracies(group) for group in members]
     columns = sorted(
@@ -272,7 +231,7 @@ def _cell(values: Sequence[float], group: Group) -> str:
 
 
 def accuracies(group: Group) -> dict[Column, list[float]]:
-    """{column: a value for each seed that has been measured under its protocol}."""
+    """{column: a value for each seed that was measured under its protocol}."""
     found: dict[Column, list[float]] = {}
     for run in group.runs:
         for record in run.tested:
@@ -289,7 +248,7 @@ def _order(column: Column) -> tuple[Any, ...]:
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """[0.7, 0.8] -> '75.0 ± 7.1': per cent, the deviation that of a sample; '-' for none."""
+    """[0.7, 0.8] -> '75.0 ± 7.1': per cent, the sample standard deviation; '-' for none."""
     if not values:
         return "-"
     mean = f"{100 * statistics.fmean(values):.1f}"

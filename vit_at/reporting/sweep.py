@@ -1,167 +1,166 @@
-"""Sweeps: many runs of one recipe, and the one table of what they reached.
+"""Starts the runs of a recipe's sweep that are not finished, and collects one table.
 
-A recipe declares its sweep beside ``get_config``; each ``add`` is one run, given by variants of the
-config string and by values of fields:
+    vit-at sweep configs/digits_sgd.py                        # here, one after the other
+    vit-at sweep configs/digits_sgd.py --parallel=2           # here, two at a time
+    vit-at sweep configs/digits_sgd.py --dry_run              # only print the commands
+    vit-at sweep configs/digits_sgd.py --collect              # only the table
+    vit-at sweep configs/digits_sgd.py --index=3              # one run, as in a job array
+    vit-at sweep configs/cifar10_sgd.py --launcher=launch/slurm.sh -- --config.data.dir=DIR
 
-    def sweep(add):
-        for seed in range(3):
-            add("ard_prm", {"seed": seed, "threat.eps": 8 / 255})
-
-``runs_of`` turns that into commands of ``vit_at.main``, each with a work directory of its own under
-one root; ``collect`` reads what the finished ones have measured. ``launch/sweep.py`` starts them.
+Flags after ``--`` go to every run. A launcher replaces ``python -m vit_at.main``, for example by a
+script that submits a job. The table is ``table.md`` in the root of the runs.
 """
 
-import importlib.util
-import json
-import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import argparse
+import contextlib
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
-from ml_collections import ConfigDict
 
-from vit_at.config import differences, field_names, validate, with_added
-from vit_at.errors import UserError, nearest
+from vit_at.errors import UserError, one_sentence_errors
 from vit_at.reporting import study
-from vit_at.workdir.files import CONFIG_FILE, read_json, write_atomically
-from vit_at.workdir.results import RESULTS_FILE
+from vit_at.reporting.jobs import Job, jobs_of
+from vit_at.reporting.run import Run
+from vit_at.workdir.files import write_atomically
 
 TABLE_FILE = "table.md"  # in the root of the runs
-_FIELD_FLAG = re.compile(r"--?config\.([^=]+)")
 
 
-class Run(NamedTuple):
-    """One run of a sweep.
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the sweep and prints its table.
 
-    variants and fields: as given to ``add``; arguments: of vit_at.main; free: the fields that flags
-    have set, so that a finished run may have them otherwise than ``config``.
+    Returns:
+      The exit status: 0; 128 + the number of a signal; that of a single run; 1 if any of several
+      failed.
     """
-
-    name: str
-    variants: str
-    fields: dict[str, Any]
-    config: ConfigDict
-    workdir: epath.Path
-    arguments: list[str]
-    free: frozenset[str]
-
-    @property
-    def accuracies(self) -> dict[str, float]:
-        """{attack: accuracy} as far as they have been measured."""
-        path = self.workdir / RESULTS_FILE
-        records = read_json(path) if path.exists() else []
-        return {record["attack"]: record["accuracy"] for record in records}
-
-    @property
-    def finished(self) -> bool:
-        """Whether every attack of this very configuration has been measured."""
-        path = self.workdir / CONFIG_FILE
-        if not path.exists():
-            return False
-        stored = read_json(path)
-        changes = differences(with_added(stored), json.loads(json.dumps(self.config.to_dict())))
-        changed = {change.partition(" ")[0] for change in changes}
-        wanted = {attack.strip() for attack in stored["eval"]["attacks"].split(",")}
-        return changed <= self.free and wanted <= self.accuracies.keys()
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    with one_sentence_errors():
+        if options.parallel < 1:
+            raise UserError(f"--parallel is {options.parallel}; it must be 1 or more")
+        root = epath.Path(options.root) if options.root else None
+        jobs = jobs_of(options.recipe, root, options.flags)
+        if not jobs:
+            raise UserError(f"the sweep of {options.recipe} adds no run")
+        root = jobs[0].workdir.parent
+        chosen = _chosen(jobs, options.index)
+        waiting = [job for job in chosen if not job.finished]
+        print(f"{len(jobs)} runs, {len(chosen) - len(waiting)} of {len(chosen)} finished: {root}")
+        if options.dry_run:
+            print("\n".join(shlex.join([*options.launcher, *job.arguments]) for job in waiting))
+            return 0
+        status = 0
+        if not options.collect:
+            status = Pool(options.launcher, options.parallel).run(waiting)
+        if options.index is None:
+            print(collect(jobs, root))
+    return status
 
 
-def runs_of(recipe: str, root: epath.Path | None = None, flags: Sequence[str] = ()) -> list[Run]:
-    """The runs of a recipe's sweep, in the order of its ``add`` calls.
-
-    Args:
-      recipe: 'configs/digits_sgd.py', or with variants that all runs take: '...py:smoke'.
-      root: of the work directories; default: runs/<config name>-sweep.
-      flags: of vit_at.main, for every run.
-
-    Raises:
-      UserError: no such recipe, no sweep in it, an unknown field or variant, or a run twice.
-    """
-    file, _, common = recipe.partition(":")
-    module = _load(file)
-    if not hasattr(module, "sweep"):
-        raise UserError(f"{file} declares no sweep; add a function sweep(add) beside get_config")
-    entries: list[tuple[str, dict[str, Any]]] = []
-
-    def add(variants: str = "", fields: dict[str, Any] | None = None) -> None:
-        entries.append((variants, dict(fields or {})))
-
-    module.sweep(add)
-    root = root or epath.Path("runs") / f"{_config(module, file, common).name}-sweep"
-    runs = [_run(module, file, common, root, flags, *entry) for entry in entries]
-    names = [run.name for run in runs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"{file} adds the run '{twice}' to its sweep twice; remove one")
-    return runs
+def _chosen(jobs: list[Job], index: int | None) -> list[Job]:
+    if index is None:
+        return jobs
+    if not 0 <= index < len(jobs):
+        raise UserError(f"--index is {index}; the sweep has the runs 0 to {len(jobs) - 1}")
+    return [jobs[index]]
 
 
-def load_recipe(recipe: str) -> ConfigDict:
-    """The configuration of 'FILE.py' or 'FILE.py:variants'; UserError where that fails."""
-    file, _, variants = recipe.partition(":")
-    return _config(_load(file), file, variants)
-
-
-def _load(file: str) -> Any:
-    """The module of a recipe."""
-    try:
-        spec = importlib.util.spec_from_file_location("recipe", file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except Exception as error:  # a recipe is a program: it can raise anything
-        raise UserError(
-            f"the recipe '{file}' can't be loaded ({error}); give a file such as "
-            "configs/digits_sgd.py, and run the command where that lies"
-        ) from error
-    return module
-
-
-def _config(module: Any, file: str, variants: str) -> ConfigDict:
-    try:
-        return module.get_config(variants) if variants else module.get_config()
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file}:{variants} can't be loaded ({error})") from error
-
-
-def _run(
-    module: Any,
-    file: str,
-    common: str,
-    root: epath.Path,
-    flags: Sequence[str],
-    variants: str,
-    fields: dict[str, Any],
-) -> Run:
-    # The common variants last: smoke makes anything small.
-    both = ",".join(filter(None, (variants, common)))
-    config = _config(module, file, both)
-    known = list(field_names(config))
-    for field in fields:
-        if field not in known:
-            raise UserError(
-                f"the sweep of {file} sets the field '{field}', which is unknown; the nearest are "
-                f"{nearest(field, known)}"
-            )
-    with config.unlocked():
-        try:
-            config.update_from_flattened_dict(fields)
-        except TypeError as error:
-            raise UserError(
-                f"the sweep of {file} sets a value of a wrong kind ({error})"
-            ) from error
-    validate(config)
-    parts = [variants] + [f"{field.rpartition('.')[2]}={v}" for field, v in fields.items()]
-    name = re.sub(r"[^\w.=+-]+", "_", "-".join(filter(None, parts))).strip("_") or "default"
-    arguments = [f"--config={file}:{both}" if both else f"--config={file}"]
-    arguments += [f"--config.{field}={value}" for field, value in fields.items()]
-    arguments += [f"--workdir={root / name}", *flags]
-    free = {match[1] for match in map(_FIELD_FLAG.match, flags) if match} | {"dtype"}
-    return Run(name, variants, fields, config, root / name, arguments, frozenset(free))
-
-
-def collect(runs: list[Run], root: epath.Path) -> str:
-    """Writes ``study.table`` of the finished runs into root, as ``table.md``; returns its text."""
-    done = [study.Run.read(run.workdir) for run in runs if run.finished]
-    text = study.table(study.groups(done)).markdown() if done else "no run has finished\n"
+def collect(jobs: Sequence[Job], root: epath.Path) -> str:
+    """Writes the table of the finished jobs as ``table.md`` into root; returns its text."""
+    done = [Run.read(job.workdir) for job in jobs if job.finished]
+    text = study.compare(study.groups(done)).markdown() if done else "no run has finished\n"
     root.mkdir(parents=True, exist_ok=True)
     write_atomically(root / TABLE_FILE, text)
     return text
+
+
+class Pool:
+    """Runs jobs as processes, ``parallel`` at a time; SIGTERM and SIGINT end them and the rest."""
+
+    def __init__(self, launcher: Sequence[str], parallel: int):
+        self._launcher, self._parallel = launcher, parallel
+        self._received = 0  # number of a signal
+        self._running: set[subprocess.Popen] = set()
+        self._lock = threading.RLock()  # no process starts while a signal is handled
+
+    def run(self, jobs: Sequence[Job]) -> int:
+        """Runs all jobs, also after one has failed; returns the exit status, see ``main``."""
+        with self._handling_signals(), ThreadPoolExecutor(self._parallel) as threads:
+            statuses = list(threads.map(self._run, jobs))
+        for job, status in zip(jobs, statuses, strict=True):
+            if status:
+                print(f"run {job.name} ended with status {status}", file=sys.stderr)
+        if self._received:
+            return 128 + self._received
+        return statuses[0] if len(jobs) == 1 else int(any(statuses))
+
+    def _run(self, job: Job) -> int:
+        """Starts one job and waits for it; returns its status, 0 if it was not started."""
+        with contextlib.ExitStack() as stack:
+            output = None
+            if self._parallel > 1:
+                job.workdir.parent.mkdir(parents=True, exist_ok=True)
+                output = stack.enter_context(open(f"{job.workdir}.log", "w"))
+            with self._lock:
+                if self._received:
+                    return 0
+                print(f"-- {job.name}", flush=True)
+                command = [*self._launcher, *job.arguments]
+                # In a session of its own, so that Ctrl-C reaches it only once, through _end.
+                process = subprocess.Popen(
+                    command, stdout=output, stderr=output, start_new_session=True
+                )
+                self._running.add(process)
+            status = process.wait()
+            self._running.discard(process)
+        return status
+
+    @contextlib.contextmanager
+    def _handling_signals(self) -> Iterator[None]:
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, self._end) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _end(self, number: int, frame: object) -> None:
+        with self._lock:
+            self._received = number
+            for process in list(self._running):
+                process.terminate()
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(
+        prog="vit-at sweep",
+        description="Runs a recipe's sweep and collects one table.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("recipe", help="such as configs/digits_sgd.py, or with variants for all: ...py:smoke")
+    add("--root", default="", help="of the work directories; default runs/<config name>-sweep")
+    add("--parallel", type=int, default=1, help="runs at a time on this machine")
+    add(
+        "--launcher",
+        type=shlex.split,
+        default=[sys.executable, "-m", "vit_at.main"],
+        help="the command that starts a run; default python -m vit_at.main",
+    )
+    add("--index", type=int, help="only the run of this number, from 0")
+    add("--dry_run", action="store_true", help="print the commands and run nothing")
+    add("--collect", action="store_true", help="run nothing, only make the table")
+    options = parser.parse_args(arguments[:cut])
+    options.flags = arguments[cut + 1 :]
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""One run as the report needs it: configuration, curves and records, without its weights.
+
+A run is read from its work directory, or from a study file (see ``study_file``), which holds many.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from vit_at.training.metrics import METRICS_FILE
+from vit_at.workdir.files import read_config, read_json
+from vit_at.workdir.results import RESULTS_FILE
+
+Curve = tuple[Sequence[float], Sequence[float]]  # epochs (or other x), values
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run has left.
+
+    name: of its work directory. config: nested dicts. curves: {metric: (epochs, values)}.
+    records: those of ``results.json``. workdir: None if read from a study file.
+    """
+
+    name: str
+    config: dict[str, Any]
+    curves: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
+    records: Sequence[dict[str, Any]] = ()
+    workdir: epath.Path | None = None
+
+    @classmethod
+    def read(cls, workdir: str | epath.Path) -> "Run":
+        """Reads a work directory; metrics and results may be missing.
+
+        Raises:
+          UserError: it is not a work directory, or a file in it is damaged.
+        """
+        workdir = epath.Path(workdir)
+        config = read_config(workdir).to_dict()
+        results = workdir / RESULTS_FILE
+        records: Any = read_json(results) if results.exists() else []
+        return cls(workdir.name, config, _curves(workdir / METRICS_FILE), records, workdir)
+
+    @property
+    def tested(self) -> Sequence[dict[str, Any]]:
+        """The records of the weights that ``eval.checkpoint`` names; all records if it has none."""
+        which = self.config["eval"]["checkpoint"]
+        own = [r for r in self.records if r["protocol"]["weights"].get("checkpoint") == which]
+        return own or self.records
+
+    def series(self, name: str) -> Curve:
+        """Epochs and values of a metric; empty if it was not logged."""
+        return self.curves.get(name, ([], []))
+
+
+def _curves(path: epath.Path) -> dict[str, Curve]:
+    """The curves of a metrics file, up to a line that a crash cut short."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    per_step = next((line["epoch"] / line["step"] for line in lines if line.get("epoch")), 0.0)
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for line in lines:
+        epoch = line.get("epoch", per_step * line["step"])
+        for name in line.keys() - {"step", "epoch"}:
+            epochs, values = curves.setdefault(name, ([], []))
+            epochs.append(epoch)
+            values.append(line[name])
+    return curves
+
+
+def thin(xs: Sequence[float], ys: Sequence[float], most: int) -> Curve:
+    """At most ``most`` points, each the mean of equally many neighbours (the last of fewer)."""
+    width = -(-len(xs) // most)
+    if width <= 1:
+        return xs, ys
+    starts = range(0, len(xs), width)
+    means = [[float(np.mean(v[i : i + width])) for i in starts] for v in (xs, ys)]
+    return means[0], means[1]
