@@ -1,5 +1,6 @@
 """Costs on paper: counted by hand, and read off a program's text."""
 
+import hlo
 import pytest
 from vit_at.configs import digits_sgd, imagenet_vit_b
 
@@ -21,7 +22,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_collectives_are_counted_by_their_results_and_loops():
-    assert scaling.collective_bytes(HLO) == {"all-reduce": 3 * 160 + 4 + 6, "all-gather": 32}
+    assert hlo.collective_bytes(HLO) == {"all-reduce": 3 * 160 + 4 + 6, "all-gather": 32}
 
 
 def test_imagenets_cost_is_that_counted_by_hand():

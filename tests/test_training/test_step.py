@@ -3,6 +3,7 @@
 import functools
 import re
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,6 @@ from vit_at.training.masking import Masking
 from vit_at.training.setup import initial_state
 from vit_at.training.step import Draws, TrainState, draw, perturb
 
-COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 SHAPE = (6, 8, 8, 3)
 
 
@@ -257,42 +257,19 @@ def mapped_attack(setup, attack):
 def test_the_mapped_attack_has_no_collective(objective):
     setup = runs.tiny_setup(4)
     attack, arguments = attack_of(setup, objective)
-    hlo = mapped_attack(setup, attack).lower(*arguments).compile().as_text()
-    assert "while" in hlo
-    assert not re.findall(COLLECTIVES, hlo)
-
-
-def computations(hlo):
-    """{name: text} of an HLO module."""
-    found = re.findall(
-        r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", hlo, re.MULTILINE | re.DOTALL
-    )
-    return dict(found)
-
-
-def reachable(name, texts):
-    """A computation's text, with that of every computation it calls."""
-    seen, todo = set(), [name]
-    while todo:
-        here = todo.pop()
-        if here in seen or here not in texts:
-            continue
-        seen.add(here)
-        todo += re.findall(r"%([\w.\-]+)", texts[here])
-    return "\n".join(texts[name] for name in seen)
+    program = mapped_attack(setup, attack).lower(*arguments).compile().as_text()
+    assert "while" in program
+    assert not re.findall(hlo.COLLECTIVES, program)
 
 
 def test_in_the_whole_step_the_attacks_loop_holds_no_collective():
     """The gradient's reduction does hold some, so the pattern would find one."""
     setup, state, batches = start(4, **MASKED)
-    hlo = runs.quick_step(setup, state, next(batches)).as_text()
-    texts = computations(hlo)
-    pattern = r'while\([^\n]*body=%?([\w.\-]+)[^\n]*op_name="[^"]*/shard_map/jvp\(\)/while"'
-    (loop,) = re.findall(pattern, hlo)
-    inside = reachable(loop, texts)
+    program = runs.quick_step(setup, state, next(batches)).as_text()
+    inside = hlo.reachable(program, hlo.loop_body(program, "/shard_map/jvp()/while"))
     assert "transpose(jvp(VisionTransformer))" in inside
-    assert not re.findall(COLLECTIVES, inside)
-    assert re.findall(COLLECTIVES, hlo)
+    assert not re.findall(hlo.COLLECTIVES, inside)
+    assert re.findall(hlo.COLLECTIVES, program)
 
 
 def test_pmap_of_the_same_attack_gives_the_same_numbers():

@@ -15,10 +15,7 @@ assumption, and no figure here has been measured on such a slice.
 """
 
 import argparse
-import collections
-import functools
 import math
-import re
 import sys
 from typing import NamedTuple
 
@@ -125,42 +122,6 @@ def efficiency(cost: Cost, chips: int, chip: Chip, utilisation: float) -> float:
 def chip_hours(flops: float, chip: Chip, utilisation: float) -> float:
     """Chip-hours at full efficiency."""
     return flops / (utilisation * chip.flops) / 3600
-
-
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
-_COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter)(?:-start)?\(")
-_ARRAY = re.compile(r"(f32|bf16|f16|s32|u32|pred)\[([\d,]*)\]")
-_SIZES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
-
-
-def collective_bytes(hlo: str) -> dict[str, int]:
-    """{kind: bytes of the results} of the collectives that a compiled program runs, from its text.
-
-    What stands in a loop counts as often as the loop is known to run.
-    """
-    texts = {name: text for _, name, text in _COMPUTATION.findall(hlo)}
-    (entry,) = (name for is_entry, name, _ in _COMPUTATION.findall(hlo) if is_entry)
-
-    @functools.cache
-    def of_computation(name: str) -> collections.Counter[str]:
-        total: collections.Counter[str] = collections.Counter()
-        for line in texts.get(name, "").splitlines():
-            if found := _COLLECTIVE.search(line):
-                total[found[2]] += _nbytes(found[1])
-            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
-                for kind, size in of_computation(called).items():
-                    total[kind] += size * (int(trips[1]) if trips else 1)
-        return total
-
-    return dict(of_computation(entry))
-
-
-def _nbytes(shapes: str) -> int:
-    return sum(
-        _SIZES[dtype] * math.prod(int(n) for n in dims.split(",") if n)
-        for dtype, dims in _ARRAY.findall(shapes)
-    )
 
 
 def report(config: ConfigDict, chip_name: str, utilisation: float) -> str:
