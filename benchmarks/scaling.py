@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py [--model deit_tiny_patch16_224@32/4] [--out FILE]
 
-Each point is a process of its own. With d virtual devices on c cores the work per core stays the
-same once d >= c: what a run loses there is what splitting costs. On an accelerator the first part
-is left out, since one process cannot make more devices than there are.
+Each point runs in its own process. With d virtual devices on c cores, the work per core is constant
+once d >= c, so the time lost there is the cost of splitting. Accelerators skip this part, as a
+process cannot have more devices than there are.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> None:
             point["peak_memory"] = contestant.end()
             rate, memory = point["images_per_second"], mebibytes(point["peak_memory"])
             shown = [f"{seconds:.4g} s", f"{rate:.4g}", memory]
-        except RuntimeError as error:  # too large, say: the other points are measured
+        except RuntimeError as error:  # such as too large; measure the other points
             point["error"] = str(error)
             shown = [point["error"][:60], "-", "-"]
         result["points"].append(point)

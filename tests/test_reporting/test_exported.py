@@ -113,7 +113,7 @@ def test_the_model_card_says_what_was_trained_and_what_not_measured():
     assert card.startswith("---\nlibrary_name: timm\n")
     assert "trained on digits by vit_at: AT + ARD + PRM" in card
     assert "started from scratch" in card
-    assert "Nothing has been measured of these weights" in card
+    assert "These weights have not been evaluated" in card
     assert "AutoAttack has not been run" in card
     natural = model_card(about | {"training": trained | {"objective": "natural"}})
     assert "they are not robust" in natural

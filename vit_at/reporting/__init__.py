@@ -1,11 +1,13 @@
-"""Runs made visible: compared in tables, drawn in charts, shown on a page.
+"""Reports: runs compared in tables, drawn in charts and shown on a page; exported weights.
 
-study       work directories read back and compared, seeds averaged
-sweep       many runs of one recipe
-charts      the sections of a report; pictures draws them
-exhibits    what is computed of a trained model: attacked images, curves, masks
-rollout     where a model looks
+run         one run, read from its work directory
+study_file  many runs in one JSON file
+study       runs compared, averaged over seeds
+jobs        the runs of a recipe's sweep; sweep starts them
+charts      the sections of a report, drawn by pictures
+exhibits    computes what a report shows of a trained model: attacked images, curves, masks
+rollout     attention rollout: where a model looks
 page        the report, one HTML page
-exported    weights for PyTorch with their model_card
-scaling     what a recipe costs on a TPU slice, on paper
+exported    weights for PyTorch, with a model_card
+scaling     estimates what a recipe costs on a TPU slice
 """

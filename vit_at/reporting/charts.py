@@ -1,7 +1,7 @@
-"""The sections of a report: which charts and pictures are drawn of a run, and what is said of them.
+"""The sections of a report: charts and pictures with their notes.
 
-training, by_attack, audit_curves    from what a work directory holds
-attacked, curves, masks, by_class    from what ``exhibits`` has computed of its weights
+training, by_attack, compared, audit_curves    from configurations, curves and records
+attacked, curves, masks, by_class              from what ``exhibits`` computes from the weights
 """
 
 import dataclasses
@@ -12,17 +12,17 @@ import numpy as np
 
 from vit_at.reporting import pictures
 from vit_at.reporting.exhibits import Attacked, Exhibits
-from vit_at.reporting.run import Run
+from vit_at.reporting.run import Curve, Run
 from vit_at.reporting.study import Group, Table, accuracies, attack_name, groups
 from vit_at.workdir.results import Results, in_255ths
 
-_MOST_CLASSES = 20  # drawn; of more, the best and the worst
-_PIXELS = 96  # side that small images are enlarged to, at least
+_MOST_CLASSES = 20  # drawn; if there are more, the best and the worst
+_PIXELS = 96  # smaller images are enlarged to at least this side
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """title and note: text; charts: SVG; cards: groups of (caption, data URI), each with a text."""
+    """title, note: text. charts: SVG. cards: (heading, images as (caption, data URI))."""
 
     title: str
     note: str = ""
@@ -42,21 +42,28 @@ _CURVES = (
 
 
 def training(runs: Mapping[str, Run]) -> Section:
-    """Curves over epochs; of one run or, overlaid, of several by name."""
-    charts = [_accuracies(runs)] if len(runs) == 1 else _compared_accuracies(runs)
+    """Curves over epochs: of one run, or of several by name in the same charts."""
+    charts = _accuracies(*runs.values()) if len(runs) == 1 else _compared_accuracies(runs)
     for metric, title in _CURVES:
-        under = runs if metric != "eps" else {n: r for n, r in runs.items() if _attacks(r)}
-        lines = {name: run.series(metric) for name, run in under.items()}
-        lines = {name: line for name, line in lines.items() if line[0]}
-        constant = all(len(set(line[1])) == 1 for line in lines.values())
-        if lines and not (metric == "eps" and constant):
-            charts.append(pictures.line_chart(title, lines, x="epoch"))
+        lines = {name: run.series(metric) for name, run in runs.items()}
+        if metric == "eps":
+            lines = {n: line if _attacks(runs[n]) else ([], []) for n, line in lines.items()}
+            if all(len(set(values)) <= 1 for _, values in lines.values()):
+                continue
+        charts += _over_epochs(title, lines)
     note = "Each point of a long curve is the mean of its neighbours. "
     return Section("Training", note + _validation_note(runs), tuple(charts))
 
 
+def _over_epochs(title: str, lines: Mapping[str, Curve], percent: bool = False) -> list[str]:
+    """One chart; none if there is nothing to draw. A run keeps its colour in all charts."""
+    if not any(epochs for epochs, _ in lines.values()):
+        return []
+    return [pictures.line_chart(title, lines, x="epoch", percent=percent)]
+
+
 def with_drawn_curves(runs: Sequence[Run]) -> list[Run]:
-    """The runs with those curves alone that a page of them draws: of one run in each group."""
+    """The runs with only those curves that their page draws: of one run in each group."""
     drawn = [group.drawn for group in groups(runs)]
     metrics = {*_ACCURACIES.values(), *(metric for metric, _ in _CURVES)}
 
@@ -74,7 +81,7 @@ def _attacks(run: Run) -> bool:
 def _validation_note(runs: Mapping[str, Run]) -> str:
     if not any(_validation_attack(run) for run in runs.values()):
         return ""
-    return "Validation is on training images that were held out."
+    return "Validation is on held-out training images."
 
 
 def _validation_attack(run: Run) -> str | None:
@@ -83,38 +90,31 @@ def _validation_attack(run: Run) -> str | None:
     return min(names - {"validation/clean"}, default=None)
 
 
-def _accuracies(runs: Mapping[str, Run]) -> str:
-    (run,) = runs.values()
-    attack = _validation_attack(run)
+def _accuracies(run: Run) -> list[str]:
     wanted = _ACCURACIES | {"validation, clean": "validation/clean"}
-    if attack:
+    if attack := _validation_attack(run):
         wanted[f"validation, {attack.removeprefix('validation/').upper()}"] = attack
-    lines = {name: run.series(metric) for name, metric in wanted.items()}
-    lines = {name: line for name, line in lines.items() if line[0]}
-    return pictures.line_chart("Accuracy", lines, x="epoch", percent=True)
+    lines = {name: run.series(metric) for name, metric in wanted.items() if metric in run.curves}
+    return _over_epochs("Accuracy", lines, percent=True)
 
 
 def _compared_accuracies(runs: Mapping[str, Run]) -> list[str]:
-    charts = []
-    for title, of in (
-        ("Validation accuracy, clean", lambda run: "validation/clean"),
-        ("Validation accuracy under attack", _validation_attack),
-    ):
-        lines = {name: run.series(of(run)) for name, run in runs.items() if of(run)}
-        lines = {name: line for name, line in lines.items() if line[0]}
-        if lines:
-            charts.append(pictures.line_chart(title, lines, x="epoch", percent=True))
-    return charts
+    clean = {name: run.series("validation/clean") for name, run in runs.items()}
+    robust = {name: run.series(_validation_attack(run) or "") for name, run in runs.items()}
+    return [
+        *_over_epochs("Validation accuracy, clean", clean, percent=True),
+        *_over_epochs("Validation accuracy under attack", robust, percent=True),
+    ]
 
 
 def by_attack(records: Sequence[dict[str, Any]]) -> Section:
-    """Bars of the accuracy under each attack, and what AutoAttack's parts left standing."""
-    bars = {_with_eps(record): {"accuracy": [record["accuracy"]]} for record in records}
+    """Bars of the accuracy under each attack, and after each attack of AutoAttack's cascade."""
+    bars = {_with_eps(record): {"": [record["accuracy"]]} for record in records}
     charts = [pictures.bar_chart("", bars)]
     for record in records:
         if "cascade" in record:
-            cascade = {name: {"accuracy": [value]} for name, value in record["cascade"].items()}
-            charts.append(pictures.bar_chart("Left by AutoAttack, attack after attack", cascade))
+            cascade = {name: {"": [value]} for name, value in record["cascade"].items()}
+            charts.append(pictures.bar_chart("After each attack of AutoAttack", cascade))
     return Section("Accuracy by attack", charts=tuple(charts))
 
 
@@ -143,21 +143,21 @@ def compared(members: Sequence[Group], table: Table) -> Section | None:
 
 
 def audit_curves(record: dict[str, Any]) -> Section:
-    """The curves of an AutoAttack evaluation's audit."""
+    """The two curves that the audit of an AutoAttack evaluation has stored."""
     audit = record["audit"]
     by_eps, by_steps = dict(audit["eps_curve"]), dict(audit["steps_curve"])
-    note = "APGD on the cross-entropy, on the first test images, as a check of the evaluation."
+    note = "Measured with APGD-CE on the first test images, as a check of the evaluation."
     return _curves("Accuracy over eps and steps (audit)", note, by_eps, by_steps)
 
 
 def curves(exhibits: Exhibits) -> Section:
-    """Accuracy over eps and over attack steps, measured now."""
+    """Accuracy over eps and over attack steps, measured for this page."""
     by_eps, by_steps, count = exhibits.curves()
     threat = exhibits.threat
     note = (
-        f"The first {count} test images. PGD-{threat.steps} over eps, its step growing with "
-        f"it; over steps at eps {in_255ths(threat.eps)}. An accuracy that does not fall to 0 at "
-        "large eps, or that rises with more steps, means that the attack fails."
+        f"The first {count} test images, attacked by PGD: {threat.steps} steps over eps, with the "
+        f"step size in proportion; eps {in_255ths(threat.eps)} over steps. If the accuracy does "
+        "not fall to 0 at large eps, or rises with more steps, the attack fails."
     )
     return _curves("Accuracy over eps and steps", note, by_eps, by_steps)
 
@@ -178,7 +178,7 @@ def _curves(title, note, by_eps, by_steps) -> Section:
 
 
 def by_class(found: Mapping[str, Mapping[str, float]]) -> Section:
-    """Bars of each class's accuracies: clean, and under the strongest attack that there is."""
+    """Bars of each class's accuracy: clean, and under the strongest attack measured."""
     attacks = list(dict.fromkeys(attack for bars in found.values() for attack in bars))
     hardest = min(
         (a for a in attacks if a != "clean"),
@@ -196,12 +196,12 @@ def by_class(found: Mapping[str, Mapping[str, float]]) -> Section:
         ranked = sorted(bars, key=lambda name: bars[name].get(attack_name(shown[-1]), [0]))
         half = _MOST_CLASSES // 2
         bars = {name: bars[name] for name in ranked[:half] + ranked[-half:]}
-        note = f"The {half} least and the {half} most robust of {len(ranked)} classes."
+        note = f"The {half} least robust and the {half} most robust of {len(ranked)} classes."
     return Section("Accuracy by class", note, (pictures.bar_chart("", bars),))
 
 
 def attacked(shown: Attacked, class_names: Sequence[str], exhibits: Exhibits) -> Section:
-    """Each test image clean, attacked, the perturbation, and where the model looks."""
+    """Each test image clean and attacked, its perturbation, and where the model looks."""
     scale = -(-_PIXELS // shown.images.shape[1])
     factor = 0.5 / max(float(np.abs(shown.adversarial - shown.images).max()), 1e-12)
     cards = []
@@ -223,14 +223,14 @@ def attacked(shown: Attacked, class_names: Sequence[str], exhibits: Exhibits) ->
         cards.append((f"labelled “{class_names[label]}”", uris))
     threat = exhibits.threat
     note = (
-        f"The first {len(cards)} test images, not chosen ones, under PGD-{threat.steps} with "
-        f"{threat.norm} eps {in_255ths(threat.eps)}; below each what the model sees in it and with "
-        "what confidence. Grey in the perturbation is no change. "
+        f"The first {len(cards)} test images under PGD-{threat.steps} with {threat.norm} eps "
+        f"{in_255ths(threat.eps)}, each with the predicted class and its probability. In the "
+        "perturbation, grey is no change. "
     )
     if shown.rollout is None:
-        note += "Attention is not drawn: this architecture attends within windows, not over all."
+        note += "Attention is not drawn, as this architecture attends only within windows."
     else:
-        note += "Attention is the rollout over all blocks; yellow is where the model looks most."
+        note += "Attention is the rollout over all blocks; yellow is highest."
     return Section("Attacked images", note, cards=tuple(cards))
 
 
@@ -241,7 +241,7 @@ def _saw(probabilities: np.ndarray, label: int, class_names: Sequence[str]) -> s
 
 
 def masks(exhibits: Exhibits) -> Section | None:
-    """What ARD and PRM mask in one training attack; None where both are off."""
+    """What ARD and PRM mask in one training attack; None if both are off."""
     found = exhibits.masks()
     if found is None:
         return None
@@ -257,14 +257,14 @@ def masks(exhibits: Exhibits) -> Section | None:
         images.append((caption, pictures.png(pictures.masked(image, keep), scale)))
     note = f"One training attack at epoch {epoch:g}, half way through the warm-up. "
     if draws.patch_keep is not None:
-        note += "PRM: in the marked patches the perturbation is zeroed for this step. "
+        note += "PRM: the perturbation of the marked patches is zero in this step. "
     if draws.attn_keep is not None:
-        note += "ARD: one circle a block, ● passes the gradient of its attention, ○ does not."
+        note += "ARD: a circle for each block; ● passes the gradient of its attention, ○ does not."
     return Section("What ARD and PRM mask", note, cards=(("", tuple(images)),))
 
 
 def of_model(exhibits: Exhibits, run: Run, results: Results) -> list[Section]:
-    """All sections that need the weights."""
+    """The sections that need the weights."""
     names = exhibits.class_names
     found = exhibits.by_class(results, run.tested)
     sections = [

@@ -1,7 +1,7 @@
-"""What a report shows of a trained model: attacked images, curves, masks, accuracy by class.
+"""Computes what a report shows of a trained model: attacked images, curves, masks, classes.
 
-Everything is computed from the checkpoint on the first test images, never on chosen ones, with one
-compiled attack whose eps and number of steps are arguments.
+Everything is computed on the first test images. One compiled attack takes eps, step size and number
+of steps as arguments.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ CURVE_STEPS = (1, 2, 5, 10, 20, 50)
 CURVE_IMAGES = (16, 128)  # at least, or there are no curves, and at most
 PICTURES = 6
 STEPS = 20  # of the attack on pictures, and of the curve over eps
-# Floating-point operations that the curves may take: a minute or so.
+# Floating-point operations that the curves may take: about a minute.
 _BUDGET = {"cpu": 2e12}
 _ACCELERATED_BUDGET = 1e15
-_MOST_LABELS = 20_000  # images that are decoded only to learn their classes
+_MOST_LABELS = 20_000  # images that may be decoded for their labels alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Exhibits:
     def __init__(self, trained: Trained, examples: Examples):
         self._trained, config = trained, trained.config
         self._examples = examples
-        # One device is enough, and the others need not do the same.
-        self._params = jax.device_put(trained.params, jax.devices()[0])
+        self._device = jax.devices()[0]  # one is enough
+        self._params = jax.device_put(trained.params, self._device)
         self.threat = dataclasses.replace(Threat.of(config.threat), steps=STEPS)
         apply = models.classifier(trained.model, config.data.mean, config.data.std)
         self._logits = jax.jit(apply)
@@ -74,15 +74,15 @@ class Exhibits:
         """On the test split of the run's configuration.
 
         Raises:
-          UserError: its data set can't be read here.
+          UserError: the data set can't be read here.
         """
         data = ConfigDict(trained.config.data).unlock()
-        data.cache_gib = 0.0  # only the images that are shown need decoding
+        data.cache_gib = 0.0  # decode only what is shown
         return cls(trained, sources.load(data, data.test_split, threads=data.threads))
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One name a class."""
+        """The name of each class."""
         return self._examples.class_names
 
     def _first(self, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -107,15 +107,15 @@ class Exhibits:
 
     @property
     def affordable(self) -> int:
-        """How many images the curves are measured on; 0: too large a model for this machine."""
+        """Number of images for the curves; 0 if the model is too large for this machine."""
         fewest, most = CURVE_IMAGES
         gradients = len(CURVE_EPS) * STEPS + sum(CURVE_STEPS)
         cost = 3 * self._trained.model.forward_flops() * gradients
-        count = int(_BUDGET.get(jax.default_backend(), _ACCELERATED_BUDGET) / cost)
+        count = int(_BUDGET.get(self._device.platform, _ACCELERATED_BUDGET) / cost)
         return min(count, most) if count >= fewest else 0
 
     def attacked(self, count: int = PICTURES) -> Attacked:
-        """The first ``count`` test images and what PGD makes of them."""
+        """The first ``count`` test images, attacked by PGD."""
         images, labels = self._first(max(count, self.affordable))  # the curves' shape
         adversarial = self._perturb(images, labels, self.threat)
         before, after = self._predict(images)[:count], self._predict(adversarial)[:count]
@@ -149,9 +149,9 @@ class Exhibits:
         return by_eps, by_steps, len(images)
 
     def masks(self) -> tuple[np.ndarray, Draws, float] | None:
-        """A test image [H, W, C], the masks of one training attack on it, and at which epoch.
+        """A test image [H, W, C], the draws of one training attack on it, and the epoch.
 
-        They are those of half the warm-up, where half of all is masked; None where masking is off.
+        The epoch is half of the warm-up, where half is masked. None if ARD and PRM are off.
         """
         config, model = self._trained.config, self._trained.model
         if not (config.masking.ard or config.masking.prm):
@@ -170,7 +170,7 @@ class Exhibits:
         return images[0], jax.device_get(draws), epoch
 
     def by_class(self, results: Results, records: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """{class name: {attack: accuracy}} of stored records; None without outcomes or labels."""
+        """{class name: {attack: accuracy}} of stored outcomes; None without outcomes or labels."""
         outcomes = {r["attack"]: results.outcomes(r) for r in records}
         outcomes = {name: found for name, found in outcomes.items() if found is not None}
         tested = max((len(index) for index, _ in outcomes.values()), default=0)

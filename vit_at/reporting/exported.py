@@ -1,11 +1,11 @@
-"""A work directory -> weights for PyTorch, with a description for leaderboards.
+"""Exports a run's weights for PyTorch, with a description for leaderboards.
 
     python -m vit_at.export runs/NAME [--checkpoint=best|last] [--output=DIR]
 
-writes ``model.safetensors`` under the names of timm 1.x, for a strict ``load_state_dict``, and
-``model.json``: what timm's ``create_model`` must be told, the normalisation, how the model was
-trained, and its results in the fields of RobustBench's ``model_info``; ``README.md`` says the same
-to people, for a model hub. In PyTorch:
+writes ``model.safetensors`` with the names of timm 1.x, for a strict ``load_state_dict``;
+``model.json`` with the arguments of timm's ``create_model``, the normalisation, the training
+configuration, and the results in the fields of RobustBench's ``model_info``; and ``README.md``, a
+model card. In PyTorch:
 
     about = json.load(open("model.json"))
     model = timm.create_model(**about["timm"]["create_model"])
@@ -14,8 +14,8 @@ to people, for a model hub. In PyTorch:
             module.eps = about["timm"]["layer_norm_eps"]
     model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
 
-Images in [0, 1] are normalised by ``about["normalisation"]`` first. ``load_exported`` reads such a
-directory back, so that ``vit_at.evaluate`` takes it like a work directory.
+Images in [0, 1] must first be normalised by ``about["normalisation"]``. ``load_exported`` reads
+such a directory back for ``vit_at.evaluate``.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def export(params: Any, model: Any, path: str | epath.Path, metadata: dict[str, 
     """Writes the weights, their description and a model card, each file whole or not at all.
 
     Args:
-      path: a directory; created if need be.
+      path: a directory; created if missing.
       metadata: of ``model.json``; 'architecture' (timm's name of the model) is required.
 
     Returns:
@@ -75,9 +75,9 @@ def export(params: Any, model: Any, path: str | epath.Path, metadata: dict[str, 
 
 
 def timm_arguments(model: Any, name: str) -> dict[str, Any]:
-    """The arguments of timm's ``create_model`` for this model, whatever was overridden."""
+    """The arguments of timm's ``create_model`` for this model, with its overrides."""
     arguments = {
-        "model_name": re.sub("_in2[12]k$", "", name),  # one architecture with and without
+        "model_name": re.sub("_in2[12]k$", "", name),  # one architecture, two weights
         "num_classes": model.num_classes,
         "img_size": model.image_size,
         "patch_size": model.patch_size,
@@ -99,7 +99,7 @@ def timm_arguments(model: Any, name: str) -> dict[str, Any]:
 
 
 def _fold_scale(state_dict: dict[str, np.ndarray], model: Any) -> dict[str, np.ndarray]:
-    """Moves an attention scale that timm cannot be told into the queries' weights."""
+    """Multiplies an attention scale other than timm's into the queries' weights."""
     if not model.qk_scale:
         return state_dict
     factor = model.qk_scale * (model.embed_dim // model.num_heads) ** 0.5
@@ -143,9 +143,9 @@ def describe(trained: Trained, records: Sequence[dict[str, Any]]) -> dict[str, A
 
 
 def _percent(records: Sequence[dict[str, Any]], attack: str, threat: ConfigDict) -> str | None:
-    """The accuracy in per cent under the trained threat, on the most images; None: not evaluated.
+    """The accuracy in per cent under the trained threat, on the most images; None if not measured.
 
-    As RobustBench writes it: a string with two digits after the point.
+    A string with two digits after the point, as RobustBench has it.
     """
 
     def fits(record):
@@ -162,7 +162,7 @@ def _percent(records: Sequence[dict[str, Any]], attack: str, threat: ConfigDict)
 
 
 def export_workdir(workdir: str | epath.Path, which: str, output: str = "") -> epath.Path:
-    """Exports the ``best`` or ``last`` weights of a work directory; output: '': WORKDIR/export.
+    """Exports the ``best`` or ``last`` weights of a work directory; default output: WORKDIR/export.
 
     Raises:
       UserError: there are no such weights.
@@ -174,10 +174,10 @@ def export_workdir(workdir: str | epath.Path, which: str, output: str = "") -> e
 
 
 def load_exported(directory: str | epath.Path) -> Trained:
-    """The weights that ``export`` has written to a directory, for evaluation.
+    """Reads the weights that ``export`` wrote to a directory.
 
     Raises:
-      UserError: a file is missing, changed, or tells nothing of the training.
+      UserError: a file is missing or changed, or ``model.json`` lacks the training configuration.
     """
     directory = epath.Path(directory)
     about = read_json(directory / DESCRIPTION_FILE)

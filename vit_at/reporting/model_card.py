@@ -1,4 +1,4 @@
-"""The README.md beside exported weights: what they are, how to load them, what was measured."""
+"""The model card: the README.md beside exported weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -67,7 +67,7 @@ def _summary(about: dict[str, Any], training: dict[str, Any] | None) -> str:
 
 def _results(records: Sequence[dict[str, Any]]) -> str:
     if not records:
-        return "Nothing has been measured of these weights."
+        return "These weights have not been evaluated."
     said = "Accuracy and the main fields of its protocol; the whole protocol is in `model.json`."
     return f"{said}\n\n```\n{table(records)}\n```"
 
@@ -90,9 +90,9 @@ def _training(training: dict[str, Any]) -> str:
 
 def _limits(about: dict[str, Any], training: dict[str, Any] | None) -> str:
     attacks = {record["attack"] for record in about.get("results") or ()}
-    text = "Robustness holds for the norm and eps above, and for images like those of the training."
+    text = "Robustness holds for this norm and eps only, and for images like the training images."
     if training and training["objective"] == "natural":
         return "These weights were trained naturally: they are not robust."
     if not any(attack.startswith("autoattack") for attack in attacks):
-        text += " AutoAttack has not been run, so the robust accuracies are upper bounds at best."
+        text += " AutoAttack has not been run, so the robust accuracies are only upper bounds."
     return text

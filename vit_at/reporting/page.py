@@ -194,19 +194,19 @@ def _protocol(run: Run) -> list[tuple[str, str]]:
             f"{in_255ths(threat['step_size'])}"
         )
         if threat["eps_warmup_epochs"]:
-            attack += f", eps growing over {threat['eps_warmup_epochs']:g} epochs"
-    update = [optimizer["name"], f"lr {optimizer['learning_rate']:g}, {optimizer['schedule']}"]
-    update += [f"weight decay {optimizer['weight_decay']:g}"]
-    update += [f"clipped at {optimizer['clip_norm']:g}"] if optimizer["clip_norm"] else []
+            attack += f", eps warm-up over {threat['eps_warmup_epochs']:g} epochs"
+    update = [optimizer["name"], f"learning rate {optimizer['learning_rate']:g}"]
+    update += [f"{optimizer['schedule']} schedule", f"weight decay {optimizer['weight_decay']:g}"]
+    update += [f"gradient clipped at {optimizer['clip_norm']:g}"] if optimizer["clip_norm"] else []
     rows = [
         ("training", study.method(flatten(config))),
         ("model", ", ".join([model["name"], *sizes])),
         ("starts from", model["pretrained"] or "scratch"),
         ("data", f"{data['name']} at {data['image_size']} px, {data['train_split']}"),
-        ("attack in training", attack),
+        ("training attack", attack),
         ("optimiser", ", ".join(update)),
         ("length", f"{config['epochs']} epochs, batch {config['batch_size']}"),
-        ("matrix products", config["dtype"]),
+        ("training dtype", config["dtype"]),
         ("seed", str(config["seed"])),
     ]
     if run.tested:

@@ -1,9 +1,8 @@
-"""Charts and images for a page that has to stand alone: SVG and PNG as text, to be put inline.
+"""Charts and images as text, SVG and PNG, for a page without other files.
 
-A chart takes its colours from the page, so it is right on a light and on a dark one: matplotlib
-draws in stand-in colours, which are then replaced by CSS variables (``--ink``, ``--grid``, and
-``--c0`` ... ``--c5``, which the page sets to a palette that colour-blind eyes can tell apart).
-Lines also differ in dashes or markers, never in colour alone.
+A chart takes its colours from the page, which may be light or dark: matplotlib draws in stand-in
+colours, which are then replaced by CSS variables (``--ink``, ``--grid``, and ``--c0`` ... ``--c5``,
+which the page sets to a palette for colour-blind readers). Lines also differ in dashes or markers.
 """
 
 import base64
@@ -19,9 +18,9 @@ from PIL import Image
 
 from vit_at.reporting.run import Curve, thin
 
-SERIES = 6  # colours; a seventh line takes the first again, with other dashes
+SERIES = 6  # colours; a seventh line has the first colour again, with other dashes
 _DASHES = ("-", "--", ":", "-.")
-# Stand-ins: colours that nothing else uses, for the page's variables.
+# Stand-ins for the page's variables: colours that are not used otherwise.
 _INK, _GRID = "#010203", "#040506"
 _STAND_INS = [f"#0a0b{i:02x}" for i in range(SERIES)]
 _STYLE = {
@@ -58,19 +57,20 @@ def line_chart(
     lines: Mapping[str, Curve],
     *,
     x: str,
-    y: str = "",
     percent: bool = False,
     log: bool = False,
     marked: bool = False,
 ) -> str:
     """SVG of named lines, each (xs, ys); the name '' is not shown.
 
-    percent: the values are shares, shown in per cent from 0 up. log: the x axis is logarithmic,
-    with a tick at each x. marked: a marker at each point, which few points have anyway.
+    A line's colour follows from its place in ``lines``; one without points is left out. percent:
+    the values are shares, shown in per cent from 0 up. log: the x axis is logarithmic, with a tick
+    at each x. marked: a marker at each point, which lines of few points have anyway.
     """
+    shown = {i: (n, *line) for i, (n, line) in enumerate(lines.items()) if len(line[0])}
 
     def draw(axes):
-        for i, (name, (xs, ys)) in enumerate(lines.items()):
+        for i, (name, xs, ys) in shown.items():
             xs, ys = thin(xs, ys, _MOST_POINTS)
             scaled = 100 * np.asarray(ys) if percent else ys
             few = marked or len(xs) <= 25
@@ -82,7 +82,7 @@ def line_chart(
                 marker="osD^vP"[i % 6] if few else None,
                 label=name,
             )
-        axes.set(xlabel=x, ylabel="%" if percent else y)
+        axes.set(xlabel=x, ylabel="%" if percent else "")
         if percent:
             axes.set_ylim(0, max(5.0, 1.04 * axes.dataLim.y1))
         if log:
@@ -91,7 +91,7 @@ def line_chart(
             axes.minorticks_off()
             axes.set_xticks(places, [f"{v:g}" for v in places])
         if any(lines):
-            _legend(axes, len(lines))
+            _legend(axes, len(shown))
 
     return _svg(title, draw)
 
@@ -99,7 +99,8 @@ def line_chart(
 def bar_chart(title: str, bars: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """SVG of horizontal bars of shares, in per cent: {row: {series: values}}.
 
-    A bar is as long as the mean of its values; where there are several, each is a circle on it.
+    A bar is as long as the mean of its values; if it has several, each is a circle. A single
+    series is named at the axis, several in a legend.
     """
     rows, series = list(bars), list(dict.fromkeys(s for row in bars.values() for s in row))
     thick = 0.8 / max(len(series), 1)
@@ -109,7 +110,8 @@ def bar_chart(title: str, bars: Mapping[str, Mapping[str, Sequence[float]]]) -> 
             _bars(axes, i, name, thick, (i - (len(series) - 1) / 2) * thick, bars)
         axes.set_yticks(range(len(rows)), rows)
         axes.invert_yaxis()
-        axes.set(xlabel="% correct", xlim=(0, 116))
+        only = f" ({series[0]})" if len(series) == 1 and series[0] else ""
+        axes.set(xlabel=f"% correct{only}", xlim=(0, 116))
         axes.set_xticks(range(0, 101, 20))
         axes.grid(visible=False, axis="y")
         if len(series) > 1:
@@ -119,7 +121,7 @@ def bar_chart(title: str, bars: Mapping[str, Mapping[str, Sequence[float]]]) -> 
 
 
 def _bars(axes, index, name, thick, offset, bars) -> None:
-    """The bars of one series: in a colour and a hatch of its own, with their means beside them."""
+    """The bars of one series, with its own colour and hatch, and the means beside them."""
     hatch = ("", "///", "...")[index % 3]
     look = {"facecolor": "none" if hatch else colour(index), "edgecolor": colour(index)}
     label = name
@@ -139,7 +141,7 @@ def _bars(axes, index, name, thick, offset, bars) -> None:
 
 
 def _legend(axes: Any, entries: int) -> None:
-    """Under the axes, where it hides nothing."""
+    """Below the axes; the figure grows by its height."""
     columns = 2 if max(len(t) for t in axes.get_legend_handles_labels()[1]) < 30 else 1
     columns = min(columns, entries)
     axes.figure.legend(loc="outside lower left", ncols=columns)

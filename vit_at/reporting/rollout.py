@@ -1,11 +1,10 @@
 """Where a model looks: attention rollout (Abnar and Zuidema 2020, arXiv 2005.00928).
 
-With A the attention of a block, averaged over its heads, half of a token comes from where A says
-and half, through the residual path, from itself: (A + I) / 2. The product of these over all blocks
-tells how much each patch contributes to the class token at the end.
+A block with attention A, averaged over heads, passes on (A + I) / 2: half through attention, half
+through the residual path. The product over all blocks is each patch's contribution to the class
+token.
 
-The attention weights are recomputed from the captured output of each block's query-key layer, so
-the models know nothing of this module.
+The attention weights are recomputed from the captured outputs of each block's query-key layer.
 """
 
 from typing import Any
@@ -21,12 +20,12 @@ _CAPTURED = ("qkv", "qk", "pos_proj")
 
 
 def has_rollout(model: Any) -> bool:
-    """False where attention is not among all tokens, as in Swin's windows."""
+    """Whether attention is among all tokens; False for Swin's windows."""
     return isinstance(model, (VisionTransformer, ConViT))
 
 
 def rollout(model: Any, params: Any, images: Array) -> Array:
-    """[b, rows, columns]: the share of each patch in the class token; their sum is at most 1.
+    """[b, rows, columns]: each patch's share of the class token; they add up to at most 1.
 
     images: [b, H, W, C], normalised.
     """
@@ -42,10 +41,10 @@ def rollout(model: Any, params: Any, images: Array) -> Array:
 
 
 def attention_maps(model: Any, params: Any, images: Array) -> list[Array]:
-    """[b, heads, n, n] of each block in forward order; each row adds up to 1.
+    """[b, heads, n, n] for each block in forward order; each row adds up to 1.
 
-    ConViT's first blocks lack the class token, which is token 0 of all others. The last block's
-    map is [b, heads, 1, n]: of the class token, the only one it computes.
+    Token 0 is the class token, which ConViT's first blocks lack. The last block computes only the
+    class token: its map is [b, heads, 1, n].
     """
     _, state = model.apply(
         {"params": params},
@@ -55,7 +54,7 @@ def attention_maps(model: Any, params: Any, images: Array) -> list[Array]:
     )
     stacks = state["intermediates"]
     maps = []
-    for stack in ("local_blocks", "blocks", "last_block"):  # in forward order, as far as there are
+    for stack in ("local_blocks", "blocks", "last_block"):
         if stack not in stacks:
             continue
         captured = {n: out["__call__"][0] for n, out in stacks[stack]["attn"].items()}

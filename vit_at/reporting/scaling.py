@@ -1,17 +1,17 @@
-"""What a recipe costs on a TPU slice, on paper: compute against communication.
+"""Estimates what a recipe costs on a TPU slice: compute and communication.
 
     python -m vit_at.reporting.scaling configs/imagenet_vit_b.py [--chip=v6e] [--utilisation=0.4]
 
-An update computes F operations (``metrics.step_flops``, nearly all of them the attack's) and sends
-the gradient of P float32 parameters around once, which is an all-reduce ('replicated'), or a
-gathering of the parameters and a reduce-scatter of the gradient ('fsdp'), of as many bytes. On N
-chips, of C operations and W bytes a second, of which a share u is used,
+An update computes F operations (``metrics.step_flops``, most of them the attack's) and all-reduces
+the gradient of P float32 parameters. With ``sharding=fsdp`` it gathers the parameters and
+reduce-scatters the gradient, which sends as many bytes. On N chips with C operations and W bytes a
+second, and a share u of C in use,
 
     compute = F / (N u C)        send = 2 (N-1)/N 4 P / W
     efficiency = compute / (compute + send)
 
-which assumes that nothing overlaps: a lower bound. These are estimates from data sheets; u is an
-assumption, and no figure here has been measured on such a slice.
+This is a lower bound, as it assumes no overlap. C and W are from data sheets, u is an assumption,
+and nothing here has been measured on such a slice.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from vit_at.workdir.results import AUTOATTACK
 
 FLOAT32 = 4  # bytes
 _FULL_PRECISION_PASSES = 6  # bfloat16 products that make one of float32
-# (training, test) images and classes of the data sets that recipes name.
+# Training images, test images and classes of the recipes' data sets.
 _DATA = {
     "cifar10": (50_000, 10_000, 10),
     "cifar100": (50_000, 10_000, 100),
@@ -44,8 +44,10 @@ _DATA = {
 
 
 class Chip(NamedTuple):
-    """Data sheet: bfloat16 operations a second, bytes a second into all links together, and the
-    number of chips from which the torus is closed, so that a ring uses all of the links.
+    """From the data sheet.
+
+    flops: bfloat16 operations a second. link: bytes a second over all links. torus: the number of
+    chips from which the torus is closed, so that a ring uses all links.
     """
 
     flops: float
@@ -53,7 +55,7 @@ class Chip(NamedTuple):
     torus: int
 
     def bandwidth(self, chips: int) -> float:
-        """Bytes a second of a chip in a collective over so many; half where the torus is open."""
+        """Bytes a second of a chip in a collective over ``chips``; half if the torus is open."""
         return self.link if chips >= self.torus else self.link / 2
 
 
@@ -61,7 +63,7 @@ CHIPS = {"v5e": Chip(197e12, 200e9, 256), "v6e": Chip(918e12, 400e9, 256)}
 
 
 class Cost(NamedTuple):
-    """Of a recipe: parameters, operations of an update and of a whole run, updates, batch size."""
+    """A recipe's parameters, operations of an update and of a whole run, updates, batch size."""
 
     parameters: int
     step_flops: float
@@ -72,10 +74,10 @@ class Cost(NamedTuple):
 
 
 def cost_of(config: ConfigDict) -> Cost:
-    """What a recipe computes; evaluation counts as the bfloat16 products that float32 takes.
+    """The cost of a recipe; an evaluation's float32 products count as six bfloat16 products.
 
     Raises:
-      UserError: a data set whose size is not known here.
+      UserError: the size of the data set is not known here.
     """
     if config.data.name not in _DATA:
         raise UserError(
@@ -103,18 +105,18 @@ def cost_of(config: ConfigDict) -> Cost:
 
 
 def _passes(config: ConfigDict, attacks: str) -> int:
-    """Forward passes, or as much work, for one image: 2 an attack step and one at the end."""
+    """Work for one image in forward passes: 2 for each attack step and 1 at the end."""
     parsed = parse_attacks(attacks, Threat.of(config.threat))
     return sum(1 + 2 * a.threat.steps * (a.loss not in (None, AUTOATTACK)) for a in parsed)
 
 
 def sent_bytes(parameters: int, chips: int) -> float:
-    """Bytes that a chip sends in an update."""
+    """Bytes that a chip sends in one update."""
     return 2 * (chips - 1) / chips * FLOAT32 * parameters
 
 
 def efficiency(cost: Cost, chips: int, chip: Chip, utilisation: float) -> float:
-    """Share of the time that computes; see the module's docstring."""
+    """The share of the time spent on compute, as in the module's docstring."""
     compute = cost.step_flops / (chips * utilisation * chip.flops)
     return compute / (compute + sent_bytes(cost.parameters, chips) / chip.bandwidth(chips))
 
@@ -125,7 +127,7 @@ def chip_hours(flops: float, chip: Chip, utilisation: float) -> float:
 
 
 def report(config: ConfigDict, chip_name: str, utilisation: float) -> str:
-    """A recipe's cost and its efficiency on slices, as lines of text."""
+    """A recipe's cost, and its efficiency on slices of 8, 64 and 256 chips, as text."""
     chip, cost = CHIPS[chip_name], cost_of(config)
     hours = [
         chip_hours(flops, chip, utilisation)
@@ -154,7 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints ``report`` for each recipe."""
     parser = argparse.ArgumentParser(
         prog="python -m vit_at.reporting.scaling",
-        description="What recipes cost on a TPU slice, on paper.",
+        description="Estimates what recipes cost on a TPU slice.",
+        allow_abbrev=False,
     )
     parser.add_argument("recipes", nargs="+", help="such as configs/imagenet_vit_b.py")
     parser.add_argument("--chip", choices=CHIPS, default="v5e")

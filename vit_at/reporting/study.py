@@ -1,4 +1,4 @@
-"""Comparing runs: which differ in the seed alone, what tells the rest apart, their mean accuracies.
+"""Runs compared: grouped over seeds, named by their differences, with mean accuracies.
 
 find     the runs of work directories and study files
 groups   runs that differ only in the seed, named by what tells them from the other groups
