@@ -56,8 +56,7 @@ class Exhibits:
     def __init__(self, trained: Trained, examples: Examples):
         self._trained, config = trained, trained.config
         self._examples = examples
-        self._device = jax.devices()[0]  # one is enough
-        self._params = jax.device_put(trained.params, self._device)
+        self._params = jax.device_put(trained.params, jax.devices()[0])  # one is enough
         self.threat = dataclasses.replace(Threat.of(config.threat), steps=STEPS)
         apply = models.classifier(trained.model, config.data.mean, config.data.std)
         self._logits = jax.jit(apply)
@@ -111,7 +110,7 @@ class Exhibits:
         fewest, most = CURVE_IMAGES
         gradients = len(CURVE_EPS) * STEPS + sum(CURVE_STEPS)
         cost = 3 * self._trained.model.forward_flops() * gradients
-        count = int(_BUDGET.get(self._device.platform, _ACCELERATED_BUDGET) / cost)
+        count = int(_BUDGET.get(jax.devices()[0].platform, _ACCELERATED_BUDGET) / cost)
         return min(count, most) if count >= fewest else 0
 
     def attacked(self, count: int = PICTURES) -> Attacked:

@@ -45,11 +45,14 @@ def write(places: Sequence[str | epath.Path], out: str | epath.Path = "") -> epa
       UserError: a place without runs, a damaged file, or no place to write to.
     """
     runs = study.find(places)
-    if not out and (len(runs) > 1 or runs[0].workdir is None):
+    if out:
+        path = epath.Path(out)
+    elif len(runs) == 1 and runs[0].workdir is not None:
+        path = runs[0].workdir / "report" / "index.html"
+    else:
         raise UserError(
             "the page of several runs or of a study file has no default place; add --out=FILE.html"
         )
-    path = epath.Path(out) if out else runs[0].workdir / "report" / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
         study_file.write(path, charts.with_drawn_curves(runs))

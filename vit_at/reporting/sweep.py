@@ -137,15 +137,10 @@ class Pool:
                 process.terminate()
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = argparse.ArgumentParser(
-        prog="vit-at sweep",
-        description="Runs a recipe's sweep and collects one table.",
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command; what follows ``--`` is not among them."""
     add = parser.add_argument
-    add("recipe", help="such as configs/digits_sgd.py, or with variants for all: ...py:smoke")
+    add("recipe", metavar="RECIPE", help="such as configs/digits_sgd.py; ...py:smoke for variants")
     add("--root", default="", help="of the work directories; default runs/<config name>-sweep")
     add("--parallel", type=int, default=1, help="runs at a time on this machine")
     add(
@@ -157,6 +152,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--index", type=int, help="only the run of this number, from 0")
     add("--dry_run", action="store_true", help="print the commands and run nothing")
     add("--collect", action="store_true", help="run nothing, only make the table")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = argparse.ArgumentParser(
+        prog="vit-at sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_arguments(parser)
     options = parser.parse_args(arguments[:cut])
     options.flags = arguments[cut + 1 :]
     return options
