@@ -163,7 +163,7 @@ def test_the_tables_of_the_study_are_those_of_the_committed_results():
     assert {file for file, _ in tables} == files - {"results/dtype_digits.json"}
     for file, table in tables:
         found = study.compare(study.groups(study.find([ROOT / file]))).markdown()
-        assert table == found, f"python -m vit_at.report {file} --out=table.md"
+        assert table == found, f"vit-at report {file} --out=table.md"
 
 
 def rows_of(table: str, columns: tuple[int, ...]) -> set[tuple[str, ...]]:

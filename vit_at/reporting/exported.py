@@ -1,6 +1,6 @@
 """Exports a run's weights for PyTorch, with a description for leaderboards.
 
-    python -m vit_at.export runs/NAME [--checkpoint=best|last] [--output=DIR]
+    vit-at export runs/NAME [--checkpoint=best|last] [--output=DIR]
 
 writes ``model.safetensors`` with the names of timm 1.x, for a strict ``load_state_dict``;
 ``model.json`` with the arguments of timm's ``create_model``, the normalisation, the training

@@ -1,9 +1,9 @@
 """The report: one HTML page that needs no network, scripts or other files.
 
-    python -m vit_at.report runs/NAME                    # writes runs/NAME/report/index.html
-    python -m vit_at.report runs/A runs/B --out=page.html
-    python -m vit_at.report results/digits_sgd.json --out=table.md    # the table alone, as Markdown
-    python -m vit_at.report runs/NAME-sweep --out=study.json          # a study file
+    vit-at report runs/NAME                                 # writes runs/NAME/report/index.html
+    vit-at report runs/A runs/B --out=page.html
+    vit-at report results/digits_sgd.json --out=table.md    # only the table, as Markdown
+    vit-at report runs/NAME-sweep --out=study.json          # a study file
 
 A place is a work directory, a directory of work directories, or a study file. A single run gets
 its protocol, curves, results beside published ones, and attacked images. Several runs are
@@ -77,7 +77,7 @@ def write_after_training(workdir: epath.Path) -> epath.Path | None:
         reason = (str(error) or repr(error)).splitlines()[0][:200]
         logging.warning(
             "the report could not be written (%s); results and weights are stored, and "
-            "'python -m vit_at.report %s' tries again",
+            "'vit-at report %s' tries again",
             reason,
             workdir,
         )
@@ -91,8 +91,7 @@ def single(run: Run) -> str:
         sections.append(charts.by_attack(run.tested))
     else:
         missing.append(
-            f"Nothing has been evaluated yet (there is no {RESULTS_FILE}); run "
-            "python -m vit_at.evaluate."
+            f"Nothing has been evaluated yet (there is no {RESULTS_FILE}); run vit-at evaluate."
         )
     if run.curves:
         sections.append(charts.training({"": run}))
@@ -129,8 +128,8 @@ def _exhibits(run: Run) -> Exhibits:
         raise UserError("a study file holds no weights")
     if jax.process_count() > 1:
         raise UserError(
-            f"this was one of {jax.process_count()} processes; for them, run python -m "
-            f"vit_at.report {run.workdir} alone"
+            f"this was one of {jax.process_count()} processes; for these sections, run vit-at "
+            f"report {run.workdir} in one process"
         )
     which = run.config["eval"]["checkpoint"]
     there = (run.workdir / "checkpoints" / which).exists()

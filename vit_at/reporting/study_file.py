@@ -1,7 +1,7 @@
 """Many runs in one JSON file: what they share is stored once, what differs is stored with each run.
 
-    python -m vit_at.report runs/NAME-sweep --out=study.json    # writes one
-    python -m vit_at.report study.json --out=table.md           # reads it
+    vit-at report runs/NAME-sweep --out=study.json    # writes one
+    vit-at report study.json --out=table.md           # reads it
 
     format     this format's name
     commands   how the runs were started  }
@@ -65,7 +65,7 @@ def read(path: epath.Path) -> list[Run]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is a damaged study file ({error!r}); restore it, or write it again with "
-            "'python -m vit_at.report WORKDIR ... --out=FILE.json'"
+            "'vit-at report WORKDIR ... --out=FILE.json'"
         ) from error
     return runs
 
@@ -77,7 +77,7 @@ def _load(path: epath.Path) -> dict[str, Any]:
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise UserError(
             f"{path} is no study file (its 'format' is not '{FORMAT}'); give one that "
-            "'python -m vit_at.report WORKDIR ... --out=FILE.json' has written"
+            "'vit-at report WORKDIR ... --out=FILE.json' has written"
         )
     return stored
 
