@@ -3,10 +3,10 @@
 A norm is one row of ``NORMS``: the operations of ``Norm``. Arrays are perturbations, gradients or
 images [b, ...] in pixel units, and every operation acts on each example alone.
 
-Two roundings. PGD and FAB divide by max(size, 1e-12) and project perturbations (``resize``,
-``Norm.project``). APGD and Square divide by size + 1e-12 and project images, as the official
-AutoAttack does (``resize_as_official``, ``Norm.project_image``). The results differ in the last bit
-only, but each attack is compared with recorded runs of its reference bit by bit.
+There are two roundings. PGD and FAB divide by max(size, 1e-12), and PGD projects perturbations:
+``resize`` and ``Norm.project``. APGD and Square divide by size + 1e-12 and project images:
+``resize_as_official`` and ``Norm.project_image``. The results differ in the last bits only. Each
+attack keeps the rounding of its reference code, so that recorded runs can be compared closely.
 """
 
 import math

@@ -77,12 +77,8 @@ def as_batch_function(
 ) -> Callable[..., jax.Array]:
     """The model as (images, keys [b] or None) -> logits; a randomised one uses a key an image."""
     if not randomised:
-        return lambda images, keys: model(images)
-
-    def of_image(image, key):
-        return model(image[None], key)[0]
-
-    return lambda images, keys: jax.vmap(of_image)(images, keys)
+        return lambda images, keys=None: model(images)
+    return jax.vmap(lambda image, key: model(image[None], key)[0])
 
 
 @functools.lru_cache(maxsize=8)

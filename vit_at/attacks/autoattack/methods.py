@@ -49,9 +49,12 @@ class Outcome(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all runs share: (images, keys [b] or None) -> logits; the seed; eps in pixel units."""
+    """What all runs share.
 
-    logits_fn: Callable[[Array, Array | None], Array]
+    logits_fn: images -> logits, or (images, keys [b]) -> logits; eps: in pixel units.
+    """
+
+    logits_fn: Callable[..., Array]
     seed: Array
     eps: Array
 
@@ -87,9 +90,19 @@ class Method(abc.ABC):
     def read(self, context: Context, state: Any) -> Outcome:
         """The outcome so far."""
 
+    def run_keys(self, context: Context, problem: Problem) -> Array:
+        """One key for each run, [b]."""
+        key = jax.random.fold_in(jax.random.key(context.seed), zlib.crc32(self.name.encode()))
+        fold = jax.vmap(lambda index, run: jax.random.fold_in(jax.random.fold_in(key, index), run))
+        return fold(problem.index, problem.run)
+
+    def step_keys(self, context: Context, problem: Problem, step: Array) -> Array:
+        """One key for each run in its step [b]."""
+        return jax.vmap(jax.random.fold_in)(self.run_keys(context, problem), step)
+
     def directions(self, context: Context, problem: Problem) -> Array:
-        """The random direction of each run's start."""
-        keys = run_keys(self.name, context, problem)
+        """A random direction for the start of each run, [b, H, W, C]."""
+        keys = self.run_keys(context, problem)
         return random_directions(keys, problem.images.shape[1:], self.norm)
 
 
@@ -109,17 +122,6 @@ def make(name: str, settings: Settings, num_classes: int) -> Method:
     return Square(name, settings.norm, runs, 1 + budget.queries, passes=1)
 
 
-def run_keys(name: str, context: Context, problem: Problem) -> Array:
-    """One key for each run, [b]."""
-    key = jax.random.fold_in(jax.random.key(context.seed), zlib.crc32(name.encode()))
-    fold = jax.vmap(lambda index, run: jax.random.fold_in(jax.random.fold_in(key, index), run))
-    return fold(problem.index, problem.run)
-
-
-def _step_keys(name: str, context: Context, problem: Problem, step: Array) -> Array:
-    return jax.vmap(jax.random.fold_in)(run_keys(name, context, problem), step)
-
-
 @dataclasses.dataclass(frozen=True)
 class Apgd(Method):
     """APGD on one of three losses. samples: draws of a randomised model; 0: the model has none."""
@@ -136,17 +138,13 @@ class Apgd(Method):
     def advance(self, context, problem, state):
         keys = None
         if self.samples:
-            step_keys = _step_keys(self.name, context, problem, state.iteration + 1)
+            step_keys = self.step_keys(context, problem, state.iteration + 1)
             draws = jax.vmap(lambda key: jax.random.split(key, self.samples))(step_keys)
             keys = jnp.swapaxes(draws, 0, 1)
 
-        def logits_fn(points, keys=None):
-            return context.logits_fn(points, keys)
-
         def evaluate(points):
-            return apgd.loss_and_gradient(
-                logits_fn, _LOSSES[self.name], points, problem.labels, problem.targets, keys
-            )
+            labels, targets, loss = problem.labels, problem.targets, _LOSSES[self.name]
+            return apgd.loss_and_gradient(context.logits_fn, loss, points, labels, targets, keys)
 
         return apgd.advance(evaluate, problem.images, state, self._options(context))[0]
 
@@ -167,16 +165,15 @@ class Fab(Method):
         return fab.start(images, apgd.where(problem.run > 0, restart, images))
 
     def advance(self, context, problem, state):
-        def logits_fn(points):
-            return context.logits_fn(points, None)
+        logits_fn, labels = context.logits_fn, problem.labels
 
         def linearise(points):
             if self.targeted:
-                return fab.towards_target(logits_fn, points, problem.labels, problem.targets)
-            return fab.towards_nearest(logits_fn, points, problem.labels, self.norm)
+                return fab.towards_target(logits_fn, points, labels, problem.targets)
+            return fab.towards_nearest(logits_fn, points, labels, self.norm)
 
         def correct_at(points):
-            return jnp.argmax(logits_fn(points), -1) == problem.labels
+            return jnp.argmax(logits_fn(points), -1) == labels
 
         return fab.advance(linearise, correct_at, problem.images, state, self.norm)
 
@@ -191,17 +188,17 @@ class Square(Method):
     def start(self, context, problem):
         shape = problem.images.shape[1:]
         draw = jax.vmap(lambda key: square.draw_initial(key, shape, self.norm))
-        uniforms = draw(run_keys(self.name, context, problem))
+        uniforms = draw(self.run_keys(context, problem))
         options = square.Options(self.norm, context.eps)
         return square.start(problem.images, uniforms, options)
 
     def advance(self, context, problem, state):
         shape = problem.images.shape[1:]
-        keys = _step_keys(self.name, context, problem, state.queries + 1)
+        keys = self.step_keys(context, problem, state.queries + 1)
         uniforms = jax.vmap(lambda key: square.draw_proposal(key, shape, self.norm))(keys)
 
         def margin_fn(points):
-            logits = context.logits_fn(points, None)
+            logits = context.logits_fn(points)
             wrong = best_wrong_class(logits, problem.labels)
             return pick(logits, problem.labels) - pick(logits, wrong)
 

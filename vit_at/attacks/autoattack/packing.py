@@ -9,7 +9,6 @@ Which run is in which slot follows from the outcomes alone, never from the clock
 is interrupted and restored from ``snapshot`` repeats the same numbers.
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from vit_at.attacks.autoattack.checks import read
 from vit_at.attacks.autoattack.methods import Context, Method, Problem
-from vit_at.attacks.autoattack.programs import Program, Shared, Slots, cut_for
+from vit_at.attacks.autoattack.programs import Program, Slots, cut_for
 from vit_at.attacks.autoattack.settings import Settings
 from vit_at.distributed import sharding
 
@@ -61,7 +60,7 @@ class Packing:
     def __init__(self, method: Method, model: Any, source: Source, settings: Settings):
         self.method, self._source, self._mesh = method, source, settings.mesh
         self._program = Program(method, settings.mesh, settings.randomised)
-        self._shared = Shared(model, np.uint32(settings.seed), np.float32(settings.eps))
+        self._context = Context(model, np.uint32(settings.seed), np.float32(settings.eps))
         self._cut, self._batch_size = cut_for(settings.mesh), settings.batch_size
         if self._cut.most_slots:
             self._batch_size = min(self._batch_size, self._cut.most_slots * self._mesh.size)
@@ -97,7 +96,7 @@ class Packing:
     def _round(self) -> list[Finished]:
         forward_only = self.method.passes == 1
         limit = self._cut.forward_steps if forward_only else self._cut.gradient_steps
-        slots, outcome, counts = self._program.advance(self._shared, self._slots, np.int32(limit))
+        slots, outcome, counts = self._program.advance(self._context, self._slots, np.int32(limit))
         self._slots = slots
         running, steps, success = sharding.gather((slots.active, outcome.steps, outcome.success))
         taken = self._image != EMPTY
@@ -147,8 +146,7 @@ class Packing:
         """Empty slots."""
         self._image, self._run = np.full(width, EMPTY), np.zeros(width, int)
         self._steps = np.zeros(width, int)
-        context = Context(None, self._shared.seed, self._shared.eps)
-        shapes = jax.eval_shape(functools.partial(self.method.start, context), self._problem())
+        shapes = jax.eval_shape(self.method.start, self._context, self._problem())
         state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         slots = Slots(self._problem(), state, np.zeros(width, bool))
         self._slots = sharding.split_whole(slots, self._mesh)
@@ -165,7 +163,7 @@ class Packing:
         self._run[empty] = [w.run for w in entering]
         self._steps[empty] = 0
         entering, taken = sharding.split_whole((self._problem(taken), taken), self._mesh)
-        self._slots = self._program.admit(self._shared, self._slots, entering, taken)
+        self._slots = self._program.admit(self._context, self._slots, entering, taken)
 
     def _problem(self, wanted: np.ndarray | None = None) -> Problem:
         """The runs of the slots, with images, labels and targets of the wanted ones (None: all)."""

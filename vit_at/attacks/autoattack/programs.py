@@ -1,4 +1,4 @@
-"""One attack compiled: what the devices do between two visits of the host; see ``packing``."""
+"""One attack, compiled for the devices of a mesh; ``packing`` calls it round by round."""
 
 import dataclasses
 import functools
@@ -42,14 +42,6 @@ def cut_for(mesh: Mesh) -> Cut:
     return _ON_A_CPU if sharding.platform(mesh) == "cpu" else _ON_AN_ACCELERATOR
 
 
-class Shared(NamedTuple):
-    """Arguments that all slots share: the model with its parameters, the seed, and eps."""
-
-    model: Any
-    seed: Array
-    eps: Array
-
-
 class Slots(NamedTuple):
     """The slots of a batch, each with at most one run: its problem, its state, whether it runs."""
 
@@ -60,34 +52,35 @@ class Slots(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """An attack on the devices of a mesh. Equal programs share what is compiled.
+    """An attack on the devices of a mesh. Equal programs share their compiled code.
 
     randomised: the model takes a key for every image.
+    A context given to ``admit`` and ``advance`` holds the model itself as ``logits_fn``: a
+    ``jax.tree_util.Partial`` with its parameters, which jit takes as arguments.
     """
 
     method: Method
     mesh: Mesh
     randomised: bool
 
-    def _context(self, shared: Shared) -> Context:
-        logits_fn = as_batch_function(shared.model, self.randomised)
-        return Context(logits_fn, shared.seed, shared.eps)
+    def _batched(self, context: Context) -> Context:
+        return context._replace(logits_fn=as_batch_function(context.logits_fn, self.randomised))
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-    def admit(self, shared: Shared, slots: Slots, entering: Problem, taken: Array) -> Slots:
+    def admit(self, context: Context, slots: Slots, entering: Problem, taken: Array) -> Slots:
         """Starts the runs ``entering`` in the slots ``taken`` [b] bool."""
 
-        def on_device(shared, slots, entering, taken):
-            state = self.method.start(self._context(shared), entering)
+        def on_device(context, slots, entering, taken):
+            state = self.method.start(self._batched(context), entering)
             problem = where(taken, entering, slots.problem)
             return Slots(problem, where(taken, state, slots.state), slots.active | taken)
 
         split, whole = sharding.SPLIT, sharding.WHOLE
         mapped = sharding.map_shards(on_device, self.mesh, (whole, split, split, split))
-        return mapped(shared, slots, entering, taken)
+        return mapped(context, slots, entering, taken)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-    def advance(self, shared: Shared, slots: Slots, limit: Array) -> tuple[Slots, Outcome, Array]:
+    def advance(self, context: Context, slots: Slots, limit: Array) -> tuple[Slots, Outcome, Array]:
         """A round: at most ``limit`` steps of the active slots, fewer once a quarter has ended.
 
         Returns:
@@ -95,8 +88,8 @@ class Program:
         """
         method = self.method
 
-        def on_device(shared, slots, limit):
-            context = self._context(shared)
+        def on_device(context, slots, limit):
+            context = self._batched(context)
             patience, began = slots.active.shape[0] // 4, slots.active.sum()
 
             def unfinished(carry):
@@ -119,4 +112,4 @@ class Program:
 
         split, whole = sharding.SPLIT, sharding.WHOLE
         mapped = sharding.map_shards(on_device, self.mesh, (whole, split, whole))
-        return mapped(shared, slots, limit)
+        return mapped(context, slots, limit)
