@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from vit_at import evaluate
 from vit_at.attacks import Threat, autoattack
-from vit_at.attacks.autoattack import Budget, audit, cascade, ledger
+from vit_at.attacks.autoattack import Budget, audit, cascade, ledger, programs
 from vit_at.attacks.autoattack import settings as autoattack_settings
 from vit_at.attacks.autoattack.ledger import BROKEN, LEDGER_FILE, NOT_ATTACKED
 from vit_at.attacks.norms import largest_size
@@ -137,6 +138,14 @@ def test_same_outcome_on_any_number_of_devices_and_any_batch_size():
     for name in ("outcome", "run", "step"):
         for other in outcomes[1:]:
             np.testing.assert_array_equal(outcomes[0][name], other[name])
+
+
+def test_the_work_is_cut_for_the_devices_of_the_mesh():
+    """Not for those of this process: the program for another platform can be compiled here."""
+    accelerators = np.array([types.SimpleNamespace(platform="tpu")])
+    cut = programs.cut_for(types.SimpleNamespace(devices=accelerators))
+    assert cut.most_slots is None
+    assert programs.cut_for(sharding.make_mesh()).most_slots == 8
 
 
 def test_slots_are_not_wasted():
