@@ -1,12 +1,12 @@
 """The full standard AutoAttack: ours against the official PyTorch code, on one model and images.
 
-    pip install timm torch git+https://github.com/fra31/auto-attack   # by whoever compares
+    pip install timm torch git+https://github.com/fra31/auto-attack   # only for the comparison
     python benchmarks/official_autoattack.py --images=256 --out=benchmarks/results/autoattack.json
 
-The model is a small robust ViT (tests/data/autoattack), float32, timm's own module in PyTorch.
-Seconds are wall time of the whole cascade, ours with its compilations. Both are run on all cores or
-on the GPU; images given to the model are counted, and those a gradient was taken for. Without
-PyTorch, timm or autoattack only ours is run.
+The model is a small robust ViT (tests/data/autoattack) in float32; in PyTorch it is timm's module.
+Seconds are the wall time of the whole cascade; ours include compilation. Both run on all cores or
+on the GPU. Forward and backward passes are counted in images. Without PyTorch, timm or autoattack,
+only ours runs.
 """
 
 import argparse
@@ -25,7 +25,10 @@ import reference_autoattack as reference
 
 
 def ours(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
-    """images [n, 32, 32, 3] in [0, 1]; the counts after each attack, the seconds and the work."""
+    """Our cascade: the robust images after each attack, seconds and passes through the model.
+
+    images: [n, 32, 32, 3] in [0, 1].
+    """
     from vit_at.attacks import autoattack
     from vit_at.distributed import devices
 
@@ -43,7 +46,7 @@ def ours(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) ->
     )
     work = {}
     for name, done in result.work.items():
-        backward = (done["passes"] - 1) // 2  # a step: forward passes, and a backward for two
+        backward = (done["passes"] - 1) // 2  # a backward pass counts as two forward passes
         forward = done["passes"] - 2 * backward
         work[name] = {"forward": done["steps"] * forward, "backward": done["steps"] * backward}
         work[name]["computed"] = done["computed"] * done["passes"]
@@ -52,7 +55,7 @@ def ours(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) ->
 
 
 def official(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
-    """The same of the official package, attack by attack as its own cascade does it."""
+    """The same for the official package, attack by attack as in its own cascade."""
     import timm
     import torch
     from autoattack import AutoAttack
@@ -91,7 +94,7 @@ def official(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace
     robust = np.concatenate([model(part).argmax(1).cpu() for part in x.split(options.batch)])
     robust = robust == labels
     counts, work, began = {"clean": int(robust.sum())}, {}, time.perf_counter()
-    for name in attacks:  # each on the images that are left, as ``run_standard_evaluation`` does
+    for name in attacks:  # on the images that are left, as in ``run_standard_evaluation``
         seen.update(forward=0, backward=0)
         left = np.flatnonzero(robust)
         if len(left):
@@ -112,11 +115,11 @@ def official(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=256, help="the first so many of 256")
+    parser.add_argument("--images", type=int, default=256, help="how many of the 256 images")
     parser.add_argument("--norm", default="linf", choices=("linf", "l2"))
-    parser.add_argument("--batch", type=int, default=256, help="of both")
+    parser.add_argument("--batch", type=int, default=256, help="batch size of both")
     parser.add_argument("--only", default="", choices=("", "ours", "official"))
-    parser.add_argument("--out", default="", help="a JSON file")
+    parser.add_argument("--out", default="", help="JSON file for the result")
     options = parser.parse_args()
     data = reference.arrays("images")  # not as JAX arrays: nothing of JAX is set up yet
     images = (data["images"][: options.images] / np.float32(255)).astype(np.float32)

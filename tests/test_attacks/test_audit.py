@@ -16,6 +16,7 @@ from vit_at.attacks.autoattack import audit
 PARAMS, IMAGES, LABELS = problem(16)
 EPS = median_eps(PARAMS, IMAGES, LABELS, "linf")
 MODEL = functools.partial(linear, PARAMS)
+SETTINGS = autoattack.Settings(eps=EPS, batch_size=16)
 
 
 @pytest.fixture
@@ -24,19 +25,19 @@ def short(monkeypatch):
     monkeypatch.setattr(audit, "CURVE_STEPS", (5, 20))
 
 
-def run(model=MODEL, result=None, **options):
-    return audit.audit(model, IMAGES, LABELS, result, eps=EPS, batch_size=16, **options)
+def run(model=MODEL, evaluated=SETTINGS, **options):
+    return audit.audit(model, IMAGES, LABELS, evaluated, **options)
 
 
 def test_a_sound_model_raises_no_flag(short):
     result = attack(PARAMS, IMAGES, LABELS, eps=EPS, batch_size=16)
-    report = run(result=result, surrogates={"itself": result.adversarial})
-    assert report.flags == {}
-    assert report.summary() == "no flags"
-    curve = list(report.eps_curve.values())
+    found = run(evaluated=result, surrogates={"itself": result.adversarial})
+    assert found.flags == {}
+    assert found.summary() == "no flags"
+    curve = list(found.eps_curve.values())
     assert curve == sorted(curve, reverse=True)
     assert curve[-1] == 0
-    assert set(report.record()) == {"flags", "eps_curve", "steps_curve"}
+    assert set(found.record()) == {"flags", "eps_curve", "steps_curve"}
 
 
 def test_randomised():
@@ -46,7 +47,7 @@ def test_randomised():
 
 
 def check(model):
-    return audit.check_model(model, IMAGES, LABELS, eps=EPS)
+    return audit.check_model(model, IMAGES, LABELS, SETTINGS)
 
 
 def test_probabilities():
@@ -85,11 +86,14 @@ def test_square_and_transfer_win_over_a_masked_gradient():
 
     options = {"eps": EPS, "attacks": ["apgd-ce", "square"], "batch_size": 16}
     masked = functools.partial(rounded, PARAMS)
-    result = autoattack.run(masked, IMAGES, LABELS, **options, iterations=5, queries=200)
+    result = autoattack.run(
+        masked, IMAGES, LABELS, **options, budget=autoattack.Budget(iterations=5, queries=200)
+    )
     assert "square-wins" in audit.judge_result(result)
-    blind = autoattack.run(masked, IMAGES, LABELS, eps=EPS, attacks=["apgd-ce"], iterations=5)
+    options = {"eps": EPS, "attacks": ["apgd-ce"], "budget": autoattack.Budget(iterations=5)}
+    blind = autoattack.run(masked, IMAGES, LABELS, **options)
     surrogate = attack(PARAMS, IMAGES, LABELS, eps=EPS, attacks=["apgd-t"])
-    flags = audit.judge_transfer(masked, LABELS, blind, {"linear": surrogate.adversarial}, 16)
+    flags = audit.judge_transfer(masked, LABELS, blind, {"linear": surrogate.adversarial})
     assert "transfer-wins" in flags
 
 
@@ -106,7 +110,7 @@ def test_the_masked_reference_model():
     images, labels = (np.asarray(x)[:128] for x in reference.images())
     params, classify = reference.parameters(), reference.apply()
     scaled = functools.partial(lambda p, x: 1000 * classify(p, x), params)
-    flags = audit.check_model(scaled, images, labels, batch_size=128)
+    flags = audit.check_model(scaled, images, labels, autoattack.Settings(batch_size=128))
     assert "zero-gradients" not in flags
     recorded = reference.arrays("masked")
     count, _, of = flags["saturated-softmax"].partition(" of ")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,17 @@ from hypothesis import strategies as st
 
 from vit_at import evaluate
 from vit_at.attacks import Threat, autoattack
-from vit_at.attacks.autoattack import audit, cascade, ledger, methods
+from vit_at.attacks.autoattack import Budget, audit, cascade, ledger, programs
+from vit_at.attacks.autoattack import settings as autoattack_settings
 from vit_at.attacks.autoattack.ledger import BROKEN, LEDGER_FILE, NOT_ATTACKED
+from vit_at.attacks.norms import largest_size
 from vit_at.data import sources
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
 from vit_at.workdir import results
 
 SHAPE = (4, 4, 2)
-SHORT = {"iterations": 20, "queries": 300}
+SHORT = {"budget": Budget(iterations=20, queries=300)}
 
 
 def linear(params, images):
@@ -79,7 +82,7 @@ def test_exact_robust_accuracy_of_a_linear_classifier(name, num_classes, norm):
     """Untargeted losses climb towards several classes at once, so they are exact with few."""
     params, images, labels = problem(num_classes=num_classes)
     eps = median_eps(params, images, labels, norm)
-    result = attack(params, images, labels, norm=norm, eps=eps, attacks=[name], iterations=40)
+    result = attack(params, images, labels, norm=norm, eps=eps, attacks=[name], budget=Budget(40))
     expected = exact_distance(params, images, labels, norm) > eps
     np.testing.assert_array_equal(result.robust[name], expected)
     assert not result.failures
@@ -91,13 +94,13 @@ def test_cascade(version):
     eps = median_eps(params, images, labels, "linf")
     result = attack(params, images, labels, eps=eps, attacks=version)
     expected = exact_distance(params, images, labels, "linf") > eps
-    assert tuple(result.robust) == ("clean", *methods.VERSIONS[version])
+    assert tuple(result.robust) == ("clean", *autoattack_settings.VERSIONS[version])
     np.testing.assert_array_equal(result.robust["clean"], np.arange(24) >= 3)
     np.testing.assert_array_equal(result.robust["square"], expected)
-    outcome = result.table["outcome"]
+    outcome = result.columns["outcome"]
     assert np.all(outcome[:3] == NOT_ATTACKED)
-    assert np.all((outcome == BROKEN).sum(1) == (result.table["broken_by"] >= 0))
-    untouched = np.flatnonzero(result.table["broken_by"] < 0)
+    assert np.all((outcome == BROKEN).sum(1) == (result.columns["broken_by"] >= 0))
+    untouched = np.flatnonzero(result.columns["broken_by"] < 0)
     np.testing.assert_array_equal(result.adversarial[untouched], images[untouched])
     assert "square" in result.summary()
 
@@ -111,11 +114,11 @@ def test_cascade(version):
 def test_adversarial_images_stay_in_the_ball_and_the_image_range(seed, norm, eps):
     params, images, labels = problem(8, seed=seed)
     images = np.clip(3 * images - 1, 0, 1)  # many at the bounds
-    options = {"norm": norm, "eps": eps, "attacks": "plus", "iterations": 6, "queries": 30}
+    options = {"norm": norm, "eps": eps, "attacks": "plus", "budget": Budget(6, 30)}
     result = attack(params, images, labels, **options)
     delta = (result.adversarial - images).reshape(8, -1).astype(np.float64)
     order = np.inf if norm == "linf" else 2
-    assert np.linalg.norm(delta, order, axis=1).max() <= cascade.largest_norm(norm, eps, 32)
+    assert np.linalg.norm(delta, order, axis=1).max() <= largest_size(eps, 32, norm)
     assert result.adversarial.min() >= 0
     assert result.adversarial.max() <= 1
     assert not result.failures
@@ -131,10 +134,18 @@ def test_same_outcome_on_any_number_of_devices_and_any_batch_size():
     for devices, batch_size in ((1, 24), (2, 16), (4, 32)):
         mesh = sharding.make_mesh(jax.devices()[:devices])
         options = {"norm": "l2", "eps": eps, "batch_size": batch_size, "mesh": mesh}
-        outcomes.append(attack(params, images, labels, **options).table)
+        outcomes.append(attack(params, images, labels, **options).columns)
     for name in ("outcome", "run", "step"):
         for other in outcomes[1:]:
             np.testing.assert_array_equal(outcomes[0][name], other[name])
+
+
+def test_the_work_is_cut_for_the_devices_of_the_mesh():
+    """Not for those of this process: the program for another platform can be compiled here."""
+    accelerators = np.array([types.SimpleNamespace(platform="tpu")])
+    cut = programs.cut_for(types.SimpleNamespace(devices=accelerators))
+    assert cut.most_slots is None
+    assert programs.cut_for(sharding.make_mesh()).most_slots == 8
 
 
 def test_slots_are_not_wasted():
@@ -149,7 +160,7 @@ def test_few_classes():
     for num_classes, expected in ((3, "apgd-dlr"), (2, "fab-t")):
         params, images, labels = problem(8, num_classes)
         eps = median_eps(params, images, labels, "linf")
-        result = attack(params, images, labels, eps=eps, iterations=30)
+        result = attack(params, images, labels, eps=eps, budget=Budget(30, 300))
         assert expected in result.robust
         assert result.notes
         exact = exact_distance(params, images, labels, "linf") > eps
@@ -165,7 +176,8 @@ def test_randomised_model():
 
     eps = median_eps(params, images, labels, "linf")
     model = functools.partial(noisy, params)
-    run = functools.partial(autoattack.run, model, images, labels, attacks="rand", iterations=8)
+    options = {"attacks": "rand", "budget": Budget(iterations=8)}
+    run = functools.partial(autoattack.run, model, images, labels, **options)
     first, second = run(eps=eps, batch_size=8), run(eps=eps, batch_size=16)
     assert tuple(first.robust) == ("clean", "apgd-ce", "apgd-dlr")
     np.testing.assert_array_equal(first.adversarial, second.adversarial)
@@ -197,13 +209,15 @@ def batch_norm(params, images):
         ({"eps": -0.1}, "must be over 0"),
         ({"eps": 8.0}, "8/255, say, not 8"),
         ({"eps": float("nan")}, "must be over 0"),
+        ({"norm": "l2", "eps": 6.0}, "at most 5.65685"),
+        ({"norm": "l2", "eps": float("inf")}, "at most 5.65685"),
         ({"norm": "l1"}, "use one of linf, l2"),
         ({"attacks": "standrad"}, "nearest: standard"),
         ({"attacks": ["fab", "fab"]}, "each named once"),
         ({"attacks": "rand"}, "can't be called with \\(images, key\\)"),
         ({"batch_size": 0}, "must be 1 or more"),
         ({"batch_size": 6}, "do not divide"),
-        ({"iterations": 0}, "must be 1 or more"),
+        ({"budget": Budget(iterations=0)}, "iterations is 0; it must be 1 or more"),
         ({"logits_fn": lambda x: linear(GOOD[0], x) * jnp.nan}, "NaN or infinity for 8 of 8"),
         ({"logits_fn": functools.partial(batch_norm, GOOD[0])}, "inference mode"),
         ({"logits_fn": lambda x: linear(GOOD[0], x)[:, 0]}, "must give logits"),
@@ -264,7 +278,7 @@ def test_images_are_read_a_batch_at_a_time(tmp_path):
     assert lazy.most <= 8
     whole = attack(params, images, labels, eps=eps)
     np.testing.assert_array_equal(result.adversarial, whole.adversarial)
-    broken = (whole.table["broken_by"] >= 0).sum()
+    broken = (whole.columns["broken_by"] >= 0).sum()
     assert sum(len(places) for places, _ in result.found()) == broken
     assert len(list(tmp_path.glob("adversarial_*.npz"))) > 1
 
@@ -299,8 +313,8 @@ def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch):
             kills += 1
     assert kills > 2
     np.testing.assert_array_equal(whole.adversarial, resumed.adversarial)
-    for name, column in whole.table.items():
-        np.testing.assert_array_equal(column, resumed.table[name])
+    for name, column in whole.columns.items():
+        np.testing.assert_array_equal(column, resumed.columns[name])
     assert whole.work == resumed.work
 
 
@@ -316,7 +330,7 @@ def test_through_the_evaluator(tmp_path, monkeypatch):
         np.arange(8),
         lambda i: (pixels[i], labels[i]),
     )
-    monkeypatch.setitem(methods.VERSIONS, "standard", ("apgd-ce", "square"))
+    monkeypatch.setitem(autoattack_settings.VERSIONS, "standard", ("apgd-ce", "square"))
     monkeypatch.setattr(audit, "CURVE_EPS", ())
     monkeypatch.setattr(audit, "CURVE_STEPS", (10,))
     run = autoattack.run
@@ -342,7 +356,7 @@ def test_kill_9(tmp_path):
         import numpy as np, test_autoattack as t
         params, images, labels = t.problem(48)
         eps = t.median_eps(params, images, labels, "linf")
-        result = t.attack(params, images, labels, eps=eps, iterations=100, queries=2000,
+        result = t.attack(params, images, labels, eps=eps, budget=t.Budget(queries=2000),
                           workdir=sys.argv[1], progress=True)
         np.save(sys.argv[1] + "/result.npy", result.adversarial)
     """)

@@ -17,7 +17,7 @@ from vit_at.attacks.autoattack import audit
 
 COUNT = {"linf": 256, "l2": 128}
 ALLOWED = {"square": 3}
-ALONE_QUERIES = 1000  # of Square, as recorded
+ALONE = autoattack.Budget(queries=1000)  # as recorded
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def test_cascade(norm):
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "fab-t", "square"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_alone(norm, name):
-    counts = counts_of(norm, [name], queries=ALONE_QUERIES)
+    counts = counts_of(norm, [name], budget=ALONE)
     recorded = reference.arrays(norm)
     broken = recorded[f"ind_{name.replace('-', '_')}_broken"]
     official = int((recorded["clean_correct"] & ~broken).sum())
@@ -88,7 +88,7 @@ def test_saturated_softmax():
     result = autoattack.run(scaled, images, labels, attacks=["apgd-ce", "apgd-t"])
     assert result.robust["apgd-ce"].sum() >= by_all + 10
     assert abs(result.robust["apgd-t"].sum() - by_all) <= 1
-    flags = audit.audit(scaled, images, labels, result, batch_size=128).flags
+    flags = audit.audit(scaled, images, labels, result).flags
     assert {"saturated-softmax", "losses-disagree"} <= set(flags)
     assert (
         f"of {recorded['scale1000_clean_correct'].sum()} correct images"

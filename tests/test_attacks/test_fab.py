@@ -34,7 +34,6 @@ def test_projection_without_a_normal_does_not_move(norm):
 
 def run_trace(norm, dtype, iterations, count):
     images, labels = (x[:count] for x in reference.traced(dtype))
-    options = fab.Options(norm)
     classify = reference.apply(dtype)
 
     @jax.jit
@@ -50,7 +49,7 @@ def run_trace(norm, dtype, iterations, count):
                 lambda x: jnp.argmax(logits_fn(x), -1) == labels,
                 images,
                 state,
-                options,
+                norm,
             )
             return state, (state.distance, state.point, state.is_adversarial)
 
@@ -118,7 +117,7 @@ def test_distance_of_a_linear_classifier(norm, targeted):
     state = fab.start(images, images)
     for _ in range(30):
         state = jax.jit(fab.advance, static_argnums=(0, 1, 4))(
-            linearise, correct_at, images, state, fab.Options(norm)
+            linearise, correct_at, images, state, norm
         )
     assert np.all(state.distance <= exact * 1.02)
     if not targeted:

@@ -11,7 +11,7 @@ import reference_steps as ref
 
 from vit_at import models
 from vit_at.attacks import Threat, losses, pgd_attack
-from vit_at.attacks.threat import NORMS
+from vit_at.attacks.norms import NORMS
 
 META = json.loads(str(ref.arrays("eval")["meta"]))
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from vit_at.configs import default
 
-from vit_at.attacks.threat import NORMS, Threat, ascend, into_image_range, random_start
+from vit_at.attacks.norms import NORMS, largest_size, resize, resize_as_official, sizes
+from vit_at.attacks.threat import Threat, ascend, into_image_range, random_start
 
 SHAPE = (3, 4, 4, 2)
 EPS = st.floats(2**-10, 5.0, width=32)
@@ -65,19 +66,47 @@ def test_l2_starts_are_uniform_in_volume_and_direction():
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@given(delta=points(1.0), eps=EPS)
+@settings(max_examples=50, deadline=None)
+def test_projecting_an_image_is_projecting_its_perturbation(norm, delta, eps):
+    images = np.full(SHAPE, 0.5, np.float32)
+    projected = NORMS[norm].project_image(images + delta, images, eps)
+    expected = images + NORMS[norm].project(delta, eps)
+    np.testing.assert_allclose(projected, expected, rtol=1e-4, atol=1e-6)
+    moved = sizes(np.asarray(projected) - images, norm)
+    assert np.all(moved <= largest_size(eps, images[0].size, norm))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@given(x=points(10.0), y=points(10.0))
+@settings(max_examples=50, deadline=None)
+def test_sizes(norm, x, y):
+    """Against numpy's norms, on the host and on the device; the dual size bounds the product."""
+    size = np.asarray(NORMS[norm].size(x))[:, 0, 0, 0]
+    np.testing.assert_allclose(size, lengths(norm, x), rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(sizes(x, norm), lengths(norm, x), rtol=1e-12)
+    products = (x.astype(np.float64) * y).sum((1, 2, 3))
+    dual_size = np.asarray(NORMS[norm].dual_size(y), np.float64)[:, 0, 0, 0]
+    assert np.all(np.abs(products) <= lengths(norm, x) * dual_size * (1 + 1e-5) + 1e-6)
+    assert NORMS[norm].diameter(x[0].size) == pytest.approx(lengths(norm, np.ones(SHAPE))[0])
+
+
+@pytest.mark.parametrize("resize", [resize, resize_as_official])
+@pytest.mark.parametrize("norm", NORMS)
 @given(gradient=points(1.0), step_size=EPS)
 @settings(max_examples=50, deadline=None)
-def test_a_step_has_its_length_and_follows_the_gradient(norm, gradient, step_size):
-    step = np.asarray(NORMS[norm].steepest_step(gradient, step_size))
+def test_a_step_has_its_length_and_follows_the_gradient(norm, resize, gradient, step_size):
+    step = np.asarray(NORMS[norm].steepest_step(gradient, step_size, resize))
     moving = lengths(norm, gradient) > 1e-6
     np.testing.assert_allclose(lengths(norm, step)[moving], step_size, rtol=1e-4)
     assert np.all(lengths(norm, step) <= step_size * (1 + 1e-4))
     assert np.all(step * gradient >= 0)
 
 
+@pytest.mark.parametrize("resize", [resize, resize_as_official])
 @pytest.mark.parametrize("norm", NORMS)
-def test_without_a_gradient_nothing_moves(norm):
-    step = NORMS[norm].steepest_step(jnp.zeros(SHAPE), 0.1)
+def test_without_a_gradient_nothing_moves(norm, resize):
+    step = NORMS[norm].steepest_step(jnp.zeros(SHAPE), 0.1, resize)
     np.testing.assert_array_equal(step, np.zeros(SHAPE))
 
 

@@ -1,29 +1,30 @@
 """Auto-PGD: projected gradient ascent that halves its own step (Croce and Hein 2020, Algorithm 1).
 
-``advance`` is one iteration for a batch: the move with momentum, the losses at the new point, the
-best point so far, and at checkpoints the test of whether to halve the step and go back to the best
-point. Every quantity is kept per image, the iteration too: a slot of the batch can take another
-image at any time. The first call evaluates the start itself.
+``advance`` is one iteration for a batch: a step with momentum, the loss at the new point, the best
+point so far, and at checkpoints the decision whether to halve the step and restart from the best
+point. All state is per image, including the iteration, so any image of the batch can be replaced at
+any time. The first call evaluates the start itself.
 
-    state = start(images, draws, norm, eps)
-    for _ in range(1 + iterations): state, loss = advance(evaluate, images, state, options)
+    state = start(images, norms.random_directions(keys, images.shape[1:], norm), options)
+    for _ in range(1 + options.iterations):
+        state, loss = advance(evaluate, images, state, options)
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from vit_at.attacks import losses
+from vit_at.attacks.norms import NORMS, resize_as_official
 
 Array = jax.Array
 Evaluate = Callable[[Array], tuple[Array, Array, Array]]
 LOSSES = ("ce", "dlr", "targeted dlr")
-_MOMENTUM = 0.75  # share of the new step; the rest goes on in the last direction
-_INCREASES = 0.75  # rho: the step is halved if fewer of its iterations increased the loss
-_NORM_FLOOR = 1e-12
+_MOMENTUM = 0.75  # alpha: weight of the new step; the rest repeats the last move
+_INCREASES = 0.75  # rho: the step is halved if fewer of a period's iterations increased the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +37,18 @@ class Options:
 
     @property
     def periods(self) -> tuple[int, int, int]:
-        """Iterations to the first checkpoint, by how much each period is shorter, the shortest."""
+        """Lengths in iterations: of the first period, its decrement, of the shortest period."""
         return tuple(max(int(share * self.iterations), 1) for share in (0.22, 0.03, 0.06))
 
 
 class State(NamedTuple):
-    """One batch of runs; images are [b, H, W, C], all else [b].
+    """One batch of runs. Images and gradients are [b, H, W, C], all else is [b].
 
-    point: the iterate, whose loss has ``gradient``; previous: the iterate before; best_*: where the
-    loss was largest; adversarial: the last misclassified iterate (the start if there is none);
-    checked_loss, halved: best loss and outcome of the last checkpoint; increases: of the loss since
-    then; iteration: steps made, -1 before the start is evaluated.
+    point, gradient: the iterate and the gradient of its loss; previous: the iterate before.
+    best_*: where the loss was largest; adversarial: the last misclassified iterate, or the start.
+    checked_loss, halved: best loss at the last checkpoint, and whether it halved the step.
+    increases, since_check: of the loss, and iterations, since the last checkpoint.
+    period: iterations between checkpoints; iteration: steps done, -1 before the first evaluation.
     """
 
     point: Array
@@ -67,20 +69,15 @@ class State(NamedTuple):
     iteration: Array
 
 
-def random_direction(key: Array, shape: tuple[int, ...], norm: str) -> Array:
-    """One image's start before scaling: uniform in [-1, 1] (linf) or normal (l2)."""
-    if norm == "linf":
-        return jax.random.uniform(key, shape, minval=-1.0)
-    return jax.random.normal(key, shape)
-
-
 def start(images: Array, direction: Array, options: Options) -> State:
-    """A run that begins on the boundary of the ball, in ``direction``, clipped to [0, 1]."""
-    return start_at(jnp.clip(images + options.eps * _unit(direction, options.norm), 0, 1), options)
+    """Starts runs on the boundary of the ball, in a direction [b, H, W, C], clipped to [0, 1]."""
+    size = NORMS[options.norm].size(direction)
+    delta = resize_as_official(direction, size, options.eps)
+    return start_at(jnp.clip(images + delta, 0, 1), options)
 
 
 def start_at(point: Array, options: Options) -> State:
-    """A run that begins at ``point`` [b, H, W, C]."""
+    """Starts runs at ``point`` [b, H, W, C]."""
     b, dtype = point.shape[0], point.dtype
     zero, nothing, count = jnp.zeros(b, dtype), jnp.zeros_like(point), jnp.zeros(b, jnp.int32)
     return State(
@@ -123,7 +120,7 @@ def advance(
         best_point=where(better, point, state.best_point),
         best_gradient=where(better, gradient, state.best_gradient),
         adversarial=where(correct, state.adversarial, point),
-        # The first step's loss is compared with 0, not with the start's, as in the official code.
+        # As in the official code, the first step's loss is compared with 0, not with the start's.
         last_loss=jnp.where(starting, 0, loss),
         best_loss=best_loss,
         checked_loss=jnp.where(starting, loss, state.checked_loss),
@@ -137,28 +134,22 @@ def advance(
 
 def _move(images: Array, state: State, options: Options) -> Array:
     """The gradient step with momentum, equation 2 and the line after it."""
-    share = per_image(jnp.where(state.iteration > 0, _MOMENTUM, 1.0).astype(images.dtype))
-    step_size = per_image(state.step_size)
-    direction = jnp.sign if options.norm == "linf" else lambda g: _unit(g, "l2")
-    ascended = _project(state.point + step_size * direction(state.gradient), images, options)
+    weight = per_image(jnp.where(state.iteration > 0, _MOMENTUM, 1.0).astype(images.dtype))
+    step_size, norm = per_image(state.step_size), NORMS[options.norm]
+    step = norm.steepest_step(state.gradient, step_size, resize_as_official)
+    ascended = _project(state.point + step, images, options)
     momentum = state.point - state.previous
-    moved = state.point + (ascended - state.point) * share + momentum * (1 - share)
+    moved = state.point + (ascended - state.point) * weight + momentum * (1 - weight)
     return _project(moved, images, options)
 
 
 def _project(point: Array, images: Array, options: Options) -> Array:
-    """Into the ball around the images, then into [0, 1]."""
-    eps = options.eps
-    if options.norm == "linf":
-        point = jnp.clip(point, images - eps, images + eps)
-    else:
-        delta = point - images
-        point = images + _unit(delta, "l2") * jnp.minimum(eps, length(delta, "l2"))
-    return jnp.clip(point, 0, 1)
+    """Onto the ball around the images, then into [0, 1]."""
+    return jnp.clip(NORMS[options.norm].project_image(point, images, options.eps), 0, 1)
 
 
 def _checkpoint(state: State, options: Options) -> State:
-    """Where a period ends: conditions 1 and 2 of section 3.2, and the restart from the best."""
+    """At the end of a period: conditions 1 and 2 of section 3.2, and the restart from the best."""
     _, decrement, shortest = options.periods
     due = state.since_check == state.period
     oscillates = state.increases <= _INCREASES * state.period
@@ -188,8 +179,8 @@ def loss_and_gradient(
 
     logits_fn: points -> logits [b, K]; with keys, (points, key of one draw) -> logits.
     targets: [b] classes, for the targeted loss.
-    keys: [samples]: expectation over transformation. The gradient is the mean over the samples; the
-      loss and the prediction are the last sample's, as in the official code.
+    keys: [samples], for expectation over transformation. The gradient is the mean over the samples;
+      loss and prediction are the last sample's, as in the official code.
     """
 
     def total(x, *key):
@@ -223,19 +214,10 @@ def per_image(values: Array) -> Array:
     return values[:, None, None, None]
 
 
-def where(condition: Array, yes: Array, no: Array) -> Array:
-    """Chooses whole images: condition [b], the others [b, H, W, C]."""
-    return jnp.where(per_image(condition), yes, no)
+def where(condition: Array, yes: Any, no: Any) -> Any:
+    """Selects per image: condition [b], the others arrays [b, ...] or trees of them."""
 
+    def select(a, b):
+        return jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
-def length(x: Array, norm: str) -> Array:
-    """The norm of each image of [b, H, W, C], [b, 1, 1, 1]."""
-    axes = (1, 2, 3)
-    if norm == "linf":
-        return jnp.max(jnp.abs(x), axes, keepdims=True)
-    return jnp.sqrt(jnp.sum(x**2, axes, keepdims=True))
-
-
-def _unit(x: Array, norm: str) -> Array:
-    """x scaled to norm 1; 0 stays 0."""
-    return x / (length(x, norm) + _NORM_FLOOR)
+    return jax.tree.map(select, yes, no)

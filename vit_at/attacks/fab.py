@@ -2,13 +2,12 @@
 examples with a fast adaptive boundary attack", Algorithm 1).
 
 Each iteration linearises the classifier at the iterate, projects the iterate and the clean image
-onto the boundary of that linearisation within [0, 1], goes a little beyond a mean of the two, and
-where that is adversarial steps back towards the clean image.
+onto the linearised decision boundary within [0, 1], and moves slightly beyond a mean of the two
+projections. If that point is adversarial, the iterate moves back towards the clean image.
 
-FAB-T linearises towards one target class; FAB towards the nearest of all classes.
+FAB-T linearises towards one target class, FAB towards the class with the nearest boundary.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,30 +15,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vit_at.attacks.apgd import length, where
+from vit_at.attacks.apgd import where
 from vit_at.attacks.losses import pick
+from vit_at.attacks.norms import NORMS, resize
 
 Array = jax.Array
 Linearise = Callable[[Array], tuple[Array, Array]]
-_BIAS_MAX = 0.1  # alpha_max: at most this share of the projected clean image
+_BIAS_MAX = 0.1  # alpha_max: the largest weight of the projected clean image
 _OVERSHOOT = 1.05  # eta
 _BACKWARD = 0.9  # beta
-_LENGTH_FLOOR = 1e-8
-_WEIGHT_FLOOR = 1e-8  # smaller components of a gradient do not move in L2
-_FAR = 1e10
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """norm: linf or l2; iterations: of one run."""
-
-    norm: str = "linf"
-    iterations: int = 100
+_SIZE_FLOOR = 1e-8
+_WEIGHT_FLOOR = 1e-8  # pixels with a smaller gradient do not move in l2
+_FAR = 1e10  # distance where no adversarial point is known
 
 
 class State(NamedTuple):
-    """point [b, H, W, C]: the iterate; adversarial, distance [b]: the nearest adversarial point so
-    far and its norm (1e10: none); iteration [b]; is_adversarial [b]: the last forward step was.
+    """One batch of runs.
+
+    point: the iterate, adversarial: the nearest adversarial point so far, both [b, H, W, C];
+    distance: the norm of its perturbation, [b], 1e10 if there is none; iteration: [b];
+    is_adversarial: [b] bool, whether the last forward step was.
     """
 
     point: Array
@@ -50,7 +45,7 @@ class State(NamedTuple):
 
 
 def start(images: Array, point: Array) -> State:
-    """A run that begins at ``point``: the images themselves, or ``random_point`` in a restart."""
+    """Starts runs at ``point``: the images themselves, or ``random_point`` in a restart."""
     b = images.shape[0]
     return State(
         point=point,
@@ -62,9 +57,9 @@ def start(images: Array, point: Array) -> State:
 
 
 def random_point(images: Array, direction: Array, norm: str, eps: float | Array) -> Array:
-    """The start of a restart: half eps from the image, in a direction as in APGD."""
-    delta = direction / jnp.maximum(length(direction, norm), 1e-12)
-    return jnp.clip(images + 0.5 * eps * delta, 0, 1)
+    """The start of a restart: half of eps from the images, in a direction [b, H, W, C]."""
+    unit = resize(direction, NORMS[norm].size(direction), 1.0)
+    return jnp.clip(images + 0.5 * eps * unit, 0, 1)
 
 
 def advance(
@@ -72,28 +67,28 @@ def advance(
     correct_at: Callable[[Array], Array],
     images: Array,
     state: State,
-    options: Options,
+    norm: str,
 ) -> State:
     """One iteration of Algorithm 1.
 
-    linearise: points -> (difference of logits [b], its gradient [b, H, W, C]): the boundary is
-      where the difference is 0.
+    linearise: points -> (difference of logits [b], its gradient [b, H, W, C]); the difference is 0
+      on the boundary.
     correct_at: points -> [b] bool.
     """
-    norm = options.norm
+    size = NORMS[norm].size
     difference, normal = linearise(state.point)
     offset = -difference + _dot(normal, state.point)
     from_point = _towards_boundary(state.point, normal, offset, norm)
     from_image = _towards_boundary(images, normal, offset, norm)
-    point_length = jnp.maximum(length(from_point, norm), _LENGTH_FLOOR)
-    image_length = jnp.maximum(length(from_image, norm), _LENGTH_FLOOR)
-    bias = jnp.minimum(point_length / (point_length + image_length), _BIAS_MAX)
+    point_size = jnp.maximum(size(from_point), _SIZE_FLOOR)
+    image_size = jnp.maximum(size(from_image), _SIZE_FLOOR)
+    bias = jnp.minimum(point_size / (point_size + image_size), _BIAS_MAX)
     ahead = state.point + _OVERSHOOT * from_point
     near = images + _OVERSHOOT * from_image
     point = jnp.clip(ahead * (1 - bias) + near * bias, 0, 1)
 
     is_adversarial = ~correct_at(point)
-    distance = length(point - images, norm)[:, 0, 0, 0]
+    distance = size(point - images)[:, 0, 0, 0]
     nearer = is_adversarial & (distance < state.distance)
     back = images + (point - images) * _BACKWARD
     return State(
@@ -122,9 +117,9 @@ def towards_target(
 def towards_nearest(
     logits_fn: Callable[[Array], Array], points: Array, labels: Array, norm: str
 ) -> tuple[Array, Array]:
-    """The linearisation of z_k - z_label for the class k whose boundary is nearest in it.
+    """The linearisation of z_k - z_label, k being the class with the nearest linearised boundary.
 
-    One backward pass for each class; the memory of one.
+    One backward pass for each class, with the memory of one.
     """
     logits, pull_back = jax.vjp(logits_fn, points)
     b, num_classes = logits.shape
@@ -135,7 +130,8 @@ def towards_nearest(
         cotangent = jax.nn.one_hot(jnp.full(b, k), num_classes, dtype=logits.dtype) - chosen
         (gradient,) = pull_back(cotangent)
         difference = logits[:, k] - pick(logits, labels)
-        distance = jnp.abs(difference) / (1e-12 + _dual_length(gradient, norm))
+        dual_size = NORMS[norm].dual_size(gradient)[:, 0, 0, 0]
+        distance = jnp.abs(difference) / (1e-12 + dual_size)
         nearer = (distance < best_distance) & (labels != k)
         return (
             jnp.where(nearer, distance, best_distance),
@@ -149,11 +145,6 @@ def towards_nearest(
     return difference, gradient
 
 
-def _dual_length(x: Array, norm: str) -> Array:
-    """The dual norm [b]: l1 for linf, l2 for l2."""
-    return jnp.abs(x).sum((1, 2, 3)) if norm == "linf" else length(x, "l2")[:, 0, 0, 0]
-
-
 def _towards_boundary(points: Array, normal: Array, offset: Array, norm: str) -> Array:
     """``project`` on whole images."""
     b = points.shape[0]
@@ -164,16 +155,16 @@ def _towards_boundary(points: Array, normal: Array, offset: Array, norm: str) ->
 def project(points: Array, normal: Array, offset: Array, norm: str) -> Array:
     """The shortest step from points onto the hyperplane <normal, z> = offset within [0, 1].
 
-    points, normal: [b, n]; offset: [b]. Where the hyperplane misses the box, the step goes as near
-    as the box lets it. Section 3.1 and appendix A of the paper.
+    points, normal: [b, n]; offset: [b]. Where the hyperplane misses the box, the step ends at the
+    nearest point of the box. Section 3.1 and appendix A of the paper.
 
-    Along the shortest step every component moves as far as a common level lets it, or to its bound:
-    by min(level, room) in linf, by |normal| min(level, room / |normal|) in l2. The level is where
-    the sum over the components reaches the distance: ``_water_level``.
+    In the shortest step every pixel moves up to a common level or to its bound: by min(level, room)
+    in linf, by |normal| min(level, room / |normal|) in l2. ``_water_level`` finds the level that
+    reaches the hyperplane.
     """
     excess = jnp.sum(normal * points, -1) - offset
     normal = jnp.where(excess[:, None] >= 0, normal, -normal)
-    room = jnp.where(normal > 0, points, 1 - points)  # before the bound, walking down the normal
+    room = jnp.where(normal > 0, points, 1 - points)  # distance to the bound, against the normal
     size = jnp.abs(normal)
     if norm == "linf":
         level = _water_level(size, room, jnp.abs(excess))
@@ -188,8 +179,8 @@ def project(points: Array, normal: Array, offset: Array, norm: str) -> Array:
 def _water_level(weights: Array, room: Array, total: Array) -> Array:
     """The level [b] at which sum_i weights_i min(level, room_i) is ``total``; infinite if none.
 
-    The sum is concave and piecewise linear in the level, so Newton's method from 0 climbs to the
-    solution and stops exactly there, after a few rounds: no sort is needed.
+    The sum is concave and piecewise linear in the level, so Newton's method from 0 reaches the
+    solution exactly after a few iterations. No sort is needed.
     """
 
     def unsettled(carry):

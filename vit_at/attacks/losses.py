@@ -1,4 +1,4 @@
-"""Attack losses: one value per example, [b], all to be maximised over the perturbation.
+"""Attack losses: one value per example, [b]; the attacks maximise them.
 
 logits [b, K]; targets [b, K] probabilities; labels [b] integers.
 """
@@ -36,8 +36,8 @@ def pick(values: Array, classes: Array) -> Array:
 def cw_margin(logits: Array, labels: Array) -> Array:
     """max_{k != y} z_k - z_y, floored at -10 as in the paper's evaluation.
 
-    Carlini and Wagner 2017, equation f_6. The floor means that an example with a margin over 10
-    has no gradient and stays where it starts: CW is then weaker than PGD, never the other way.
+    Carlini and Wagner 2017, equation f_6. Because of the floor, an example that is correct by a
+    margin over 10 has no gradient and stays where it starts; CW is then weaker than PGD.
     """
     margin = pick(logits, best_wrong_class(logits, labels)) - pick(logits, labels)
     return jnp.maximum(margin, CW_FLOOR)
@@ -46,8 +46,8 @@ def cw_margin(logits: Array, labels: Array) -> Array:
 def dlr(logits: Array, labels: Array) -> Array:
     """Difference of logits ratio, -(z_y - max_{k != y} z_k) / (z_(1) - z_(3)).
 
-    Croce and Hein 2020, equation 6; z_(1) >= z_(2) >= ... are the sorted logits. Scale invariant:
-    it has a gradient where the softmax is saturated. Needs 3 classes or more.
+    Croce and Hein 2020, equation 6; z_(1) >= z_(2) >= ... are the sorted logits. It is scale
+    invariant, so it has a gradient where the softmax is saturated. It needs at least 3 classes.
     """
     top = jax.lax.top_k(logits, 3)[0]
     margin = pick(logits, labels) - pick(logits, best_wrong_class(logits, labels))
@@ -55,7 +55,7 @@ def dlr(logits: Array, labels: Array) -> Array:
 
 
 def targeted_dlr(logits: Array, labels: Array, target_labels: Array) -> Array:
-    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), equation 7 of the same; 4 classes or more."""
+    """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), equation 7; it needs at least 4 classes."""
     top = jax.lax.top_k(logits, 4)[0]
     margin = pick(logits, labels) - pick(logits, target_labels)
     return -margin / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + DLR_FLOOR)

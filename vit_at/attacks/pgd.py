@@ -1,10 +1,10 @@
-"""Projected gradient descent, twice: the attack that trains and the attack that judges.
+"""Projected gradient descent (PGD) for training and for evaluation.
 
 training_attack   a fixed number of steps with the paper's two maskings: ARD stops the gradient
                   through chosen attention blocks, PRM zeroes the perturbation on chosen patches
 pgd_attack        PGD and CW evaluation: an example stops moving once it is misclassified
 
-Both are plain per-device functions of one shard of a batch, without any collective.
+Both are plain per-device functions of one shard of a batch, without collectives.
 """
 
 import functools
@@ -31,13 +31,13 @@ def training_attack(
 ) -> Array:
     """Maximises ``loss`` over the perturbation, as the paper's Algorithm 1 does.
 
-    In each step the perturbation is masked, the gradient taken at the masked perturbation, and all
-    patches moved; a masked patch so restarts from 0. The last perturbation is not masked.
+    Each step masks the perturbation, takes the gradient at the masked perturbation and moves all
+    patches, so a masked patch restarts from 0. The last perturbation is not masked.
 
     Args:
       loss: (images [b, H, W, C], block mask [num_blocks] or None) -> scalar.
       images: in [0, 1].
-      delta: start of the perturbation; brought into the image range first.
+      delta: initial perturbation [b, H, W, C]; clipped to the image range first.
       attn_keep: [steps, num_blocks] bool, ARD; None: off.
       patch_keep: [steps, H/p, W/p] bool, PRM; None: off.
 
@@ -58,7 +58,7 @@ def training_attack(
 
 
 def _to_pixels(patch_keep: Array, image_shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """[H/p, W/p] -> [H, W, 1]: every patch's value at each of its pixels."""
+    """[H/p, W/p] -> [H, W, 1]: each pixel gets the value of its patch."""
     _, height, width, _ = image_shape
     rows, columns = patch_keep.shape
     mask = jnp.repeat(jnp.repeat(patch_keep, height // rows, 0), width // columns, 1)
@@ -66,7 +66,7 @@ def _to_pixels(patch_keep: Array, image_shape: tuple[int, ...], dtype: jnp.dtype
 
 
 def into_unit_range(images: Array) -> Array:
-    """Takes off the rounding error of images + delta."""
+    """Removes the rounding error of images + delta."""
     return jnp.clip(images, 0, 1)
 
 
@@ -83,17 +83,20 @@ def pgd_attack(
 ) -> Array:
     """PGD (loss "ce") or CW (loss "cw") for evaluation.
 
-    An example is moved only while it is classified correctly. Among restarts a success is kept;
-    without one, the point of highest loss.
+    An example moves only while it is classified correctly. The first successful restart is kept,
+    and if none succeeds, the one with the largest loss.
 
     Args:
       logits_fn: images [b, H, W, C] in [0, 1] -> logits [b, K].
       labels: [b] integers.
-      key: of the uniform random starts; unused where ``init`` is given.
-      init: [restarts, b, H, W, C] starting perturbations in pixel units, to fix the randomness.
+      key: for the uniform random starts; unused if ``init`` is given.
+      init: [restarts, b, H, W, C] initial perturbations in pixel units, to fix the randomness.
 
     Returns:
-      Adversarial images in [0, 1], as near as the threat allows.
+      Adversarial images [b, H, W, C] in [0, 1], within the ball of the threat.
+
+    Raises:
+      ValueError: the loss is unknown, or there is neither a key nor ``init``.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss '{loss}' is unknown; use one of {', '.join(LOSSES)}")
@@ -103,7 +106,7 @@ def pgd_attack(
         starts = [random_start(k, images.shape, threat) for k in jax.random.split(key, restarts)]
         init = jnp.stack(starts)
     attack = functools.partial(_one_restart, logits_fn, images, labels, threat, loss)
-    if len(init) == 1:  # nothing to choose among: XLA drops the pass that computes the score
+    if len(init) == 1:  # the score is not needed, so XLA removes the pass that computes it
         delta, _ = attack(init[0].astype(images.dtype))
         return into_unit_range(images + delta)
 
@@ -120,7 +123,7 @@ def pgd_attack(
 
 
 def _one_restart(logits_fn, images, labels, threat, loss, start):
-    """(delta, score [b]) of one run; the score is the loss, above any loss for a success."""
+    """(delta, score [b]) of one run. The score is the loss, or infinite for a success."""
     targets = jax.nn.one_hot(labels, jax.eval_shape(logits_fn, images).shape[-1])
 
     def losses_at(delta):

@@ -1,10 +1,11 @@
 """Square attack: random search with squares that shrink (Andriushchenko et al. 2020).
 
-It asks for logits only, so it finds what a masked gradient hides. A proposal changes one square of
-the best point so far; it is kept if it lowers the margin z_y - max_{k != y} z_k.
+It needs logits only, so masked gradients do not stop it. A proposal changes one square of the best
+point so far; it is kept if it lowers the margin z_y - max_{k != y} z_k.
 
-``initial`` and ``propose`` are deterministic functions of uniform numbers in [0, 1) that
-``draw_initial`` and ``draw_proposal`` draw for one image; sizes depend on the iteration alone.
+``initial`` and ``propose`` are deterministic functions of uniform numbers in [0, 1), which
+``draw_initial`` and ``draw_proposal`` draw for one image. The side of a square depends on the
+iteration only.
 """
 
 import dataclasses
@@ -15,26 +16,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_at.attacks.apgd import length, where
+from vit_at.attacks.apgd import where
+from vit_at.attacks.norms import NORMS, resize_as_official
 
 Array = jax.Array
 _FIRST_SHARE = 0.8  # p_init: share of the image that the first squares cover
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-_NORM_FLOOR = 1e-12
+_l2_size = NORMS["l2"].size
+_FLOOR = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """norm: linf or l2; eps: in pixel units; queries: proposals, besides the start."""
+    """norm: linf or l2; eps: radius in pixel units."""
 
     norm: str = "linf"
     eps: float | Array = 8 / 255
-    queries: int = 5000
 
 
 class State(NamedTuple):
-    """best [b, H, W, C]: the point of the lowest margin [b]; queries [b]: model evaluations so far,
-    0 before the start itself is evaluated.
+    """One batch of runs.
+
+    best: the point of the lowest margin, [b, H, W, C]; margin: [b]; queries: model evaluations so
+    far, [b].
     """
 
     best: Array
@@ -43,7 +47,7 @@ class State(NamedTuple):
 
 
 def start(images: Array, uniforms: Array, options: Options) -> State:
-    """A run that begins at ``initial``."""
+    """Starts runs at ``initial``."""
     b = images.shape[0]
     return State(
         best=initial(images, uniforms, options),
@@ -59,7 +63,7 @@ def advance(
     uniforms: Array,
     options: Options,
 ) -> State:
-    """One query: a proposal, or the start itself if it has not been evaluated.
+    """One query: of a proposal, or of the start in the first call.
 
     margin_fn: points -> z_y - max_{k != y} z_k [b]; uniforms: of ``draw_proposal``, [b, n].
     """
@@ -76,7 +80,7 @@ def advance(
 
 
 def share(iteration: np.ndarray) -> np.ndarray:
-    """The share p of the image that a square covers: halved after 10, 50, 200, ... iterations."""
+    """The share p of the image that a square covers; halved after 10, 50, 200, ... iterations."""
     return _FIRST_SHARE / 2.0 ** np.searchsorted(_HALVED_AFTER, iteration)
 
 
@@ -98,7 +102,7 @@ def _sides(shape: tuple[int, ...], norm: str) -> np.ndarray:
 
 
 def _tiles(height: int, width: int) -> tuple[int, list[tuple[int, int]]]:
-    """The side and the corners of the tiles of the start in l2: 5 x 5 on a square image."""
+    """The side and the corners of the start's tiles in l2: 5 x 5 on a square image."""
     tile = max(height // 5, 1)
     first = (height - 5 * tile) // 2 if height >= 5 else 0
     rows = range(first, height - tile + 1, tile)[: height // tile]
@@ -120,7 +124,7 @@ def draw_proposal(key: Array, shape: tuple[int, ...], norm: str) -> Array:
 
 
 def initial(images: Array, uniforms: Array, options: Options) -> Array:
-    """The start: vertical stripes in linf; tiles of the ``pattern`` with random signs in l2."""
+    """The start: vertical stripes in linf, tiles of ``pattern`` with random signs in l2."""
     if options.norm == "linf":
         return jnp.clip(images + options.eps * _signs(uniforms)[:, None], 0, 1)
     delta = jnp.zeros_like(images)
@@ -131,13 +135,13 @@ def initial(images: Array, uniforms: Array, options: Options) -> Array:
         turned = jnp.where((coin > 0.5)[:, None, None], shape.T, shape)
         patch = turned[..., None] * signs[:, None, None]
         delta = delta.at[:, row : row + tile, column : column + tile].add(patch)
-    return jnp.clip(images + options.eps * _unit(delta), 0, 1)
+    return jnp.clip(images + resize_as_official(delta, _l2_size(delta), options.eps), 0, 1)
 
 
 def propose(
     images: Array, best: Array, iteration: Array, uniforms: Array, options: Options
 ) -> Array:
-    """The next point to ask for, [b, H, W, C]; iteration [b] counts the proposals from 0."""
+    """The next point to evaluate, [b, H, W, C]; iteration: proposals before this one, [b]."""
     sides = _sides(images.shape[1:], options.norm)
     level = jnp.sum(iteration[:, None] > jnp.array(_HALVED_AFTER), -1)
     move = _propose_linf if options.norm == "linf" else _propose_l2
@@ -148,11 +152,11 @@ def _propose_linf(images, best, level, sides, uniforms, eps):
     """The square's pixels of each channel move by +-2 eps, within the ball."""
     inside, _, _ = _window(uniforms[:, 0], uniforms[:, 1], jnp.asarray(sides)[level], images.shape)
     moved = best + _inside(inside, 2 * eps * _signs(uniforms[:, 2:])[:, None, None])
-    return jnp.clip(moved, images - eps, images + eps)
+    return NORMS["linf"].project_image(moved, images, eps)
 
 
 def _propose_l2(images, best, level, sides, uniforms, eps):
-    """The budget of a second square moves to the first, in the shape of the ``pattern``."""
+    """The perturbation of a second square moves to the first, in the shape of ``pattern``."""
     size, channels = jnp.asarray(sides)[level], images.shape[-1]
     first, rows, columns = _window(uniforms[:, 0], uniforms[:, 1], size, images.shape)
     second, _, _ = _window(uniforms[:, 2], uniforms[:, 3], size, images.shape)
@@ -160,19 +164,19 @@ def _propose_l2(images, best, level, sides, uniforms, eps):
     shape = _place(sides, level, rows, columns, turn, images.dtype)
 
     delta = best - images
-    unused = jnp.maximum(eps**2 - length(delta, "l2") ** 2, 0)
+    unused = jnp.maximum(eps**2 - _l2_size(delta) ** 2, 0)
     within = _window_length(_inside(first | second, delta))
     budget = jnp.sqrt(unused / channels + within**2)
     old = _inside(first, delta)
-    new = shape[..., None] * signs[:, None, None] + old / (_NORM_FLOOR + _window_length(old))
+    new = shape[..., None] * signs[:, None, None] + old / (_FLOOR + _window_length(old))
     new = _inside(first, new)
-    new = new / (_NORM_FLOOR + _window_length(new)) * budget
+    new = new / (_FLOOR + _window_length(new)) * budget
     delta = jnp.where(first[..., None], new, _inside(~second, delta))
-    return images + eps * _unit(delta)
+    return images + resize_as_official(delta, _l2_size(delta), eps)
 
 
 def _window(u_row: Array, u_column: Array, size: Array, shape: tuple[int, ...]):
-    """A square's pixels [b, H, W] bool, and the place in it of every row [b, H], column [b, W]."""
+    """A square's pixels [b, H, W] bool; each row's and column's index in it, [b, H] and [b, W]."""
     _, height, width, _ = shape
 
     def places(u, extent):
@@ -186,7 +190,7 @@ def _window(u_row: Array, u_column: Array, size: Array, shape: tuple[int, ...]):
 
 
 def _place(sides, level, rows, columns, turn, dtype):
-    """The pattern of each image's side, at its square, transposed where ``turn``: [b, H, W]."""
+    """``pattern`` at each image's square, transposed where ``turn``: [b, H, W]."""
     largest = max(sides)
     table = np.zeros((len(sides), largest, largest))
     for row, size in enumerate(sides):
@@ -199,7 +203,7 @@ def _place(sides, level, rows, columns, turn, dtype):
 
 
 def pattern(size: int) -> np.ndarray:
-    """eta of section 3.4: two pyramids of opposite sign, one above the other, norm 1: [s, s]."""
+    """eta of section 3.4: two pyramids of opposite sign, one above the other; norm 1, [s, s]."""
     top = size // 2
     whole = np.concatenate([_pyramid(top, size), -_pyramid(size - top, size)])
     return whole / np.sqrt(np.sum(whole**2))
@@ -211,7 +215,7 @@ def _pyramid(rows: int, columns: int) -> np.ndarray:
     top, left = rows // 2, columns // 2
     for n in range(max(top, left) + 1):
         out[max(top - n, 0) : top + n + 1, max(left - n, 0) : left + n + 1] += 1 / (n + 1) ** 2
-    return out / max(np.sqrt(np.sum(out**2)), _NORM_FLOOR)
+    return out / max(np.sqrt(np.sum(out**2)), _FLOOR)
 
 
 def _signs(uniforms: Array) -> Array:
@@ -220,14 +224,10 @@ def _signs(uniforms: Array) -> Array:
 
 
 def _inside(mask: Array, values: Array) -> Array:
-    """values [b, H, W, C] (or a shape that fills it) inside mask [b, H, W], 0 outside."""
+    """values, of a shape that broadcasts to [b, H, W, C], inside mask [b, H, W]; 0 outside."""
     return jnp.where(mask[..., None], values, 0)
 
 
 def _window_length(x: Array) -> Array:
     """The l2 norm of every channel, [b, 1, 1, C]."""
     return jnp.sqrt(jnp.sum(x**2, (1, 2), keepdims=True))
-
-
-def _unit(delta: Array) -> Array:
-    return delta / (length(delta, "l2") + _NORM_FLOOR)

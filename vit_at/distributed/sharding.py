@@ -32,6 +32,14 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     return Mesh(np.array(devices), (AXIS,))
 
 
+def platform(mesh: Mesh) -> str:
+    """'cpu', 'gpu' or 'tpu': of the devices of a mesh.
+
+    They need not be there (ahead-of-time compilation).
+    """
+    return mesh.devices.flat[0].platform
+
+
 def check_batch_size(field: str, batch_size: int, mesh: Mesh, parts: int = 1) -> None:
     """Raises UserError where devices (times ``parts`` micro-batches) do not divide the batch."""
     shares = mesh.size * parts

@@ -24,7 +24,7 @@ _READ_AT_ONCE = 256  # images
 
 
 class Pixels:
-    """The images of some examples, [N, H, W, C] float32 in [0, 1], decoded when asked for."""
+    """The images of examples, [N, H, W, C] float32 in [0, 1], decoded when indexed."""
 
     dtype = np.dtype(np.float32)
 
@@ -36,7 +36,7 @@ class Pixels:
 
 
 def labels_of(examples: Examples) -> np.ndarray:
-    """All labels [N], without keeping the images that are read with them."""
+    """All labels [N]; the images read with them are not kept."""
     parts = np.array_split(np.arange(len(examples)), -(-len(examples) // _READ_AT_ONCE))
     return np.concatenate([examples.read(part)[1] for part in parts])
 
@@ -53,53 +53,50 @@ def evaluate_autoattack(
     workdir: epath.Path | None,
     progress: bool,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Runs ``attack.version`` and, where that is a whole cascade, the audit on the first images.
+    """Runs ``attack.version`` and, if that is several attacks, the audit on the first images.
 
     Returns:
-      Correct [N] bool after the last attack, and what a record says besides the accuracy: the
-      accuracy after each attack, and the audit's flags and curves.
+      Correct [N] bool after the last attack, and further entries of the record: the accuracy after
+      each attack, and the audit's flags and curves.
     """
     threat, labels, images = attack.threat, labels_of(examples), Pixels(examples)
     progress = progress and jax.process_index() == 0
-    if jax.process_count() > 1:  # the audit calls the model on each process by itself
+    if jax.process_count() > 1:  # in the audit, each process calls the model on its own
         params = jax.device_get(params)
     logits_fn = functools.partial(apply, models.by_block(apply, params))
     if workdir is not None:
         workdir = workdir / LEDGERS / _ledger_name(attack, examples, seed, weights_digest(params))
-    options = {
-        "norm": threat.norm,
-        "eps": float(threat.eps),
-        "seed": seed,
-        "batch_size": batch_size,
-        "mesh": mesh,
-    }
     result = autoattack.run(
         logits_fn,
         images,
         labels,
+        norm=threat.norm,
+        eps=threat.eps,
         attacks=attack.version,
+        batch_size=batch_size,
+        seed=seed,
         workdir=workdir,
         progress=progress,
-        **options,
+        mesh=mesh,
     )
     details = {"cascade": {name: float(robust.mean()) for name, robust in result.robust.items()}}
-    said = [result.summary()]
+    lines = [result.summary()]
     if result.failures:
         details["unverified"] = {str(image): why for image, why in result.failures.items()}
     if len(result.robust) > 2:  # 'clean' and more than one attack
         few = np.arange(min(_AUDITED, len(labels)))
         first = {name: robust[few] for name, robust in result.robust.items()}
         first = dataclasses.replace(result, robust=first)
-        report = audit.audit(logits_fn, images[few], labels[few], first, **options)
-        details["audit"] = report.record()
-        said.append(report.summary())
+        audited = audit.audit(logits_fn, images[few], labels[few], first)
+        details["audit"] = audited.record()
+        lines.append(audited.summary())
     if progress:
-        print("\n".join(said), file=sys.stderr)
+        print("\n".join(lines), file=sys.stderr)
     return list(result.robust.values())[-1], details
 
 
 def _ledger_name(attack: Attack, examples: Examples, seed: int, digest: str) -> str:
-    """A directory name that another evaluation does not have."""
+    """A directory name that is unique to the evaluation."""
     data = re.sub(r"[^a-z0-9.]+", "-", examples.name.lower()).strip("-")
     threat = f"{attack.threat.norm}_{attack.threat.eps:.4g}"
     return f"{attack.version}_{threat}_{data}_{len(examples)}_seed{seed}_{digest}"

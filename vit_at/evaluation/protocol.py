@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import vit_at
-from vit_at.attacks.autoattack import methods
+from vit_at.attacks.autoattack import settings
 from vit_at.attacks.threat import Threat
 from vit_at.data.sources import Examples
 from vit_at.errors import UserError
@@ -23,7 +23,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 _LOSSES = {"pgd": "ce", "cw": "cw"}
 # The cascades by name, and each attack alone; 'rand' is for models that our own are not.
 _AUTOATTACKS = {AUTOATTACK: "standard", f"{AUTOATTACK}-plus": "plus"} | {
-    n: n for n in methods.NAMES
+    n: n for n in settings.NAMES
 }
 
 

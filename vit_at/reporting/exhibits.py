@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vit_at import models
-from vit_at.attacks import Threat, pgd_attack
+from vit_at.attacks import Threat, curves, pgd_attack
 from vit_at.data import sources
 from vit_at.data.sources import Examples
 from vit_at.reporting import rollout
@@ -134,17 +134,16 @@ class Exhibits:
         """
         images, labels = self._first(self.affordable)
 
-        def accuracy(threat):
-            adversarial = self._perturb(images, labels, threat)
-            return float((self._predict(adversarial).argmax(1) == labels).mean())
+        def correct(points):
+            return self._predict(points).argmax(1) == labels
 
-        by_eps = {0.0: float((self._predict(images).argmax(1) == labels).mean())}
-        eps = float(self.threat.eps)
-        for factor in CURVE_EPS:
-            if self.threat.norm != "linf" or factor * eps <= 1:
-                by_eps[factor * eps] = accuracy(self.threat.scaled(factor))
-        of_steps = functools.partial(dataclasses.replace, self.threat)
-        by_steps = {steps: accuracy(of_steps(steps=steps)) for steps in CURVE_STEPS}
+        @functools.cache
+        def robust(threat):
+            return correct(self._perturb(images, labels, threat))
+
+        radii = curves.at_factors(self.threat, CURVE_EPS, images[0].size)
+        by_eps = curves.over_eps(correct(images), robust, radii)
+        by_steps = curves.over_steps(robust, curves.at_steps(self.threat, CURVE_STEPS))
         return by_eps, by_steps, len(images)
 
     def masks(self) -> tuple[np.ndarray, Draws, float] | None:

@@ -1,16 +1,22 @@
-"""AutoAttack (Croce and Hein 2020): ``run`` on any function of images to logits.
+"""AutoAttack (Croce and Hein 2020) on any function from images to logits.
 
-A call goes through these files, in this order:
+    result = autoattack.run(functools.partial(apply, params), images, labels, eps=8 / 255)
+    print(result.summary())
 
-    runner    run: checks the input, opens the ledger, runs the cascade, verifies its result
-    cascade   the attacks one after the other, each on the images that are still robust
-    packing   one attack: keeps the device's batch full of images that are not broken yet
-    methods   one attack step for a batch, of apgd, fab or square (in ``vit_at.attacks``)
+The path from ``run`` to an attack step:
 
-Beside them, ``checks`` holds what is demanded of the input and the model, ``ledger`` the outcome of
-every image on disk, and ``audit`` the flags that say when a result can't be trusted.
+    runner.run                checks the input, opens the ledger, runs the cascade, verifies
+    cascade.Cascade.run       the attacks one after the other, on the images that are still robust
+    packing.Packing.rounds    one attack: keeps the batch full of unfinished runs, round by round
+    programs.Program.advance  one round, compiled: a loop over steps on all devices
+    methods.Method.advance    one step of a batch: apgd.advance, fab.advance or square.advance
+
+Beside it: ``settings`` names the attacks and versions and holds ``Settings`` and ``Budget``,
+``checks`` validates the input and the model, ``ledger`` keeps the outcome of every image on disk,
+and ``audit`` raises flags if a result can't be trusted.
 """
 
 from vit_at.attacks.autoattack.runner import Result, run
+from vit_at.attacks.autoattack.settings import Budget, Settings
 
-__all__ = ["Result", "run"]
+__all__ = ["Budget", "Result", "Settings", "run"]

@@ -1,10 +1,11 @@
-"""Can a robust accuracy be trusted? Flags for what makes an evaluation worthless.
+"""Flags that say when a robust accuracy can't be trusted.
 
-    report = audit.audit(logits_fn, images, labels, result, surrogates={"other": adversarial})
+    found = audit.audit(logits_fn, images, labels, result, surrogates={"other": adversarial})
+    print(found.summary())
 
-Each flag is explained in docs/audit.md: raised if, what it means, what to do. Some tests run before
-any attack, some compare attacks; the curves over eps and over steps come from APGD-CE. All of them
-take a fraction of a full AutoAttack on the same images.
+docs/audit.md explains each flag: raised if, what it means, what to do. Some checks need no attack,
+some compare attacks; the curves over eps and over steps come from APGD-CE. Together they take a
+fraction of the time of AutoAttack on the same images.
 """
 
 import dataclasses
@@ -15,10 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from vit_at.attacks import apgd, autoattack, losses
-from vit_at.attacks.autoattack.runner import Result
+from vit_at.attacks import apgd, autoattack, curves, losses
+from vit_at.attacks.autoattack import Budget, Result, Settings
+from vit_at.attacks.norms import NORMS, random_directions
+from vit_at.attacks.threat import Threat
 
 Array = jax.Array
 MEANING = {
@@ -34,15 +36,15 @@ MEANING = {
 }
 CURVE_EPS = (0.5, 1.0, 2.0, 4.0)  # times eps; then the whole image range
 CURVE_STEPS = (10, 50, 100)
-_CURVE_ITERATIONS = 20  # of the curve over eps
+_CURVE_ITERATIONS = 20  # for the curve over eps
 _DIFFERENT = 1e-4  # of unit-length logits, as in the official checks
 _PROBABILITY = 1e-5
 _MARGIN = 0.002  # of accuracy, as in the official check of Square
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """flags: {name of MEANING: what was found}; curves: {eps: accuracy} and {steps: accuracy}."""
+class Audit:
+    """flags: {name in MEANING: what was found}; curves: {eps: accuracy} and {steps: accuracy}."""
 
     flags: dict[str, str]
     eps_curve: dict[float, float]
@@ -66,64 +68,69 @@ def audit(
     logits_fn: Callable[[Array], Array],
     images: np.ndarray,
     labels: np.ndarray,
-    result: Result | None = None,
+    evaluated: Result | Settings,
     *,
-    norm: str = "linf",
-    eps: float = 8 / 255,
-    batch_size: int = 64,
-    seed: int = 0,
     surrogates: Mapping[str, np.ndarray] | None = None,
-    mesh: Mesh | None = None,
-) -> Report:
-    """All tests on the images given: a few hundred are enough.
+) -> Audit:
+    """Runs all checks on the images given; a few hundred are enough.
 
     Args:
-      logits_fn, images, labels, norm, eps, seed, mesh: as for ``autoattack.run``.
-      result: of that call on the same images, for the flags that judge it.
+      logits_fn, images, labels: as for ``autoattack.run``.
+      evaluated: the result of that call on the same images, or the settings of one: then without
+        the flags that judge a result.
       surrogates: {name: adversarial images of another model, [N, H, W, C]}.
     """
-    flags = check_model(logits_fn, images, labels, norm=norm, eps=eps, batch_size=batch_size)
+    result = evaluated if isinstance(evaluated, Result) else None
+    settings = evaluated if isinstance(evaluated, Settings) else evaluated.settings
+    flags = check_model(logits_fn, images, labels, settings)
     if "randomised" in flags:
-        return Report(flags, {}, {})
-    common = {"norm": norm, "batch_size": batch_size, "seed": seed, "mesh": mesh}
+        return Audit(flags, {}, {})
 
-    def robust(attack, eps, iterations):
+    @functools.cache
+    def robust(threat, attack="apgd-ce"):
         found = autoattack.run(
-            logits_fn, images, labels, eps=eps, attacks=[attack], iterations=iterations, **common
+            logits_fn,
+            images,
+            labels,
+            norm=threat.norm,
+            eps=threat.eps,
+            attacks=[attack],
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            budget=Budget(iterations=threat.steps),
+            mesh=settings.mesh,
         )
         return list(found.robust.values())[-1]
 
-    whole = 1.0 if norm == "linf" else float(np.sqrt(np.prod(images.shape[1:])))
-    logits = _logits(logits_fn, images, batch_size)
-    eps_curve = {0.0: float((logits.argmax(1) == labels).mean())}
-    for radius in (*(eps * c for c in CURVE_EPS if eps * c < whole), whole):
-        eps_curve[radius] = float(robust("apgd-ce", radius, _CURVE_ITERATIONS).mean())
-    by_steps = {steps: robust("apgd-ce", eps, steps) for steps in CURVE_STEPS}
-    steps_curve = {steps: float(kept.mean()) for steps, kept in by_steps.items()}
+    threat, count = Threat(settings.norm, settings.eps), int(np.prod(images.shape[1:]))
+    short = dataclasses.replace(threat, steps=_CURVE_ITERATIONS)
+    whole = dataclasses.replace(short, eps=NORMS[settings.norm].diameter(count))
+    logits = _logits(logits_fn, images, settings.batch_size)
+    radii = [*curves.at_factors(short, CURVE_EPS, count), whole]
+    eps_curve = curves.over_eps(logits.argmax(1) == labels, robust, radii)
+    by_steps = curves.at_steps(threat, CURVE_STEPS)
+    steps_curve = curves.over_steps(robust, by_steps)
     flags |= judge_curves(eps_curve, steps_curve, len(images))
     if logits.shape[1] >= 3:
-        kept, by_dlr = by_steps[max(CURVE_STEPS)], robust("apgd-dlr", eps, max(CURVE_STEPS))
-        flags |= _compare_losses(kept, by_dlr)
+        longest = max(by_steps, key=lambda t: t.steps)
+        flags |= _compare_losses(robust(longest), robust(longest, "apgd-dlr"))
     if result is not None:
         flags |= judge_result(result)
-        flags |= judge_transfer(logits_fn, labels, result, surrogates or {}, batch_size)
-    return Report(flags, eps_curve, steps_curve)
+        flags |= judge_transfer(logits_fn, labels, result, surrogates or {})
+    return Audit(flags, eps_curve, steps_curve)
 
 
 def check_model(
     logits_fn: Callable[[Array], Array],
     images: np.ndarray,
     labels: np.ndarray,
-    *,
-    norm: str = "linf",
-    eps: float = 8 / 255,
-    batch_size: int = 64,
+    settings: Settings,
 ) -> dict[str, str]:
     """The flags that need no attack, on at most a batch of images."""
-    batch = jnp.asarray(images[:batch_size], jnp.float32)
-    classes = jnp.asarray(labels[:batch_size], jnp.int32)
+    batch = jnp.asarray(images[: settings.batch_size], jnp.float32)
+    classes = jnp.asarray(labels[: settings.batch_size], jnp.int32)
     flags, logits = {}, np.asarray(logits_fn(batch))
-    again = np.asarray(logits_fn(batch))  # not compiled, so that hidden state shows
+    again = np.asarray(logits_fn(batch))  # not jitted, to expose hidden state
     lengths = np.linalg.norm(logits, axis=1) + 1e-10
     change = np.linalg.norm(logits - again, axis=1) / lengths
     if change.max() > _DIFFERENT:
@@ -133,18 +140,18 @@ def check_model(
         flags["probabilities"] = f"all are in [0, 1] and add up to 1 on {len(logits)} images"
     correct = logits.argmax(1) == np.asarray(classes)
     if logits.shape[1] >= 3 and correct.any():
-        flags |= _check_gradients(logits_fn, batch, classes, correct, norm, eps)
+        flags |= _check_gradients(logits_fn, batch, classes, correct, settings)
     return flags
 
 
-def _check_gradients(logits_fn, images, labels, correct, norm, eps) -> dict[str, str]:
-    """Where the two losses have no gradient, at the image or at APGD's random start."""
-    keys = jax.random.split(jax.random.key(0), len(images))
-    draw = jax.vmap(lambda key: apgd.random_direction(key, images.shape[1:], norm))
-    begin = apgd.start(images, draw(keys), apgd.Options(norm, eps)).point
+def _check_gradients(logits_fn, images, labels, correct, settings) -> dict[str, str]:
+    """The flags of losses without a gradient, at the image or at APGD's random start."""
+    norm, keys = settings.norm, jax.random.split(jax.random.key(0), len(images))
+    directions = random_directions(keys, images.shape[1:], norm)
+    begin = apgd.start(images, directions, apgd.Options(norm, settings.eps)).point
 
-    # The loss is a program of its own: compiled with a model that ends in a multiplication, XLA
-    # rounds once for both, and a saturated softmax has a gradient of rounding errors, not zeros.
+    # The loss is compiled separately. XLA would fuse it with a multiplication at the model's end
+    # and round once, so the gradient of a saturated softmax would be rounding errors, not zeros.
     one_hot = functools.partial(jax.nn.one_hot, labels)
     of_losses = [
         jax.jit(jax.grad(lambda z: losses.cross_entropy(z, one_hot(z.shape[1])).sum())),
@@ -171,7 +178,7 @@ def _check_gradients(logits_fn, images, labels, correct, norm, eps) -> dict[str,
 
 
 def _compare_losses(by_ce: np.ndarray, by_dlr: np.ndarray) -> dict[str, str]:
-    """CE alone may miss a few images of a sound model; a twentieth of them is no accident."""
+    """The flag for images that DLR breaks and CE does not. A few of them are normal."""
     missed = by_ce.sum() - by_dlr.sum()
     if missed <= max(1, 0.05 * len(by_ce)):
         return {}
@@ -213,13 +220,12 @@ def judge_transfer(
     labels: np.ndarray,
     result: Result,
     surrogates: Mapping[str, np.ndarray],
-    batch_size: int,
 ) -> dict[str, str]:
-    """The flag of adversarial images made for other models, within the same threat."""
+    """The flag of adversarial images that were made for other models within the same threat."""
     robust, labels = list(result.robust.values())[-1], np.asarray(labels)
     flags = {}
     for name, points in surrogates.items():
-        predictions = _logits(logits_fn, points, batch_size).argmax(1)
+        predictions = _logits(logits_fn, points, result.settings.batch_size).argmax(1)
         broken = int((robust & (predictions != labels)).sum())
         if broken:
             flags["transfer-wins"] = f"{broken} of {int(robust.sum())} robust images by {name}"
@@ -227,6 +233,6 @@ def judge_transfer(
 
 
 def _logits(logits_fn, images, batch_size) -> np.ndarray:
-    """[N, K], in batches, not compiled."""
+    """Logits [N, K], in batches and not jitted."""
     batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
     return np.concatenate([np.asarray(logits_fn(jnp.asarray(b, jnp.float32))) for b in batches])

@@ -1,10 +1,11 @@
-"""What AutoAttack demands of its input and of the model, each refused in one sentence.
+"""What AutoAttack requires of its input and of the model; UserErrors name what is missing.
 
-check_protocol, check_shapes   the arguments
+check_settings, check_shapes   the arguments
 Classifier                     logits of any number of images, in batches of one width
 survey                         one pass over the clean images: their range, digest and classes
 """
 
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -16,40 +17,39 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vit_at.attacks.threat import NORMS
+from vit_at.attacks.autoattack.settings import Settings
+from vit_at.attacks.norms import NORMS
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
 
 _BATCH_TOLERANCE = 1e-3  # relative to the largest logit
 
 
-def check_protocol(
-    norm: str, eps: float, batch_size: int, iterations: int, queries: int, mesh: Mesh
-) -> None:
-    """Raises UserError for the first argument that is not allowed."""
+def check_settings(settings: Settings, count: int) -> None:
+    """Raises UserError for the first setting that is not allowed; count: values of an image."""
+    norm, eps = settings.norm, settings.eps
     if norm not in NORMS:
         raise UserError(f"norm is '{norm}', which is unknown; use one of {', '.join(NORMS)}")
-    if not 0 < eps < np.inf or (norm == "linf" and eps > 1):
+    if not 0 < eps <= NORMS[norm].diameter(count):
         raise UserError(
-            f"eps is {eps:g}; it is in pixel units of images in [0, 1] and must be over 0"
-            f"{' and at most 1: 8/255, say, not 8' if norm == 'linf' else ''}"
+            f"eps is {eps:g}; it is in pixel units of images in [0, 1] and must be over 0 and at "
+            f"most {NORMS[norm].diameter(count):g}: 8/255, say, not 8"
         )
-    for name, value in (("batch_size", batch_size), ("iterations", iterations)):
+    positive = {"batch_size": settings.batch_size, **dataclasses.asdict(settings.budget)}
+    for name, value in positive.items():
         if value < 1:
             raise UserError(f"{name} is {value}; it must be 1 or more")
-    if queries < 1:
-        raise UserError(f"queries is {queries}; it must be 1 or more")
-    sharding.check_batch_size("batch_size", batch_size, mesh)
+    sharding.check_batch_size("batch_size", settings.batch_size, settings.mesh)
 
 
 def check_shapes(images: Any, labels: Any) -> tuple[Any, np.ndarray]:
-    """Images [N, H, W, C] and labels [N] as int32.
+    """Checks images [N, H, W, C] and labels [N]; returns them, labels as int32.
 
-    images: a numpy array, or anything with ``shape`` and ``dtype`` whose rows ``images[places]``
-    gives as one: they are read a batch at a time, never all at once.
+    images: a numpy array, or an object with ``shape`` and ``dtype`` for which ``images[places]``
+      returns rows as an array. They are read a batch at a time, never all at once.
 
     Raises:
-      UserError: their shapes or types.
+      UserError: a shape or type is not allowed.
     """
     labels = np.asarray(labels)
     images = images if hasattr(images, "shape") else np.asarray(images)
@@ -75,14 +75,10 @@ def read(images: Any, places: np.ndarray) -> np.ndarray:
 def as_batch_function(
     model: Callable[..., jax.Array], randomised: bool
 ) -> Callable[..., jax.Array]:
-    """(images, keys [b] or None) -> logits; a randomised model gets a key for every image."""
+    """The model as (images, keys [b] or None) -> logits; a randomised one uses a key an image."""
     if not randomised:
-        return lambda images, keys: model(images)
-
-    def of_image(image, key):
-        return model(image[None], key)[0]
-
-    return lambda images, keys: jax.vmap(of_image)(images, keys)
+        return lambda images, keys=None: model(images)
+    return jax.vmap(lambda image, key: model(image[None], key)[0])
 
 
 @functools.lru_cache(maxsize=8)
@@ -103,11 +99,11 @@ def _logits_program(mesh: Mesh, randomised: bool):
 class Classifier:
     """Logits of any number of images, in batches of one width."""
 
-    def __init__(self, model: Any, mesh: Mesh, randomised: bool, seed: int, shape: tuple[int, ...]):
-        self.model, self.mesh, self.randomised = model, mesh, randomised
-        self._seed = np.uint32(seed)
+    def __init__(self, model: Any, settings: Settings, shape: tuple[int, ...]):
+        self.model, self.randomised = model, settings.randomised
+        self._mesh, self._seed = settings.mesh, np.uint32(settings.seed)
         self._check_signature(shape)
-        self._logits = _logits_program(mesh, randomised)
+        self._logits = _logits_program(self._mesh, self.randomised)
 
     def _check_signature(self, shape) -> None:
         arguments = [jax.ShapeDtypeStruct((1, *shape), jnp.float32)]
@@ -135,7 +131,7 @@ class Classifier:
         index: np.ndarray | None = None,
         draw: int = 0,
     ) -> np.ndarray:
-        """[n, K] for images [n, H, W, C]; index, draw: of the keys of a randomised model."""
+        """Logits [n, K] of images [n, H, W, C]; index, draw: fix the keys of a randomised model."""
         index = np.arange(len(images)) if index is None else np.asarray(index)
         rows = []
         for begin in range(0, len(images), width):
@@ -143,17 +139,17 @@ class Classifier:
             missing = width - len(batch)
             batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
             places = np.pad(places, (0, missing)).astype(np.uint32)
-            batch, places = sharding.split_whole((batch, places), self.mesh)
+            batch, places = sharding.split_whole((batch, places), self._mesh)
             out = self._logits(self.model, self._seed, batch, places, np.uint32(draw))
             rows.append(sharding.gather(out)[: width - missing])
         return np.concatenate(rows)
 
 
 class Survey(NamedTuple):
-    """What one pass over the clean images tells.
+    """What one pass over the clean images finds.
 
-    ranking: [N, k] the classes with the highest logits, the first one first; probe: [n, K] logits
-    of the first images; digest: 16 hex digits of the SHA-256 over labels and images.
+    ranking: [N, k], the classes with the highest logits, highest first; probe: [n, K], logits of
+    the first images; digest: 16 hex digits of the SHA-256 over labels and images.
     """
 
     ranking: np.ndarray
@@ -167,8 +163,8 @@ def survey(
     """Reads all clean images once, in batches.
 
     Raises:
-      UserError: images outside [0, 1], or logits that are not finite, suit other labels, or depend
-        on the rest of the batch.
+      UserError: images are outside [0, 1], labels are no classes of the model, or logits are not
+        finite or depend on the rest of the batch.
     """
     digest = hashlib.sha256(np.ascontiguousarray(labels).tobytes())
     ranking, probe, not_finite = [], None, 0
@@ -183,8 +179,8 @@ def survey(
             first, probe = batch, logits
     if not_finite:
         raise UserError(
-            f"logits_fn gives NaN or infinity for {not_finite} of {len(labels)} clean images; an "
-            "attack can't be judged by them: check the weights and the normalisation"
+            f"logits_fn gives NaN or infinity for {not_finite} of {len(labels)} clean images, so "
+            "no attack can be evaluated; check the weights and the normalisation"
         )
     if labels.min() < 0 or labels.max() >= probe.shape[1]:
         raise UserError(
@@ -207,13 +203,13 @@ def _check_range(images: np.ndarray) -> None:
 def _check_independence(
     classify: Classifier, images: np.ndarray, logits: np.ndarray, batch_size: int
 ) -> None:
-    """Other neighbours in the batch, and fewer, must not change an image's logits."""
+    """Checks that an image's logits do not depend on the other images of the batch."""
     moved = np.roll(classify(np.roll(images, 1, axis=0), batch_size), -1, axis=0)
     halved = classify(images[: -(-len(images) // 2)], batch_size)
     allowed = _BATCH_TOLERANCE * max(np.abs(logits).max(), 1e-6)
     changes = [np.abs(other - logits[: len(other)]).max() for other in (moved, halved)]
     if max(changes) > allowed:
         raise UserError(
-            "logits_fn gives an image other logits when other images are in the batch; evaluate "
+            "the logits of an image depend on the other images of the batch; evaluate "
             "the model in its inference mode, without batch statistics or randomness"
         )

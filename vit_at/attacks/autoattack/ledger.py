@@ -1,11 +1,11 @@
-"""The outcome of every image on disk, written so that a killed evaluation goes on where it was.
+"""The outcome of every image on disk, from which a killed evaluation resumes.
 
 DIRECTORY/ledger.npz             the protocol, the outcomes so far, and the runs in progress
-DIRECTORY/adversarial_00000.npz  the adversarial images, some in each file: index, image
+DIRECTORY/adversarial_00000.npz  adversarial images, some in each file: index, image
 DIRECTORY/per_example.npz        at the end: image x attack, and the worst case
 
-Every file is written whole or not at all. The ledger names how many of the adversarial files belong
-to it, so a file that a killed process wrote after the ledger does not count, and is written again.
+Files are written atomically. The ledger holds the number of adversarial files that belong to it: a
+later one, whose process was killed before it wrote the ledger, is ignored and overwritten.
 """
 
 import io
@@ -26,16 +26,16 @@ from vit_at.workdir.files import write_atomically
 LEDGER_FILE, PER_EXAMPLE_FILE = "ledger.npz", "per_example.npz"
 NOT_ATTACKED, WITHSTOOD, BROKEN = 0, 1, 2
 CLEAN = "clean"
-_SAME_LOGITS = 1e-3  # relative to the largest; other devices round differently
+_SAME_LOGITS = 1e-3  # allowed difference, relative to the largest: devices round differently
 
 
 class Ledger:
-    """What is known of N images after each attack.
+    """The outcomes of N images.
 
     clean: [N] bool, classified correctly; outcome: [N, attacks] int8, 0 not attacked, 1 withstood,
-    2 broken; run, step: [N] of the success; norm: [N] of the adversarial perturbation.
+    2 broken; run, step: [N], of the success; norm: [N], of the adversarial perturbation.
     found: {image: adversarial image [H, W, C] float32} since the last ``Store.save``.
-    stage: number of attacks that are done; progress: a ``Packing.snapshot`` of the one under way.
+    stage: number of finished attacks; progress: ``Packing.snapshot`` of the current one.
     """
 
     def __init__(self, attacks: tuple[str, ...], count: int):
@@ -67,7 +67,7 @@ class Ledger:
         first = np.argmax(self.outcome == BROKEN, 1)
         return np.where(self.clean, np.where(self.robust, -1, first), -2).astype(np.int8)
 
-    def table(self) -> dict[str, np.ndarray]:
+    def columns(self) -> dict[str, np.ndarray]:
         """The columns of ``per_example.npz``."""
         return {
             "attacks": np.array(self.attacks),
@@ -82,11 +82,10 @@ class Ledger:
 
 
 class Store:
-    """Reads and writes a ledger, and keeps the adversarial images: on disk, or in memory where
-    there is no directory.
+    """Reads and writes a ledger and its adversarial images; in memory if there is no directory.
 
-    protocol: what the evaluation is of, as JSON values; logits: [n, K] of the first clean images,
-    by which another model is known.
+    protocol: of the evaluation, as JSON values; logits: [n, K], of the first clean images, to
+    recognise another model.
     """
 
     def __init__(self, directory: epath.Path | None, protocol: dict[str, Any], logits: np.ndarray):
@@ -100,10 +99,10 @@ class Store:
         return self._directory is not None
 
     def load(self, ledger: Ledger) -> bool:
-        """Fills the ledger with what is on disk; False where nothing is.
+        """Reads the ledger from disk; False if there is none.
 
         Raises:
-          UserError: what is there belongs to another model, data or protocol.
+          UserError: it belongs to another model, data or protocol, or can't be read.
         """
         if self._directory is None:
             return False
@@ -120,9 +119,9 @@ class Store:
             k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)
         }
         self._parts = int(saved["files"])
-        for _ in self.parts():  # a file that can't be read is better known now than at the end
+        for _ in self.parts():  # fail now, not at the end, if a file can't be read
             pass
-        processes.barrier("ledger read")  # before the first process writes it anew
+        processes.barrier("ledger read")  # before the first process overwrites it
         return True
 
     def save(self, ledger: Ledger) -> None:
@@ -155,7 +154,7 @@ class Store:
         self._parts += 1
 
     def parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All adversarial images, a part at a time: places [n] and images [n, H, W, C]."""
+        """The adversarial images in parts: places [n] and images [n, H, W, C]."""
         if self._directory is None:
             yield from self._in_memory
             return
@@ -163,10 +162,10 @@ class Store:
             part = self._read(_adversarial_file(number))
             yield part["index"], part["image"]
 
-    def save_table(self, ledger: Ledger) -> None:
+    def save_per_example(self, ledger: Ledger) -> None:
         """Writes ``per_example.npz``."""
         if self._directory is not None:
-            self._write(PER_EXAMPLE_FILE, ledger.table())
+            self._write(PER_EXAMPLE_FILE, ledger.columns())
 
     def _check(self, saved: dict[str, np.ndarray]) -> None:
         old = json.loads(str(saved["protocol"]))
@@ -177,11 +176,11 @@ class Store:
             theirs.shape != self._logits.shape
             or np.abs(theirs - self._logits).max(initial=0) > _SAME_LOGITS * scale
         ):
-            changes = ["other logits on the same images, so another model"]
+            changes = ["its logits on the same images differ, so it is of another model"]
         if changes:
             raise UserError(
                 f"{self._directory / LEDGER_FILE} belongs to another evaluation "
-                f"({'; '.join(changes[:4])}); choose another workdir, or delete it to start anew"
+                f"({'; '.join(changes[:4])}); choose another workdir, or delete it to start over"
             )
 
     def _read(self, name: str) -> dict[str, np.ndarray]:
@@ -191,7 +190,7 @@ class Store:
                 return dict(archive)
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(
-                f"{path} can't be read ({error}); delete {self._directory} to start anew"
+                f"{path} can't be read ({error}); delete {self._directory} to start over"
             ) from error
 
     def _write(self, name: str, arrays: dict[str, np.ndarray]) -> None:

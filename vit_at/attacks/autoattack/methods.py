@@ -1,11 +1,12 @@
-"""The attacks of AutoAttack in one shape: what packing needs to run them slot by slot.
+"""The attacks of AutoAttack behind one interface, ``Method``.
 
-A ``Method`` advances a batch of independent runs by one step. A run is one restart or one target
-class of one image, and everything it needs is in its row of ``Problem`` and of the state: so a slot
-of the batch can take another run at any time, and a run's outcome does not depend on its
-neighbours. Its random numbers are drawn from the seed, the attack, the image's place and the run.
+A method advances a batch of independent runs by one step. A run is one restart, or one target
+class, of one image. All that a run needs is in its row of ``Problem`` and of the state, so any row
+of the batch can be replaced at any time, and the outcome of a run does not depend on the others.
+Its random numbers follow from the seed, the attack, the image's index and the number of the run.
 """
 
+import abc
 import dataclasses
 import zlib
 from collections.abc import Callable
@@ -15,24 +16,21 @@ import jax
 import jax.numpy as jnp
 
 from vit_at.attacks import apgd, fab, square
+from vit_at.attacks.autoattack.settings import TARGETS, Settings
 from vit_at.attacks.losses import best_wrong_class, pick
-from vit_at.errors import UserError, nearest
+from vit_at.attacks.norms import random_directions
 
 Array = jax.Array
-ITERATIONS, QUERIES, TARGETS, SAMPLES = 100, 5000, 9, 20
-VERSIONS = {
-    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
-    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
-    "rand": ("apgd-ce", "apgd-dlr"),
-}
-NAMES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
-_RESTARTS = {"plus": {"apgd-ce": 5, "apgd-dlr": 5, "fab": 5}}
-_CLASSES_NEEDED = {"apgd-dlr": 3, "apgd-t": 4}
+_SAMPLES = 20  # draws of a randomised model for each gradient
+_RESTARTS = {"plus": {"apgd-ce": 5, "apgd-dlr": 5, "fab": 5}}  # elsewhere 1
+_LOSSES = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "targeted dlr"}
 
 
 class Problem(NamedTuple):
-    """The runs of a batch. images [b, H, W, C]; labels, targets (classes), index (the image's place
-    in the evaluation) and run (restart or rank of the target) are [b]; seed and eps are scalars.
+    """The runs of a batch.
+
+    images: [b, H, W, C]; labels, targets: [b] classes; index: [b], the image's place in the data;
+    run: [b], number of the restart, or rank of the target class.
     """
 
     images: Array
@@ -43,7 +41,7 @@ class Problem(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """steps [b]: done; success [b] bool; adversarial [b, H, W, C], where there is success."""
+    """steps: [b], done so far; success: [b] bool; adversarial: [b, H, W, C], for successes only."""
 
     steps: Array
     success: Array
@@ -51,202 +49,161 @@ class Outcome(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all runs of an evaluation share; logits_fn: (images, keys [b] or None) -> logits."""
+    """What all runs share.
 
-    logits_fn: Callable[[Array, Array | None], Array]
+    logits_fn: images -> logits, or (images, keys [b]) -> logits; eps: in pixel units.
+    """
+
+    logits_fn: Callable[..., Array]
     seed: Array
     eps: Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
-    """One attack.
+class Method(abc.ABC):
+    """One attack. Hashable, as a static argument of compiled programs.
 
     runs: for an image that withstands all of them; steps: of one run; passes: cost of a step in
-    forward passes, a backward pass counting 2.
-    start: (Context, Problem) -> state, without a model evaluation.
-    advance: (Context, Problem, state) -> state.
-    read: (Context, state) -> Outcome.
+    forward passes, a backward pass counting as 2.
     """
 
     name: str
+    norm: str
     runs: int
     steps: int
     passes: int
-    targeted: bool
-    start: Callable[[Context, Problem], Any]
-    advance: Callable[[Context, Problem, Any], Any]
-    read: Callable[[Context, Any], Outcome]
+
+    @property
+    def targeted(self) -> bool:
+        """Whether each run has a target class."""
+        return self.name.endswith("-t")
+
+    @abc.abstractmethod
+    def start(self, context: Context, problem: Problem) -> Any:
+        """The state of all runs before their first step; does not evaluate the model."""
+
+    @abc.abstractmethod
+    def advance(self, context: Context, problem: Problem, state: Any) -> Any:
+        """The state after one more step."""
+
+    @abc.abstractmethod
+    def read(self, context: Context, state: Any) -> Outcome:
+        """The outcome so far."""
+
+    def run_keys(self, context: Context, problem: Problem) -> Array:
+        """One key for each run, [b]."""
+        key = jax.random.fold_in(jax.random.key(context.seed), zlib.crc32(self.name.encode()))
+        fold = jax.vmap(lambda index, run: jax.random.fold_in(jax.random.fold_in(key, index), run))
+        return fold(problem.index, problem.run)
+
+    def step_keys(self, context: Context, problem: Problem, step: Array) -> Array:
+        """One key for each run in its step [b]."""
+        return jax.vmap(jax.random.fold_in)(self.run_keys(context, problem), step)
+
+    def directions(self, context: Context, problem: Problem) -> Array:
+        """A random direction for the start of each run, [b, H, W, C]."""
+        keys = self.run_keys(context, problem)
+        return random_directions(keys, problem.images.shape[1:], self.norm)
 
 
-def parse(attacks: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
-    """A version's attacks, or those of a custom list, checked.
-
-    Raises:
-      UserError: the version or an attack is unknown, or one is named twice.
-    """
-    if isinstance(attacks, str):
-        if attacks in VERSIONS:
-            return VERSIONS[attacks]
-        attacks = [name.strip() for name in attacks.split(",")]
-    for name in attacks:
-        if name not in NAMES:
-            choices = (*VERSIONS, *NAMES)
-            raise UserError(
-                f"attack '{name}' is unknown; use {', '.join(VERSIONS)} or a list of "
-                f"{', '.join(NAMES)} (nearest: {nearest(str(name), choices, 1)})"
-            )
-    if not attacks or len(set(attacks)) < len(attacks):
-        raise UserError("the attacks must be at least one, each named once; change the list")
-    return tuple(attacks)
-
-
-def for_classes(names: tuple[str, ...], num_classes: int) -> tuple[tuple[str, ...], list[str]]:
-    """The attacks that ``num_classes`` allow, and a sentence for each change.
-
-    The DLR loss needs 3 classes and the targeted one 4: with 3, APGD-T gives way to APGD-DLR; with
-    2, both are left out. Below 10 classes there are fewer targets than 9.
-    """
-    kept, notes = [], []
-    for name in names:
-        if num_classes >= _CLASSES_NEEDED.get(name, 2):
-            kept.append(name)
-        elif name == "apgd-t" and num_classes == 3 and "apgd-dlr" not in names:
-            kept.append("apgd-dlr")
-            notes.append("the targeted DLR loss needs 4 classes: apgd-dlr runs in place of apgd-t")
-        else:
-            notes.append(f"{name} is left out: its loss needs more than {num_classes} classes")
-    if any(name.endswith("-t") for name in kept) and num_classes <= TARGETS:
-        notes.append(f"{num_classes} classes allow {num_classes - 1} targets, not {TARGETS}")
-    if not kept:
-        raise UserError(f"no attack of {', '.join(names)} works with {num_classes} classes")
-    return tuple(kept), notes
-
-
-def make(
-    name: str,
-    version: str,
-    norm: str,
-    num_classes: int,
-    *,
-    iterations: int = ITERATIONS,
-    queries: int = QUERIES,
-) -> Method:
-    """An attack with the official parameters of a version (custom lists have the standard ones)."""
+def make(name: str, settings: Settings, num_classes: int) -> Method:
+    """An attack with the official parameters; custom lists have those of the standard version."""
+    budget, version = settings.budget, settings.version
     runs = _RESTARTS.get(version, {}).get(name, 1)
     if name.endswith("-t"):
         runs = min(TARGETS, num_classes - 1)
     if name.startswith("apgd"):
-        return _apgd(name, runs, norm, iterations, SAMPLES if version == "rand" else 0)
+        samples = _SAMPLES if settings.randomised else 0
+        passes = 3 * max(samples, 1)
+        return Apgd(name, settings.norm, runs, 1 + budget.iterations, passes, samples)
     if name.startswith("fab"):
-        return _fab(name, runs, norm, iterations, num_classes)
-    return _square(runs, norm, queries)
+        passes = 4 if name == "fab-t" else 2 + 2 * num_classes
+        return Fab(name, settings.norm, runs, budget.iterations, passes)
+    return Square(name, settings.norm, runs, 1 + budget.queries, passes=1)
 
 
-def run_keys(name: str, context: Context, problem: Problem) -> Array:
-    """One key for each run, [b]."""
-    key = jax.random.fold_in(jax.random.key(context.seed), zlib.crc32(name.encode()))
-    fold = jax.vmap(lambda index, run: jax.random.fold_in(jax.random.fold_in(key, index), run))
-    return fold(problem.index, problem.run)
+@dataclasses.dataclass(frozen=True)
+class Apgd(Method):
+    """APGD on one of three losses. samples: draws of a randomised model; 0: the model has none."""
 
+    samples: int
 
-def _apgd(name: str, runs: int, norm: str, iterations: int, samples: int) -> Method:
-    loss = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "targeted dlr"}[name]
+    def _options(self, context):
+        return apgd.Options(self.norm, context.eps, self.steps - 1)
 
-    def options(context):
-        return apgd.Options(norm, context.eps, iterations)
+    def start(self, context, problem):
+        directions = self.directions(context, problem)
+        return apgd.start(problem.images, directions, self._options(context))
 
-    def start(context, problem):
-        shape = problem.images.shape[1:]
-        draw = jax.vmap(lambda key: apgd.random_direction(key, shape, norm))
-        directions = draw(run_keys(name, context, problem))
-        return apgd.start(problem.images, directions, options(context))
-
-    def advance(context, problem, state):
+    def advance(self, context, problem, state):
         keys = None
-        if samples:
-            step_keys = _step_keys(name, context, problem, state.iteration + 1)
-            keys = jnp.swapaxes(jax.vmap(lambda k: jax.random.split(k, samples))(step_keys), 0, 1)
-
-        def logits_fn(points, keys=None):
-            return context.logits_fn(points, keys)
+        if self.samples:
+            step_keys = self.step_keys(context, problem, state.iteration + 1)
+            draws = jax.vmap(lambda key: jax.random.split(key, self.samples))(step_keys)
+            keys = jnp.swapaxes(draws, 0, 1)
 
         def evaluate(points):
-            return apgd.loss_and_gradient(
-                logits_fn, loss, points, problem.labels, problem.targets, keys
-            )
+            labels, targets, loss = problem.labels, problem.targets, _LOSSES[self.name]
+            return apgd.loss_and_gradient(context.logits_fn, loss, points, labels, targets, keys)
 
-        return apgd.advance(evaluate, problem.images, state, options(context))[0]
+        return apgd.advance(evaluate, problem.images, state, self._options(context))[0]
 
-    def read(context, state):
+    def read(self, context, state):
         return Outcome(state.iteration + 1, ~state.robust, state.adversarial)
 
-    passes = 3 * max(samples, 1)
-    return Method(name, runs, 1 + iterations, passes, name == "apgd-t", start, advance, read)
 
+@dataclasses.dataclass(frozen=True)
+class Fab(Method):
+    """FAB, or FAB-T towards the target classes."""
 
-def _fab(name: str, runs: int, norm: str, iterations: int, num_classes: int) -> Method:
-    targeted = name == "fab-t"
-    passes = 4 if targeted else 2 + 2 * num_classes
+    def start(self, context, problem):
+        images = problem.images
+        if self.targeted:
+            return fab.start(images, images)
+        directions = self.directions(context, problem)
+        restart = fab.random_point(images, directions, self.norm, context.eps)
+        return fab.start(images, apgd.where(problem.run > 0, restart, images))
 
-    def start(context, problem):
-        if targeted:
-            return fab.start(problem.images, problem.images)
-        shape = problem.images.shape[1:]
-        draw = jax.vmap(lambda key: apgd.random_direction(key, shape, norm))
-        directions = draw(run_keys(name, context, problem))
-        restart = fab.random_point(problem.images, directions, norm, context.eps)
-        point = apgd.where(problem.run > 0, restart, problem.images)
-        return fab.start(problem.images, point)
-
-    def advance(context, problem, state):
-        def logits_fn(points):
-            return context.logits_fn(points, None)
+    def advance(self, context, problem, state):
+        logits_fn, labels = context.logits_fn, problem.labels
 
         def linearise(points):
-            if targeted:
-                return fab.towards_target(logits_fn, points, problem.labels, problem.targets)
-            return fab.towards_nearest(logits_fn, points, problem.labels, norm)
+            if self.targeted:
+                return fab.towards_target(logits_fn, points, labels, problem.targets)
+            return fab.towards_nearest(logits_fn, points, labels, self.norm)
 
         def correct_at(points):
-            return jnp.argmax(logits_fn(points), -1) == problem.labels
+            return jnp.argmax(logits_fn(points), -1) == labels
 
-        options = fab.Options(norm, iterations)
-        return fab.advance(linearise, correct_at, problem.images, state, options)
+        return fab.advance(linearise, correct_at, problem.images, state, self.norm)
 
-    def read(context, state):
+    def read(self, context, state):
         return Outcome(state.iteration, state.distance <= context.eps, state.adversarial)
 
-    return Method(name, runs, iterations, passes, targeted, start, advance, read)
 
+@dataclasses.dataclass(frozen=True)
+class Square(Method):
+    """Square."""
 
-def _square(runs: int, norm: str, queries: int) -> Method:
-    def options(context):
-        return square.Options(norm, context.eps, queries)
-
-    def start(context, problem):
+    def start(self, context, problem):
         shape = problem.images.shape[1:]
-        draw = jax.vmap(lambda key: square.draw_initial(key, shape, norm))
-        uniforms = draw(run_keys("square", context, problem))
-        return square.start(problem.images, uniforms, options(context))
+        draw = jax.vmap(lambda key: square.draw_initial(key, shape, self.norm))
+        uniforms = draw(self.run_keys(context, problem))
+        options = square.Options(self.norm, context.eps)
+        return square.start(problem.images, uniforms, options)
 
-    def advance(context, problem, state):
+    def advance(self, context, problem, state):
         shape = problem.images.shape[1:]
-        keys = _step_keys("square", context, problem, state.queries + 1)
-        uniforms = jax.vmap(lambda key: square.draw_proposal(key, shape, norm))(keys)
+        keys = self.step_keys(context, problem, state.queries + 1)
+        uniforms = jax.vmap(lambda key: square.draw_proposal(key, shape, self.norm))(keys)
 
         def margin_fn(points):
-            logits = context.logits_fn(points, None)
+            logits = context.logits_fn(points)
             wrong = best_wrong_class(logits, problem.labels)
             return pick(logits, problem.labels) - pick(logits, wrong)
 
-        return square.advance(margin_fn, problem.images, state, uniforms, options(context))
+        options = square.Options(self.norm, context.eps)
+        return square.advance(margin_fn, problem.images, state, uniforms, options)
 
-    def read(context, state):
+    def read(self, context, state):
         return Outcome(state.queries, state.margin <= 0, state.best)
-
-    return Method("square", runs, 1 + queries, 1, False, start, advance, read)
-
-
-def _step_keys(name: str, context: Context, problem: Problem, step: Array) -> Array:
-    return jax.vmap(jax.random.fold_in)(run_keys(name, context, problem), step)

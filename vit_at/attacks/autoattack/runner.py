@@ -1,12 +1,4 @@
-"""AutoAttack (Croce and Hein 2020): the standard by which robust accuracy is believed.
-
-    result = autoattack.run(functools.partial(apply, params), images, labels, eps=8 / 255)
-    print(result.summary())
-
-A cascade of attacks, each only on the images that have withstood those before, with the official
-parameters. ``methods`` says what the attacks are, ``packing`` keeps the devices busy, ``ledger``
-keeps the outcomes; this module checks the input, runs the cascade and verifies its result.
-"""
+"""``run``, the entry point of AutoAttack, and its ``Result``."""
 
 import dataclasses
 import functools
@@ -21,9 +13,17 @@ from etils import epath
 from jax.sharding import Mesh
 
 from vit_at.attacks.autoattack import checks, methods
-from vit_at.attacks.autoattack.cascade import Cascade, Protocol
+from vit_at.attacks.autoattack.cascade import Cascade
 from vit_at.attacks.autoattack.ledger import Ledger, Store
-from vit_at.attacks.autoattack.packing import Source, programs
+from vit_at.attacks.autoattack.packing import Source
+from vit_at.attacks.autoattack.settings import (
+    OFFICIAL,
+    TARGETS,
+    Budget,
+    Settings,
+    for_classes,
+    parse,
+)
 from vit_at.distributed import sharding
 
 Array = jax.Array
@@ -32,22 +32,21 @@ _FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a cascade has found about N images.
+    """The outcomes of N images.
 
     robust: {attack: [N] bool} after each attack of the cascade, 'clean' first.
-    table: the columns of ``per_example.npz``.
-    failures: images whose adversarial image did not pass the final verification, with the reason.
-    notes: what was done differently from the version's definition, as sentences.
-    work: {attack: {"steps", "computed", "passes", "unconfirmed"}}: steps of unfinished images, of
-      all slots, the cost of a step in forward passes, and successes that a forward pass of their
-      own did not confirm, so that they don't count.
+    columns: of ``per_example.npz``.
+    failures: {image: reason} of adversarial images that failed the final verification.
+    notes: deviations from the version's definition, as sentences.
+    work: {attack: {"steps", "computed", "passes", "unconfirmed"}}: steps of unfinished runs and of
+      all slots, cost of a step in forward passes, and successes that do not count because a
+      separate forward pass did not confirm them.
     seconds: of this call.
     """
 
-    norm: str
-    eps: float
+    settings: Settings
     robust: dict[str, np.ndarray]
-    table: dict[str, np.ndarray]
+    columns: dict[str, np.ndarray]
     failures: dict[int, str]
     notes: tuple[str, ...]
     work: dict[str, dict[str, int]]
@@ -56,14 +55,14 @@ class Result:
     _store: Store
 
     def found(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The adversarial images, some at a time: places [n] and images [n, H, W, C] float32."""
+        """The adversarial images in parts: places [n] and images [n, H, W, C] float32."""
         return self._store.parts()
 
     @property
     def adversarial(self) -> np.ndarray:
-        """[N, H, W, C] float32: adversarial where one was found, elsewhere the image itself.
+        """[N, H, W, C] float32: the adversarial image if one was found, else the image itself.
 
-        All in memory at once; ``found`` is for evaluations that are larger than it.
+        Holds all images in memory; use ``found`` for large evaluations.
         """
         out = np.array(checks.read(self._images, np.arange(self._images.shape[0])))
         for places, points in self.found():
@@ -72,13 +71,13 @@ class Result:
 
     @property
     def robust_accuracy(self) -> float:
-        """The worst case over all attacks."""
+        """The share of images that withstand all attacks."""
         return float(list(self.robust.values())[-1].mean())
 
     def summary(self) -> str:
-        """Accuracies after each attack, and everything that a reader should know of them."""
+        """The accuracy after each attack, with notes and failures; one line each."""
         count = len(next(iter(self.robust.values())))
-        lines = [f"{self.norm} eps {self.eps:.6g}, {count} images"]
+        lines = [f"{self.settings.norm} eps {self.settings.eps:.6g}, {count} images"]
         for attack, robust in self.robust.items():
             lines.append(f"{attack:<10} {robust.mean():7.2%}  ({robust.sum()} of {count})")
         lines += [f"note: {note}" for note in self.notes]
@@ -103,76 +102,62 @@ def run(
     seed: int = 0,
     workdir: str | epath.Path | None = None,
     progress: Callable[[str], None] | bool | None = None,
+    budget: Budget = OFFICIAL,
     mesh: Mesh | None = None,
-    iterations: int = methods.ITERATIONS,
-    queries: int = methods.QUERIES,
 ) -> Result:
     """Runs AutoAttack on all devices.
 
     Args:
-      logits_fn: images [b, H, W, C] float32 in [0, 1] -> logits [b, K]. Give parameters through
-        ``functools.partial(apply, params)``: they then are arguments of the compiled programs, not
-        constants in them. For attacks='rand': (images, key) -> logits.
-      images: [N, H, W, C] in [0, 1]; labels: [N] integers. Anything with ``shape`` and ``dtype``
-        serves whose rows ``images[places]`` gives: images are read when they are needed.
+      logits_fn: images [b, H, W, C] float32 in [0, 1] -> logits [b, K]. Bind parameters by
+        ``functools.partial(apply, params)``: the compiled programs then take them as arguments
+        instead of constants. For attacks='rand': (images, key) -> logits.
+      images: [N, H, W, C] in [0, 1], or an object with ``shape`` and ``dtype`` for which
+        ``images[places]`` returns rows; rows are read when they are needed.
+      labels: [N] integers.
       norm: 'linf' or 'l2'; eps: in pixel units.
-      attacks: 'standard', 'plus', 'rand', or a list of methods.NAMES, in order.
+      attacks: 'standard', 'plus', 'rand', or a list of ``settings.NAMES``, in order.
       batch_size: over all devices.
-      seed: an image's random numbers follow from it and the image's place alone.
-      workdir: where the ledger is kept; the same call goes on from it.
-      progress: takes a line now and then; True: to standard error.
-      mesh: of sharding.make_mesh; default: all devices.
-      iterations, queries: of APGD and FAB, and of Square; the official ones unless given.
+      seed: the random numbers of an image follow from it and the image's index.
+      workdir: directory of the ledger; the same call resumes from it.
+      progress: called with a line every now and then; True: prints to standard error.
+      budget: iterations and queries of each run; the default is the official one.
+      mesh: of ``sharding.make_mesh``; default: all devices.
 
     Raises:
-      UserError: the input, the model's output or the ledger can't be used; the sentence says why.
+      UserError: the input, the model's output or the ledger is not usable.
     """
     began, mesh = time.monotonic(), mesh or sharding.make_mesh()
-    names = methods.parse(attacks if isinstance(attacks, str) else tuple(attacks))
-    version = attacks if isinstance(attacks, str) and attacks in methods.VERSIONS else "custom"
-    checks.check_protocol(norm, eps, batch_size, iterations, queries, mesh)
+    settings = Settings(norm, float(eps), attacks, batch_size, seed, budget, mesh)
+    names = parse(attacks)
     images, labels = checks.check_shapes(images, labels)
+    checks.check_settings(settings, int(np.prod(images.shape[1:])))
     model = sharding.replicate(_as_tree(logits_fn), mesh)
     with jax.default_matmul_precision("highest"):
-        classify = checks.Classifier(model, mesh, version == "rand", seed, images.shape[1:])
-        clean = checks.survey(classify, images, labels, batch_size, 1 + methods.TARGETS)
+        classify = checks.Classifier(model, settings, images.shape[1:])
+        clean = checks.survey(classify, images, labels, batch_size, 1 + TARGETS)
         num_classes = clean.probe.shape[1]
-        names, notes = methods.for_classes(names, num_classes)
-        options = {"iterations": iterations, "queries": queries}
-        known = {"version": version, "norm": norm, "num_classes": num_classes, **options}
-        settings = tuple(known.items())
-        protocol = {
-            "format": _FORMAT,
-            "attacks": list(names),
-            "version": version,
-            "norm": norm,
-            "eps": float(eps),
-            "seed": seed,
-            "data": clean.digest,
-            **options,
-        }
+        names, notes = for_classes(names, num_classes)
         directory = None if workdir is None else epath.Path(workdir)
+        store = Store(directory, _protocol(settings, names, clean.digest), clean.probe[:64])
         ledger = Ledger(names, len(labels))
-        store = Store(directory, protocol, clean.probe[:64])
         if not store.load(ledger):
             ledger.clean = clean.ranking[:, 0] == labels
         cascade = Cascade(
-            [programs(name, settings, mesh, version == "rand") for name in names],
+            [methods.make(name, settings, num_classes) for name in names],
             Source(images, labels, clean.ranking),
             classify,
             ledger,
             store,
-            Protocol(norm, float(eps), seed, batch_size),
+            settings,
             _reporter(progress),
         )
         cascade.run()
         failures = cascade.verify()
-        store.save_table(ledger)
+        store.save_per_example(ledger)
     return Result(
-        norm=norm,
-        eps=float(eps),
+        settings=settings,
         robust=ledger.robust_after(),
-        table=ledger.table(),
+        columns=ledger.columns(),
         failures=failures,
         notes=tuple(notes),
         work=ledger.work,
@@ -182,8 +167,22 @@ def run(
     )
 
 
+def _protocol(settings: Settings, names: tuple[str, ...], digest: str) -> dict[str, Any]:
+    """What a ledger is of, as JSON values; another protocol can't resume it."""
+    return {
+        "format": _FORMAT,
+        "attacks": list(names),
+        "version": settings.version,
+        "norm": settings.norm,
+        "eps": settings.eps,
+        "seed": settings.seed,
+        "data": digest,
+        **dataclasses.asdict(settings.budget),
+    }
+
+
 def _as_tree(logits_fn: Callable[..., Array]) -> jax.tree_util.Partial:
-    """The function with its bound parameters as a tree of arrays, an argument for jit."""
+    """The function with its bound parameters as a pytree, an argument for jit."""
     if isinstance(logits_fn, functools.partial):
         return jax.tree_util.Partial(logits_fn.func, *logits_fn.args, **logits_fn.keywords)
     return jax.tree_util.Partial(logits_fn)

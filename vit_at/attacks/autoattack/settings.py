@@ -1,0 +1,103 @@
+"""What an AutoAttack evaluation runs: the attacks and versions by name, and their settings."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
+
+from vit_at.distributed import sharding
+from vit_at.errors import UserError, nearest
+
+VERSIONS = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+NAMES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+TARGETS = 9  # of the targeted attacks, or all wrong classes if there are fewer
+_CLASSES_NEEDED = {"apgd-dlr": 3, "apgd-t": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What one run of an attack may compute; the default is the official one.
+
+    iterations: of APGD and FAB; queries: of Square.
+    """
+
+    iterations: int = 100
+    queries: int = 5000
+
+
+OFFICIAL = Budget()
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of an evaluation, as for ``autoattack.run``. mesh: default, all devices."""
+
+    norm: str = "linf"
+    eps: float = 8 / 255
+    attacks: str | Sequence[str] = "standard"
+    batch_size: int = 256
+    seed: int = 0
+    budget: Budget = OFFICIAL
+    mesh: Mesh = dataclasses.field(default_factory=sharding.make_mesh)
+
+    @property
+    def version(self) -> str:
+        """One of ``VERSIONS``, or 'custom' for a list of attacks."""
+        named = isinstance(self.attacks, str) and self.attacks in VERSIONS
+        return str(self.attacks) if named else "custom"
+
+    @property
+    def randomised(self) -> bool:
+        """Whether the model takes a key for its randomness."""
+        return self.version == "rand"
+
+
+def parse(attacks: str | Sequence[str]) -> tuple[str, ...]:
+    """The attacks of a version or of a custom list.
+
+    Raises:
+      UserError: the version or an attack is unknown, or one is named twice.
+    """
+    if isinstance(attacks, str):
+        if attacks in VERSIONS:
+            return VERSIONS[attacks]
+        attacks = [name.strip() for name in attacks.split(",")]
+    for name in attacks:
+        if name not in NAMES:
+            choices = (*VERSIONS, *NAMES)
+            raise UserError(
+                f"attack '{name}' is unknown; use {', '.join(VERSIONS)} or a list of "
+                f"{', '.join(NAMES)} (nearest: {nearest(str(name), choices, 1)})"
+            )
+    if not attacks or len(set(attacks)) < len(attacks):
+        raise UserError("the attacks must be at least one, each named once; change the list")
+    return tuple(attacks)
+
+
+def for_classes(names: tuple[str, ...], num_classes: int) -> tuple[tuple[str, ...], list[str]]:
+    """The attacks that work with ``num_classes``, and a sentence for each change.
+
+    The DLR loss needs 3 classes and the targeted DLR loss 4: with 3 classes, APGD-DLR replaces
+    APGD-T; with 2, both are left out. With fewer than 10 classes there are fewer than 9 targets.
+
+    Raises:
+      UserError: no attack is left.
+    """
+    kept, notes = [], []
+    for name in names:
+        if num_classes >= _CLASSES_NEEDED.get(name, 2):
+            kept.append(name)
+        elif name == "apgd-t" and num_classes == 3 and "apgd-dlr" not in names:
+            kept.append("apgd-dlr")
+            notes.append("the targeted DLR loss needs 4 classes: apgd-dlr replaces apgd-t")
+        else:
+            notes.append(f"{name} is left out: its loss needs more than {num_classes} classes")
+    if any(name.endswith("-t") for name in kept) and num_classes <= TARGETS:
+        notes.append(f"{num_classes} classes allow {num_classes - 1} targets, not {TARGETS}")
+    if not kept:
+        raise UserError(f"no attack of {', '.join(names)} works with {num_classes} classes")
+    return tuple(kept), notes
