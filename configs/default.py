@@ -98,9 +98,7 @@ def get_config() -> ConfigDict:
     evaluation.checkpoint = "best"  # which weights are tested: best (on validation) or last
 
     config.checkpoint = checkpoint = ConfigDict()  # when the state is saved
-    checkpoint.every_minutes = (
-        10.0  # between two checkpoints, besides those at the ends of epochs; 0: no
-    )
-    checkpoint.every_steps = 0  # between two checkpoints; 0: no
+    checkpoint.every_minutes = 10.0  # between checkpoints within an epoch; 0: none by the clock
+    checkpoint.every_steps = 0  # between checkpoints within an epoch; 0: none by steps
     checkpoint.keep = 2  # checkpoints kept beside the best one
     return config.lock()
