@@ -11,7 +11,7 @@ meanings   what each field of a configuration means, from the comments in ``defa
 import ast
 import functools
 import importlib
-import importlib.util
+import importlib.machinery
 import inspect
 import io
 import pathlib
@@ -21,6 +21,7 @@ import types
 from ml_collections import ConfigDict
 from vit_at.configs import default
 
+from vit_at.config import field_names
 from vit_at.errors import UserError, nearest
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -41,18 +42,25 @@ def load(recipe: str) -> ConfigDict:
     """The configuration of 'NAME', 'FILE.py', or one of these with ':VARIANT,...'.
 
     Raises:
-      UserError: no such recipe or variant, or the recipe raises an error.
+      UserError: no such recipe or variant, an error inside the recipe, or a field that it lacks.
     """
     source, _, variants = recipe.partition(":")
     module = find(source)
     try:
-        return module.get_config(variants) if variants else module.get_config()
+        config = module.get_config(variants) if variants else module.get_config()
     except UserError:
         raise
     except Exception as error:  # a recipe is a program: it can raise anything
         raise UserError(
             f"the recipe '{recipe}' can't be loaded ({_last_line(error)}); correct its get_config"
         ) from error
+    given = set(field_names(config)) if isinstance(config, ConfigDict) else set()
+    if missing := set(field_names(default.get_config())) - given:
+        raise UserError(
+            f"the recipe '{recipe}' gives no value for {', '.join(sorted(missing)[:3])}; its "
+            "get_config must change and return vit_at.configs.default.get_config()"
+        )
+    return config
 
 
 def find(source: str) -> types.ModuleType:
@@ -77,9 +85,9 @@ def find(source: str) -> types.ModuleType:
             "lists all"
         )
     try:
-        spec = importlib.util.spec_from_file_location("recipe", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = types.ModuleType("recipe")
+        module.__file__ = source
+        importlib.machinery.SourceFileLoader("recipe", source).exec_module(module)
     except Exception as error:  # a recipe is a program: it can raise anything
         raise UserError(
             f"the recipe '{source}' can't be loaded ({_last_line(error)}); correct that file"

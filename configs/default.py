@@ -2,8 +2,9 @@
 
 Mo et al., "When Adversarial Training Meets Vision Transformers", NeurIPS 2022 (arXiv 2210.07540).
 A recipe is this file plus a few overrides; a flag such as ``--config.threat.eps=0.0157`` overrides
-any field of either. Sizes of perturbations are in pixel units, images being in [0, 1]. Durations
-are in epochs unless the name says otherwise. A 0 or '' that means "derive it" says so.
+any field of either. Sizes of perturbations are in pixel units of images in [0, 1]. Durations are in
+epochs unless the name says otherwise. 'vit-at train RECIPE --help' shows these comments, so each
+must be understood alone; where 0 or '' stands for a derived value, it says so.
 """
 
 from ml_collections import ConfigDict

@@ -113,6 +113,8 @@ def test_a_mistake_ends_in_one_sentence_and_status_2(parse, capsys, arguments, s
         ("config.epochs = 'three'", "three"),
         ("import nonesuch", "nonesuch"),
         ("config.epochs = = 3", "syntax"),
+        ("config = None", "gives no value for accumulate_steps, batch_size, beta"),
+        ("config.unlock(); del config.data.flip", "gives no value for data.flip;"),
     ],
 )
 def test_a_mistake_inside_a_recipe_is_one_sentence_too(parse, capsys, tmp_path, recipe, said):
@@ -231,7 +233,7 @@ def test_the_list_of_recipes_has_each_with_its_cost_and_variants(capsys):
         assert re.search(rf"^{name} +\S.*\n +[\d.]+ [GTPE]FLOP a run", text, re.MULTILINE), name
     assert "variants cpu, gpu, paper, trades, mart" in text
     assert "model=NAME" in text
-    assert "Expected\nclean / PGD-20" in "\n".join(lines_of(capsys, "recipes", "digits_sgd"))
+    assert "Expected clean / PGD-20" in "\n".join(lines_of(capsys, "recipes", "digits_sgd"))
 
 
 def test_the_list_of_models_has_parameters_and_cost(capsys):

@@ -121,6 +121,8 @@ def test_every_command_works_outside_of_a_checkout(run, workdir):
 LIBRARY = """
 import jax, numpy as np
 import vit_at
+from etils import epath
+from vit_at import configs
 
 model = vit_at.create("deit_tiny_patch16_224", num_classes=3, image_size=8, patch_size=2,
                       embed_dim=8, depth=2, num_heads=2)
@@ -135,6 +137,9 @@ result = vit_at.autoattack.run(logits_fn, images, labels, eps=0.1, attacks="apgd
 assert len(result.summary()) > 10
 records = vit_at.evaluate("runs/digits_sgd-smoke", attacks="clean", num_examples=16)
 assert [record["attack"] for record in records] == ["clean"]
+config = configs.load("digits_sgd:smoke")
+records = vit_at.train(config, epath.Path("runs/digits_sgd-smoke"))  # finished: only read back
+assert [record["attack"] for record in records] == ["clean", "cw-2", "pgd-2"]
 print(vit_at.__file__)
 """
 

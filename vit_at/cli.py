@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in COMMANDS:
         return importlib.import_module(COMMANDS[arguments[0]].module).main(arguments[1:])
-    parser = _parser()
+    parser, _ = _parsers()
     if arguments and not arguments[0].startswith("-"):
         near = nearest(arguments[0], COMMANDS)
         parser.error(f"command '{arguments[0]}' is unknown; the nearest are {near}")
@@ -57,16 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> Parser:
+def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of ``vit-at``, and those of its commands, still without options."""
     parser = Parser(prog="vit-at", description=__doc__)
     parser.add_argument("--version", action="version", version=f"vit_at {vit_at.__version__}")
     parser.add_argument(
         "--print-completion", choices=SHELLS, help="print a completion script for this shell"
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.help)
-    return parser
+    return parser, {name: commands.add_parser(name, help=c.help) for name, c in COMMANDS.items()}
 
 
 def completion(shell: str) -> str:
@@ -79,17 +78,15 @@ def completion(shell: str) -> str:
     from vit_at import configs, models
 
     words = {"RECIPE": configs.names(), "MODEL": models.NAMES}
-    parser = _parser()
-    (commands,) = (a for a in parser._actions if isinstance(a.choices, dict))
-    for name, command in COMMANDS.items():
-        subparser = commands.choices[name]
-        module = importlib.import_module(command.module)
+    parser, subparsers = _parsers()
+    for name, subparser in subparsers.items():
+        module = importlib.import_module(COMMANDS[name].module)
         if hasattr(module, "add_arguments"):
             module.add_arguments(subparser)
         for action in subparser._actions:
             action.choices = words.get(str(action.metavar), action.choices)
             if action.metavar == "WORKDIR":
-                action.complete = shtab.DIRECTORY
+                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
     return shtab.complete(parser, shell)
 
 

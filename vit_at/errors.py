@@ -51,7 +51,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
         self._more_options = tuple(more_options)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         """The options; unlike argparse's, names the nearest option to an unknown one."""
         options, unknown = self.parse_known_args(args, namespace)
         for word in unknown:
