@@ -3,19 +3,14 @@
     load("digits_sgd:ard_prm")      # an installed recipe with variants -> its configuration
     load("mine.py:smoke")           # likewise from a file
 
-names      of the installed recipes: 'digits_sgd', ..., 'study/masking', ...
-find       the module of a recipe
-meanings   what each field of a configuration means, from the comments in ``default.py``
+names     of the installed recipes: 'digits_sgd', ..., 'study/masking', ...
+find      the module of a recipe
+fields    what the fields mean, and ``--config.FIELD=VALUE``
 """
 
-import ast
-import functools
 import importlib
 import importlib.machinery
-import inspect
-import io
 import pathlib
-import tokenize
 import types
 
 from ml_collections import ConfigDict
@@ -25,7 +20,7 @@ from vit_at.config import field_names
 from vit_at.errors import UserError, nearest
 
 _FOLDER = pathlib.Path(__file__).parent
-_NO_RECIPES = frozenset({"__init__", "base", "common", "default"})
+_NO_RECIPES = frozenset({"__init__", "base", "common", "default", "fields"})
 
 
 def names() -> list[str]:
@@ -102,18 +97,3 @@ def find(source: str) -> types.ModuleType:
 
 def _last_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[-1].strip()
-
-
-@functools.cache
-def meanings() -> dict[str, str]:
-    """{dotted field or group: its comment}, in the order of ``default.py``."""
-    source = inspect.getsource(default)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {t.start[0]: t.string for t in tokens if t.type == tokenize.COMMENT}
-    prefixes, found = {"config": ""}, {}
-    for node in ast.walk(ast.parse(source)):
-        match node:
-            case ast.Assign(targets=[ast.Attribute(value=ast.Name(id=group), attr=name), *others]):
-                found[prefixes[group] + name] = comments.get(node.lineno, "").lstrip("# ")
-                prefixes |= {o.id: f"{name}." for o in others if isinstance(o, ast.Name)}
-    return found

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from vit_at.configs import default
+from vit_at.configs import default, fields
 
 import vit_at
 from vit_at import cli, configs
@@ -208,9 +208,9 @@ def test_what_the_package_exports_is_what_its_home_has():
 
 def test_every_field_has_a_meaning_and_no_meaning_is_left_over():
     config = default.get_config()
-    fields, groups = list(field_names(config)), [n for n, v in config.items() if hasattr(v, "keys")]
-    assert sorted(configs.meanings()) == sorted(fields + groups)
-    for name, meaning in configs.meanings().items():
+    groups = [name for name, value in config.items() if hasattr(value, "keys")]
+    assert sorted(fields.meanings()) == sorted([*field_names(config), *groups])
+    for name, meaning in fields.meanings().items():
         assert len(meaning) > 5, name
         assert not re.match("likewise", meaning), name  # a line of the help stands alone
 
@@ -224,7 +224,7 @@ def test_help_of_a_recipe_lists_every_field_with_the_recipes_value(capsys):
     assert "  seed=7  " in text
     assert "  masking.ard=True  " in text
     (line,) = (line for line in lines if line.startswith("  data.flip="))
-    assert line.split("  ", 2)[2].strip() == configs.meanings()["data.flip"]
+    assert line.split("  ", 2)[2].strip() == fields.meanings()["data.flip"]
 
 
 def test_the_list_of_recipes_has_each_with_its_cost_and_variants(capsys):

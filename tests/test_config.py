@@ -222,7 +222,14 @@ def test_a_mistaken_variant_is_refused_with_the_nearest(variants, said):
 def test_every_file_of_a_recipe_is_found_by_name():
     """So that a new file can't be left out: only these are no recipes."""
     files = {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.py")}
-    others = {"__init__.py", "common.py", "default.py", "study/__init__.py", "study/base.py"}
+    others = {
+        "__init__.py",
+        "common.py",
+        "default.py",
+        "fields.py",
+        "study/__init__.py",
+        "study/base.py",
+    }
     assert {str(path) for path in files} - others == {f"{name}.py" for name in configs.names()}
 
 

@@ -9,7 +9,6 @@ addition; parameters: with a head for 1000 classes.
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -47,7 +46,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.names or models.NAMES:
             print(describe(name))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,6 @@ Cost: operations of the training of a run, a multiplication and addition counted
 """
 
 import argparse
-import sys
 import types
 from collections.abc import Sequence
 
@@ -63,7 +62,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\nEvery recipe has the variants {', '.join(everywhere)}:")
             print("vit-at train cifar10_sgd:model=deit_tiny_patch16_224,ard_prm")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
