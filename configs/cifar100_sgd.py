@@ -1,6 +1,6 @@
 """CIFAR-100, AT with SGD: the CIFAR-10 recipe on 100 classes.
 
-python -m vit_at.main --config=configs/cifar100_sgd.py
+vit-at train cifar100_sgd
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
 """CIFAR-10, AT with AdamW: the paper's negative result (Section 4: SGD is clearly more robust).
 
-    python -m vit_at.main --config=configs/cifar10_adamw.py
+    vit-at train cifar10_adamw
 
 AdamW as ViTs are usually trained: cosine schedule with a warm-up, small rate, decoupled decay.
 """

@@ -1,6 +1,6 @@
 """CIFAR-10, AT with ARD and PRM: the paper's two inventions on top of cifar10_sgd.
 
-    python -m vit_at.main --config=configs/cifar10_ard_prm.py
+    vit-at train cifar10_ard_prm
 
 Both act only in the attack that makes the training images, for the first 10 of 40 epochs.
 """

@@ -1,6 +1,6 @@
 """CIFAR-10, MART (Wang et al. 2020) with SGD, beta 6.
 
-    python -m vit_at.main --config=configs/cifar10_mart.py[:ard_prm]
+    vit-at train cifar10_mart[:ard_prm]
 
 No mixup or CutMix: MART needs plain labels. Its attack starts at 0.001 N(0, 1), normalised.
 """

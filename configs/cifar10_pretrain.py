@@ -1,10 +1,10 @@
 """CIFAR-10, natural training from scratch: weights for an adversarial run to start from.
 
-    python -m vit_at.main --config=configs/cifar10_pretrain.py:model=deit_tiny_patch16_224
-    python -m vit_at.main --config=configs/cifar10_sgd.py:model=deit_tiny_patch16_224 \\
+    vit-at train cifar10_pretrain:model=deit_tiny_patch16_224
+    vit-at train cifar10_sgd:model=deit_tiny_patch16_224 \\
         --config.model.pretrained=runs/cifar10_pretrain-deit_tiny_patch16_224
 
-For whoever has no published weights. An epoch costs 3 forward passes an image instead of 23.
+For machines without the published weights. An epoch costs 3 forward passes an image instead of 23.
 """
 
 from ml_collections import ConfigDict

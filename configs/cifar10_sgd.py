@@ -1,10 +1,10 @@
 """CIFAR-10, AT with SGD: the paper's recipe for a ViT, Linf 8/255.
 
-    python -m vit_at.main --config=configs/cifar10_sgd.py
+    vit-at train cifar10_sgd
 
-It starts from weights pre-trained on ImageNet, which a ViT needs to become robust; :scratch goes
-without, model.pretrained=FILE takes others. The paper's code uses batch 64, its text 128. Cost: 40
-epochs of PGD-10, which is the work of 23 forward passes for each image of an epoch.
+A ViT becomes robust only from pre-trained weights, here of ImageNet; :scratch goes without, and
+--config.model.pretrained=FILE takes others. The paper's code uses batch 64, its text 128. An epoch
+of PGD-10 costs 23 forward passes an image.
 """
 
 from ml_collections import ConfigDict

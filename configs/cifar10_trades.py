@@ -1,6 +1,6 @@
 """CIFAR-10, TRADES (Zhang et al. 2019) with SGD, beta 6.
 
-    python -m vit_at.main --config=configs/cifar10_trades.py[:ard_prm]
+    vit-at train cifar10_trades[:ard_prm]
 
 No mixup or CutMix: TRADES needs plain labels. Its attack starts at 0.001 N(0, 1), normalised.
 """

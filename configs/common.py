@@ -1,12 +1,13 @@
-"""Config strings: ``--config=configs/cifar10_trades.py:model=deit_small_patch16_224,ard_prm``.
+"""The variants that every recipe has: ``cifar10_trades:model=deit_small_patch16_224,ard_prm``.
 
-Each comma-separated item is a variant from VARIANTS: a bare word, or a word with a value.
+Each comma-separated item is a variant of VARIANTS: a word, or a word with a value.
 """
 
-import difflib
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
+
+from vit_at.errors import UserError, nearest
 
 # The weights that the paper starts from, under their present names on the model hub. ViT-small of
 # depth 8 is only a file of timm 0.5's release, to be fetched by hand.
@@ -109,17 +110,17 @@ def apply_variants(
     own: bare variants of this recipe alone.
 
     Raises:
-      ValueError: an item that is no variant, or lacks or does not take a value.
+      UserError: an item that is no variant, or lacks or does not take a value.
     """
     known = VARIANTS | (own or {})
     for item in filter(None, variants.split(",")):
         word, equals, value = item.partition("=")
         if word not in known:
-            near = difflib.get_close_matches(word, known, n=2) or sorted(known)
-            raise ValueError(f"config variant '{word}' is unknown; use {' or '.join(near)}")
+            near = nearest(word, known)
+            raise UserError(f"config variant '{word}' is unknown; use {near}")
         if (word in TAKES_VALUE) != bool(value):
             usage = f"{word}=NAME" if word in TAKES_VALUE else f"{word} without a value"
-            raise ValueError(f"config variant '{item}' is malformed; write {usage}")
+            raise UserError(f"config variant '{item}' is malformed; write {usage}")
         known[word](config, *([value] if equals else []))
         config.name += "-" + (value or word)
     return config

@@ -2,8 +2,9 @@
 
 Mo et al., "When Adversarial Training Meets Vision Transformers", NeurIPS 2022 (arXiv 2210.07540).
 A recipe is this file plus a few overrides; a flag such as ``--config.threat.eps=0.0157`` overrides
-any field of either. Sizes of perturbations are in pixel units, images being in [0, 1]. Durations
-are in epochs unless the name says otherwise. A 0 or '' that means "derive it" says so.
+any field of either. Sizes of perturbations are in pixel units of images in [0, 1]. Durations are in
+epochs unless the name says otherwise. 'vit-at train RECIPE --help' shows these comments, so each
+must be understood alone; where 0 or '' stands for a derived value, it says so.
 """
 
 from ml_collections import ConfigDict
@@ -22,67 +23,66 @@ def get_config() -> ConfigDict:
     config.objective = "at"  # natural, at, trades or mart
     config.beta = 6.0  # weight of the robust term of TRADES and MART
     config.label_smoothing = 0.0  # mass moved from the label to all classes, in [0, 1)
-    config.epochs = 40
+    config.epochs = 40  # passes over the training split
     config.batch_size = 64  # images per update, over all devices
     config.accumulate_steps = 1  # micro-batches per update; the result does not depend on it
     config.ema_decay = 0.0  # of the averaged weights that are evaluated; 0: no averaging
+    config.log_every_steps = 10  # steps between two lines of metrics.jsonl
 
-    config.model = model = ConfigDict()
-    model.name = "vit_base_patch16_224"  # timm's name; see vit_at.models.NAMES
-    model.patch_size = 4  # 0: the one in the name
-    model.embed_dim = 0  # 0: the architecture's own; likewise the next three
-    model.depth = 0
-    model.num_heads = 0
-    model.mlp_ratio = 0.0
+    config.model = model = ConfigDict()  # the network, and the weights that it starts from
+    model.name = "vit_base_patch16_224"  # timm's name; 'vit-at models' lists them
+    model.patch_size = 4  # side of a patch in pixels; 0: the one in the name
+    model.embed_dim = 0  # width of a token; 0: the architecture's
+    model.depth = 0  # number of blocks; 0: the architecture's
+    model.num_heads = 0  # attention heads of a block; 0: the architecture's
+    model.mlp_ratio = 0.0  # hidden width of the MLP / embed_dim; 0: the architecture's
     model.qk_scale = 0.0  # of the attention logits; 0: head_dim ** -0.5
     model.drop_path = 0.0  # stochastic depth of the last block's attention; linear from 0
     model.remat = False  # a gradient computes blocks again instead of keeping them: less memory
-    model.pretrained = ""  # weights to start from; '': from scratch
+    model.pretrained = ""  # weights to start from: a file, hf:NAME or work directory; '': scratch
     model.allow_few_tokens = False  # permit a patch that leaves fewer than 16 tokens
 
-    config.data = data = ConfigDict()
+    config.data = data = ConfigDict()  # images and their augmentation
     data.name = "cifar10"  # 'digits', a TFDS name, or 'folder:PATH' of PATH/<split>/<class>/<image>
     data.dir = ""  # TFDS data directory; '': $TFDS_DATA_DIR or ~/tensorflow_datasets
-    data.train_split = "train"
-    data.test_split = "test"
+    data.train_split = "train"  # TFDS split to train on, such as train or train[:1000]
+    data.test_split = "test"  # TFDS split of the evaluation at the end
     data.validation_examples = 1000  # held out of the training split to choose the best checkpoint
     data.image_size = 32  # images are resized (squashed) to this square
     data.mean = CIFAR_MEAN  # per channel, in pixel units; as many channels are fed to the model
-    data.std = CIFAR_STD
+    data.std = CIFAR_STD  # per channel, in pixel units
     data.crop_padding = 4  # black pixels around an image before the random crop; 0: no crop
     data.flip = True  # random horizontal flip
     data.cache_gib = 4.0  # decoded sets up to this size stay in memory, larger ones are streamed
     data.threads = 0  # that read and decode; 0: one per core
 
-    config.mixing = mixing = (
-        ConfigDict()
-    )  # mixup and CutMix, before the attack; natural and AT only
+    config.mixing = mixing = ConfigDict()  # mixup and CutMix before the attack; natural, AT only
     mixing.probability = 0.3  # that a batch is mixed at all
     mixing.mixup_alpha = 0.8  # Beta(alpha, alpha) of mixup; 0: never
-    mixing.cutmix_alpha = 1.0  # likewise of CutMix
+    mixing.cutmix_alpha = 1.0  # Beta(alpha, alpha) of CutMix; 0: never
     mixing.cutmix_probability = 0.5  # that a mixed batch uses CutMix, where both are on
 
-    config.threat = threat = ConfigDict()
+    config.threat = threat = ConfigDict()  # the training attack, and the ball of all evaluations
     threat.norm = "linf"  # linf or l2
     threat.eps = 8 / 255  # radius of the ball
-    threat.step_size = 2 / 255
+    threat.step_size = 2 / 255  # of the training attack, and of PGD and CW in evaluation
     threat.steps = 10  # of the training attack
     threat.start = "random"  # random (AT: uniform; TRADES, MART: tiny Gaussian) or zero
     threat.eps_warmup_epochs = 0.0  # eps and step size grow linearly from 0 over these
 
-    config.masking = masking = ConfigDict()
+    config.masking = masking = ConfigDict()  # ARD and PRM, the paper's two methods
     masking.ard = False  # attention random dropping
     masking.prm = False  # perturbation random masking
     masking.warmup_epochs = 10.0  # over which the keep probability grows from 0 to keep_max
     masking.keep_max = 1.0  # keep probability after the warm-up
     masking.patch_size = 0  # side of PRM's patches in pixels; 0: the model's
 
-    config.optimizer = optimizer = ConfigDict()
+    config.optimizer = optimizer = ConfigDict()  # the update of the weights
     optimizer.name = "sgd"  # sgd or adamw
-    optimizer.learning_rate = 0.1
+    optimizer.learning_rate = 0.1  # at its peak
     optimizer.momentum = 0.9  # of SGD
-    optimizer.b1 = 0.9  # of AdamW, with b2
-    optimizer.b2 = 0.999
+    optimizer.b1 = 0.9  # of AdamW: decay of the mean gradient
+    optimizer.b2 = 0.999  # of AdamW: decay of the mean squared gradient
     optimizer.weight_decay = 1e-4  # on all parameters
     optimizer.clip_norm = 1.0  # global gradient norm, before weight decay; 0: no clipping
     optimizer.schedule = "step"  # step, cosine, cyclic or constant
@@ -90,7 +90,7 @@ def get_config() -> ConfigDict:
     optimizer.drop_factor = 0.1  # step: by this factor each time
     optimizer.warmup_epochs = 0.0  # linear warm-up from 0; cyclic: where the peak is
 
-    config.eval = evaluation = ConfigDict()
+    config.eval = evaluation = ConfigDict()  # what is measured, when and on what
     evaluation.every_epochs = 1  # between robust validations, also at the end; 0: never
     evaluation.validation_attack = "pgd-10"  # what validation runs beside clean accuracy
     evaluation.attacks = "clean,cw-20,pgd-20,pgd-100,autoattack"  # on the test split at the end
@@ -98,10 +98,8 @@ def get_config() -> ConfigDict:
     evaluation.batch_size = 256  # over all devices
     evaluation.checkpoint = "best"  # which weights are tested: best (on validation) or last
 
-    config.checkpoint = checkpoint = ConfigDict()
-    checkpoint.every_minutes = 10.0  # besides one at each end of an epoch; 0: none by the clock
-    checkpoint.every_steps = 0  # likewise, by steps
+    config.checkpoint = checkpoint = ConfigDict()  # when the state is saved
+    checkpoint.every_minutes = 10.0  # between checkpoints within an epoch; 0: none by the clock
+    checkpoint.every_steps = 0  # between checkpoints within an epoch; 0: none by steps
     checkpoint.keep = 2  # checkpoints kept beside the best one
-
-    config.log_every_steps = 10  # steps between two lines of metrics.jsonl
     return config.lock()

@@ -1,6 +1,6 @@
 """ImageNet-1k, AT of ViT-B with SGD, Linf 4/255: the paper's 68.4 % clean, 34.4 % AutoAttack.
 
-    python -m vit_at.main --config=configs/imagenet_vit_b.py
+    vit-at train imagenet_vit_b
 
 10 epochs, batch 512, PGD-5, ARD and PRM over the first 2 epochs, from ImageNet-21k weights.
 """

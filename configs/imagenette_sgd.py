@@ -1,6 +1,6 @@
 """Imagenette (v1, ten ImageNet classes) at 224 pixels, AT with SGD, Linf 8/255: the paper's.
 
-python -m vit_at.main --config=configs/imagenette_sgd.py
+vit-at train imagenette_sgd
 """
 
 from ml_collections import ConfigDict

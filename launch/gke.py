@@ -5,9 +5,9 @@
     launch/gke.py gpu --image=IMAGE --hosts=4 [--dry_run] -- ARGS
     kubectl delete jobset vit-at                                # to tear down
 
-ARGS are those of vit_at.main; --workdir must be a bucket or a volume that all pods share. The image
-holds this project with JAX for the accelerator. On TPUs a host has four chips, and JAX finds the
-other hosts by itself; on GPUs they are told by flags.
+ARGS are those of 'vit-at train'; --workdir must be a bucket or a volume that all pods share. The
+image holds this project with JAX for the accelerator. On TPUs a host has four chips and JAX finds
+the other hosts; on GPUs, flags name the coordinator.
 """
 
 import argparse
@@ -46,7 +46,9 @@ def render(options: argparse.Namespace) -> str:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = argparse.ArgumentParser(prog="launch/gke.py", description="A run as a JobSet on GKE.")
+    parser = argparse.ArgumentParser(
+        prog="launch/gke.py", description="A run as a JobSet on GKE.", allow_abbrev=False
+    )
     add = parser.add_argument
     add("kind", choices=("tpu", "gpu"))
     add("--image", required=True)

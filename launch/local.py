@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Starts n processes of one run on this machine, over loopback: a pod in small.
+"""Starts n processes of one run on this machine, to try a multi-process run without a pod.
 
     launch/local.py -n 2 -- --config=configs/digits_sgd.py --workdir=runs/two
     launch/local.py -n 2 --module=vit_at.evaluate -- runs/two --attacks=clean,pgd-20
 
-What stands after ``--`` goes to every process. A signal goes on to all; once one process has failed
-the others get ``--grace`` seconds to end by themselves. The exit status is that of the first to
-fail. ``--devices`` gives each process so many virtual CPU devices.
+Arguments after ``--`` go to every process, and signals are passed on to all. When a process fails,
+the others are killed after ``--grace`` seconds; the exit status is that of the first failure.
+``--devices`` sets the number of virtual CPU devices of each process.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.devices:
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options.devices)}
         environment.pop("XLA_FLAGS", None)
-    # Sessions of their own: ctrl-C then reaches each of them once, from here.
+    # In sessions of their own, so that Ctrl-C reaches each of them only once, from here.
     running = [
         subprocess.Popen(command, env=environment, start_new_session=True) for command in commands
     ]
@@ -86,7 +86,9 @@ def _free_port() -> int:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(
-        prog="launch/local.py", description="Several processes of one run, on this machine."
+        prog="launch/local.py",
+        description="Several processes of one run, on this machine.",
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("-n", "--num_processes", type=int, required=True)

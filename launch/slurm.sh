@@ -31,7 +31,7 @@ else
   read -ra words <<<"$run" && words+=("$@")
 fi
 "${words[@]}" || status=$?
-# 0: done; 1 to 3: the same command would end the same way. Else it was interrupted.
+# 0: done; 1 to 3: an error that a restart would only repeat; others: interrupted.
 case $status in 0 | 1 | 2 | 3) exit "$status" ;; esac
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 scontrol requeue "${job:-$SLURM_JOB_ID}"

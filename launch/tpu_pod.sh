@@ -4,8 +4,8 @@
 #     launch/tpu_pod.sh [--dry_run] create | setup | run ARGS... | delete
 #     launch/tpu_pod.sh [--dry_run] all ARGS...       # these in turn, until the run has ended
 #
-# ARGS are those of vit_at.main; --workdir must be a bucket (gs://...), as the slice's disks go with
-# it. Settings from the environment, and their defaults:
+# ARGS are those of 'vit-at train'; --workdir must be a bucket (gs://...), as the disks are deleted
+# with the slice. Settings from the environment, and their defaults:
 #     NAME=vit-at ZONE=us-west4-a ACCELERATOR=v5litepod-64 VERSION=v2-alpha-tpuv5-lite SPOT=1
 #     DATA_BUCKET=          a bucket to be mounted on all workers as ~/data, read-only (by gcsfuse)
 # (v6e: ACCELERATOR=v6e-64 VERSION=v2-alpha-tpuv6e). The gcloud command line must be logged in.
@@ -68,7 +68,7 @@ all() {
     create && setup || status=75 # lost before it began
     if [ "$status" = 0 ]; then run "$@" || status=$?; fi
     delete
-    # 0: done; 1 to 3: the same command would end the same way. Else it was interrupted.
+    # 0: done; 1 to 3: an error that a restart would only repeat; others: interrupted.
     case $status in 0 | 1 | 2 | 3) return "$status" ;; esac
     echo "status $status: again on a new slice, from the last checkpoint" >&2
   done

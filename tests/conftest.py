@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -10,10 +9,9 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 import jax
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
-from vit_at.flags import parse_flags
+from vit_at import main
+from vit_at.errors import one_sentence_errors
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -24,16 +22,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 @pytest.fixture
 def parse(monkeypatch):
-    """``parse(*arguments)`` -> the configuration, by fresh flags such as vit_at.main defines."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, flag_values=values)
-    flags.DEFINE_string("workdir", "", "", flag_values=values)
-    monkeypatch.setattr(flags, "FLAGS", values)
+    """``parse(*arguments)`` -> the configuration, as ``vit-at train`` reads its arguments."""
     monkeypatch.chdir(ROOT)
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["main", *arguments])
-        assert parse_flags(sys.argv) == ["main"]
-        return values.config
+        with one_sentence_errors():
+            return main.parse(arguments)[0]
 
     return run

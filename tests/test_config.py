@@ -1,6 +1,5 @@
 """Recipes, variants and validation: what is refused, and that the sentence says how to mend it."""
 
-import importlib
 import pathlib
 import re
 
@@ -10,18 +9,17 @@ from ml_collections import ConfigDict
 from vit_at.configs import common, default, digits_sgd
 
 from vit_at import config as configuration
+from vit_at import configs
 from vit_at.config import field_names
 from vit_at.errors import UserError
 from vit_at.models.build import build
 
 ROOT = pathlib.Path(__file__).parent.parent
-RECIPES = sorted(
-    path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "common")
-)
+RECIPES = ["default", *(name for name in configs.names() if "/" not in name)]
 
 
 def recipe(name: str) -> ConfigDict:
-    return importlib.import_module(f"configs.{name}").get_config()
+    return default.get_config() if name == "default" else configs.load(name)
 
 
 def changed(**changes) -> ConfigDict:
@@ -194,7 +192,7 @@ def test_every_bare_variant_gives_a_valid_config(variant):
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "default"])
 def test_every_recipe_has_a_smoke_variant_that_needs_no_data(name):
-    config = importlib.import_module(f"configs.{name}").get_config("smoke")
+    config = configs.load(f"{name}:smoke")
     configuration.validate(config)
     assert config.data.name == "digits"
     assert config.model.pretrained == ""
@@ -216,6 +214,47 @@ def test_every_recipe_has_a_smoke_variant_that_needs_no_data(name):
 def test_a_mistaken_variant_is_refused_with_the_nearest(variants, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         digits_sgd.get_config(variants)
+
+
+# --- Recipes by name --------------------------------------------------------------------------
+
+
+def test_every_file_of_a_recipe_is_found_by_name():
+    """So that a new file can't be left out: only these are no recipes."""
+    files = {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.py")}
+    others = {
+        "__init__.py",
+        "common.py",
+        "default.py",
+        "fields.py",
+        "study/__init__.py",
+        "study/base.py",
+    }
+    assert {str(path) for path in files} - others == {f"{name}.py" for name in configs.names()}
+
+
+@pytest.mark.parametrize("name", configs.names())
+def test_a_recipe_is_the_same_by_name_and_by_file(name):
+    by_name, by_file = (configs.load(r) for r in (name, str(ROOT / "configs" / f"{name}.py")))
+    assert by_name.to_dict() == by_file.to_dict()
+    assert configs.find(name).__name__ == f"vit_at.configs.{name.replace('/', '.')}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("digits_sdg", "'digits_sdg' is unknown; the nearest are digits_sgd"),
+        ("masking:cpu", "'masking' is unknown; the nearest are study/masking"),
+        ("base", "'base' is unknown"),
+        ("configs/digits_sdg.py", "there is no such file"),
+        ("digits_sgd:ardd", "config variant 'ardd' is unknown; use ard"),
+        ("study/masking:cpu,gpu", "'cpu' and 'gpu' exclude each other"),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_refused_with_the_nearest(recipe, said):
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        configs.load(recipe)
+    assert "\n" not in str(caught.value)
 
 
 # --- JSON -------------------------------------------------------------------------------------

@@ -7,20 +7,18 @@ import pathlib
 import shutil
 import string
 import struct
-import sys
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from absl import flags, logging
+from absl import logging
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from PIL import Image
 from vit_at.configs import digits_sgd
 
-from vit_at import flags as command_flags
-from vit_at import weights
+from vit_at import main, weights
 from vit_at.config import field_names, validate
 from vit_at.data import backends, sources
 from vit_at.errors import UserError, one_sentence_errors
@@ -105,15 +103,8 @@ def _get(config, field):
 )
 @FUZZ
 def test_any_flag(field, value):
-    fresh = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, flag_values=fresh)
-    before = flags.FLAGS, sys.argv
-    flags.FLAGS = fresh
-    sys.argv = ["main", f"--config={ROOT}/configs/digits_sgd.py", f"--config.{field}={value}"]
-    try:
-        works_or_is_refused(lambda: command_flags._parse(list(sys.argv)))
-    finally:
-        flags.FLAGS, sys.argv = before
+    words = [f"--config={ROOT}/configs/digits_sgd.py", f"--config.{field}={value}"]
+    works_or_is_refused(lambda: main.parse(words))
 
 
 # --- Weight files -----------------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""What a configuration may hold.
+"""The schema of a configuration.
 
-``validate`` checks a configuration before anything is created: a value that is unknown, out of
-range, or at odds with another is refused in one sentence that names the field, the value, what is
-allowed and what to do.
+``validate`` refuses unknown, out-of-range and contradictory values before any file is written, in
+one sentence with the field, its value, the allowed values and the remedy.
 """
 
 import json
@@ -93,13 +92,12 @@ _TESTS: dict[str, Callable[[float], bool]] = {
 }
 
 
-# Fields that a ``config.json`` may lack, as it was written before they existed, with the value that
-# means what runs did then.
+# Fields that older ``config.json`` files lack, with the value that describes those runs.
 ADDED = {"sharding": "replicated", "model.remat": False, "checkpoint.every_steps": 0}
 
 
 def with_added(stored: dict[str, Any]) -> dict[str, Any]:
-    """A stored configuration with the fields that it is too old to have."""
+    """Adds the fields of ADDED that a stored configuration lacks, in place."""
     for field, value in ADDED.items():
         *groups, name = field.split(".")
         group = stored
@@ -255,7 +253,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""What a command says on the terminal: messages, a progress bar, numbers in words."""
+"""What a command prints on the terminal: messages, a progress bar, numbers in words."""
 
 import logging as standard_logging
 import math
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 class _Plain(standard_logging.Formatter):
-    """Messages of a run are read by people: no time stamps, no file names."""
+    """Log messages without time stamps and file names."""
 
     def format(self, record: standard_logging.LogRecord) -> str:
         prefix = "" if record.levelno <= standard_logging.INFO else f"{record.levelname.lower()}: "
@@ -20,7 +20,7 @@ class _Plain(standard_logging.Formatter):
 
 def quiet_logging() -> None:
     """Shows our own messages, and other libraries' from warnings up."""
-    if not flags.FLAGS.is_parsed():  # by argparse instead; absl would warn of it
+    if not flags.FLAGS.is_parsed():  # argparse parses; absl would warn
         flags.FLAGS.mark_as_parsed()
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
@@ -30,7 +30,7 @@ def quiet_logging() -> None:
 
 
 def _ours(record: standard_logging.LogRecord) -> bool:
-    """Orbax raises what it logs, and a sentence of ours then says it."""
+    """Whether to show a record: not Orbax's, whose errors are raised too and then printed once."""
     if "orbax" in record.pathname:
         return False
     return "vit_at" in record.pathname or record.levelno > standard_logging.INFO

@@ -1,13 +1,15 @@
 """Clean, PGD-n, CW-n and AutoAttack accuracy of a work directory or an export.
 
-    python -m vit_at.evaluate runs/cifar10_sgd --attacks=clean,pgd-20,cw-20
+    vit-at evaluate runs/cifar10_sgd --attacks=clean,pgd-20,cw-20
 
 Each result is stored with its protocol in ``results.json``, the outcome of each image in
 ``per_example.npz``.
 """
 
 import argparse
+import inspect
 import sys
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +19,12 @@ from ml_collections import ConfigDict
 
 from vit_at import models
 from vit_at.attacks import Threat
+from vit_at.cli import add_process_arguments, join_processes
 from vit_at.config import validate
 from vit_at.console import quiet_logging
 from vit_at.data import sources
 from vit_at.distributed import devices, processes, sharding
-from vit_at.errors import UserError, one_sentence_errors
+from vit_at.errors import Parser, UserError, one_sentence_errors
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store, select
 from vit_at.evaluation.protocol import parse_attacks
 from vit_at.reporting.exported import DESCRIPTION_FILE, load_exported
@@ -39,30 +42,6 @@ def fraction(text: str) -> float:
         raise ValueError(f"'{text}' divides by 0") from error
 
 
-def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m vit_at.evaluate",
-        description="Evaluates a work directory or an export; adds to its results.json.",
-    )
-    add = parser.add_argument
-    add("workdir", help="a directory that python -m vit_at.main or vit_at.export has written")
-    add("--attacks", default="clean,pgd-20", help="comma-separated: clean, pgd-N, cw-N, autoattack")
-    add("--checkpoint", default="best", choices=("best", "last"))
-    add("--split", default="", help="such as test or test[:1000]; default: the configuration's")
-    add("--num_examples", type=int, default=0, help="the first so many images; 0: all")
-    add("--norm", default="", choices=("linf", "l2"), help="default: as trained, likewise below")
-    add("--eps", type=fraction, help="in pixel units of images in [0, 1], such as 8/255")
-    add("--step_size", type=fraction, help="likewise")
-    add("--restarts", type=int, default=1)
-    add("--batch_size", type=int, default=0, help="over all devices")
-    add("--seed", type=int, default=0, help="of the random starts")
-    add("--data_dir", default="", help="TFDS data directory")
-    add("--coordinator", default="", help="HOST:PORT of process 0, of a run of several processes")
-    add("--num_processes", type=int, default=0, help="their number; 0: what the cluster says")
-    add("--process_id", type=int, default=-1, help="this one's, from 0")
-    return parser.parse_args(arguments)
-
-
 def _load(directory: epath.Path, checkpoint: str) -> tuple[Trained, str]:
     """The weights of a work directory or of an export, and which they are."""
     if (directory / DESCRIPTION_FILE).exists():
@@ -70,69 +49,133 @@ def _load(directory: epath.Path, checkpoint: str) -> tuple[Trained, str]:
     return load_trained(directory, checkpoint), checkpoint
 
 
-def evaluate_workdir(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Evaluates a work directory as the command line says; returns the records."""
-    trained, which = _load(epath.Path(options.workdir), options.checkpoint)
+def evaluate(
+    source: epath.PathLike,
+    attacks: str = "clean,pgd-20",
+    *,
+    checkpoint: str = "best",
+    split: str = "",
+    num_examples: int = 0,
+    norm: str = "",
+    eps: float | None = None,
+    step_size: float | None = None,
+    restarts: int = 1,
+    batch_size: int = 0,
+    seed: int = 0,
+    data_dir: str = "",
+) -> list[dict[str, Any]]:
+    """Measures the accuracy of a work directory or an export under attacks.
+
+    A result that ``results.json`` has under the same protocol is not measured again.
+
+    Args:
+      source: a directory that ``vit_at.train`` or the export has written.
+      attacks: comma-separated: clean, pgd-N, cw-N, autoattack.
+      checkpoint: 'best' or 'last'; of a work directory.
+      split: such as 'test[:1000]'; '': the configuration's.
+      num_examples: the first so many images of it; 0: all.
+      norm, eps, step_size: of the attacks, in pixel units of images in [0, 1]; '' and None: as in
+        training.
+      restarts: random starts of PGD and CW; an image counts as robust if all of them fail.
+      batch_size: over all devices; 0: the configuration's.
+      seed: of the random starts.
+      data_dir: TFDS data directory; '': the configuration's.
+
+    Returns:
+      One record for each attack, as in ``results.json``: accuracy, standard error, protocol.
+
+    Raises:
+      UserError: a directory, data set or option that can't be used.
+    """
+    workdir = epath.Path(source)
+    trained, which = _load(workdir, checkpoint)
     config = ConfigDict(trained.config).unlock()
-    config.data.dir = options.data_dir or config.data.dir
-    if options.norm not in ("", config.threat.norm) and options.eps is None:
-        raise UserError(
-            f"--norm is {options.norm}, but the run was trained under {config.threat.norm}, whose "
-            "eps means something else; give --eps and --step_size too"
-        )
-    config.threat.norm = options.norm or config.threat.norm
-    for name in ("eps", "step_size"):
-        if getattr(options, name) is not None:
-            config.threat[name] = getattr(options, name)
-    config.eval.batch_size = options.batch_size or config.eval.batch_size
+    _set_threat(config.threat, norm, eps, step_size)
+    config.data.dir = data_dir or config.data.dir
+    config.eval.batch_size = batch_size or config.eval.batch_size
     validate(config)
-    if options.restarts < 1:
-        raise UserError(f"--restarts is {options.restarts}; it must be 1 or more")
+    if restarts < 1:
+        raise UserError(f"--restarts is {restarts}; it must be 1 or more")
     mesh = sharding.make_mesh()
     sharding.check_batch_size("--batch_size", config.eval.batch_size, mesh)
-    threat = Threat.of(config.threat)
-    attacks = parse_attacks(options.attacks, threat, options.restarts)
-    split = options.split or config.data.test_split
-    examples = sources.load(config.data, split, threads=config.data.threads)
-    examples = select(examples, options.num_examples)
-    apply = models.classifier(trained.model, config.data.mean, config.data.std)
+    parsed = parse_attacks(attacks, Threat.of(config.threat), restarts)
+    threads = config.data.threads
+    examples = sources.load(config.data, split or config.data.test_split, threads=threads)
+    examples = select(examples, num_examples)
     evaluator = Evaluator(
-        apply,
+        models.classifier(trained.model, config.data.mean, config.data.std),
         examples,
-        attacks,
+        parsed,
         mesh,
         batch_size=config.eval.batch_size,
-        seed=options.seed,
-        threads=config.data.threads,
+        seed=seed,
+        threads=threads,
     )
     weights = {"checkpoint": which, "step": trained.values["step"]}
-    workdir = epath.Path(options.workdir)
     with disk_errors(workdir), locked(workdir, "evaluation"):
         return evaluate_and_store(
-            evaluator,
-            trained.params,
-            examples,
-            Results(workdir),
-            seed=options.seed,
-            weights=weights,
+            evaluator, trained.params, examples, Results(workdir), seed=seed, weights=weights
         )
+
+
+def _set_threat(threat: ConfigDict, norm: str, eps: float | None, step_size: float | None) -> None:
+    """Changes the threat of training to the one that is asked for."""
+    if norm not in ("", threat.norm) and eps is None:
+        raise UserError(
+            f"--norm is {norm}, but the run was trained under {threat.norm}, whose eps means "
+            "something else; give --eps and --step_size too"
+        )
+    threat.norm = norm or threat.norm
+    threat.eps = threat.eps if eps is None else eps
+    threat.step_size = threat.step_size if step_size is None else step_size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command: arguments of ``evaluate``, and those of processes."""
+    add = parser.add_argument
+    add("source", metavar="WORKDIR", help="what 'vit-at train' or 'vit-at export' has written")
+    add("--attacks", default="clean,pgd-20", help="comma-separated: clean, pgd-N, cw-N, autoattack")
+    add("--checkpoint", default="best", choices=("best", "last"))
+    add("--split", default="", help="such as test or test[:1000]; default: the configuration's")
+    add("--num_examples", type=int, default=0, help="the first so many images; 0: all")
+    add("--norm", default="", choices=("linf", "l2"), help="default: as trained, likewise below")
+    add("--eps", type=fraction, help="in pixel units of images in [0, 1], such as 8/255")
+    add("--step_size", type=fraction, help="in the same units")
+    add("--restarts", type=int, default=1, help="random starts of PGD and CW")
+    add("--batch_size", type=int, default=0, help="over all devices")
+    add("--seed", type=int, default=0, help="of the random starts")
+    add("--data_dir", default="", help="TFDS data directory")
+    add_process_arguments(parser)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status, 2 for a mistake of the user's."""
+    """Evaluates; returns the exit status, 2 for a mistake of the user's."""
     quiet_logging()
-    options = _parse_arguments(arguments)
+    parser = Parser(prog="vit-at evaluate", description=__doc__)
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
     shares = max(1, options.num_processes)
-    devices.set_up(*([options.batch_size // shares] if options.batch_size else []))
+    batch_sizes = [options.batch_size // shares] if options.batch_size else []
+    devices.set_up(*batch_sizes, cache=options.compilation_cache)
     with one_sentence_errors():
-        processes.start(options.coordinator, options.num_processes, options.process_id)
+        join_processes(options)
         with processes.together():
             processes.end_on_sigterm()  # there is nothing to save
-            records = evaluate_workdir(options)
+            names = inspect.signature(evaluate).parameters
+            records = evaluate(**{name: getattr(options, name) for name in names})
             if jax.process_index() == 0:
                 print(table(records))
     return 0
 
+
+class _Callable(types.ModuleType):
+    """Lets ``vit_at.evaluate`` be called, as it is this module once this has been imported."""
+
+    def __call__(self, *args: Any, **options: Any) -> list[dict[str, Any]]:
+        return evaluate(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,8 +1,8 @@
-"""A work directory -> weights for PyTorch, with a description for leaderboards.
+"""Writes the weights of a run for PyTorch, with a description for leaderboards.
 
-    python -m vit_at.export runs/NAME [--checkpoint=best|last] [--output=DIR]
+    vit-at export runs/NAME [--checkpoint=best|last] [--output=DIR]
 
-writes ``model.safetensors``, ``model.json`` and a ``README.md`` that says how to load them.
+The files are ``model.safetensors``, ``model.json`` and a ``README.md`` that says how to load them.
 """
 
 import argparse
@@ -10,20 +10,22 @@ import sys
 from collections.abc import Sequence
 
 from vit_at.console import quiet_logging
-from vit_at.errors import one_sentence_errors
+from vit_at.errors import Parser, one_sentence_errors
 from vit_at.reporting.exported import DESCRIPTION_FILE, export_workdir
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    add = parser.add_argument
+    add("workdir", metavar="WORKDIR", help="a directory that 'vit-at train' has written")
+    add("--checkpoint", choices=("best", "last"), default="best")
+    add("--output", default="", metavar="DIR", help="default: WORKDIR/export")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status, 2 for a mistake of the user's."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vit_at.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("workdir", help="a directory that python -m vit_at.main has written")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best")
-    parser.add_argument("--output", default="", help="directory; default: WORKDIR/export")
+    """Exports; returns the exit status, 2 for a mistake of the user's."""
+    parser = Parser(prog="vit-at export", description=__doc__)
+    add_arguments(parser)
     options = parser.parse_args(arguments)
     quiet_logging()
     with one_sentence_errors():

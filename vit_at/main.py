@@ -1,62 +1,70 @@
-"""Adversarial training from the command line; a second start of the same command resumes.
+"""Adversarial training; a second start of the same command resumes the run.
 
-python -m vit_at.main --config=configs/cifar10_sgd.py [--config.FIELD=VALUE ...] [--workdir=DIR]
+    vit-at train RECIPE [--config.FIELD=VALUE ...] [--workdir=DIR]
+    vit-at train digits_sgd:ard_prm --config.threat.eps=0.1
+    vit-at train RECIPE --help               lists every field with its value in this recipe
+
+RECIPE is the name of an installed recipe ('vit-at recipes' lists them) or a file, with variants.
+The same command from a checkout: python -m vit_at.main --config=configs/digits_sgd.py:ard_prm
 """
 
+import argparse
 import os
 import signal
+import sys
 from collections.abc import Sequence
 
 import jax
-from absl import app, flags, logging
+from absl import logging
 from etils import epath
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
+from vit_at import configs
+from vit_at.cli import add_process_arguments, join_processes
+from vit_at.configs import default, fields
 from vit_at.console import quiet_logging
 from vit_at.distributed import devices, processes
-from vit_at.errors import one_sentence_errors
-from vit_at.flags import parse_flags
+from vit_at.errors import Parser, UserError, one_sentence_errors
 from vit_at.training.loop import Diverged, Interrupted, train
 from vit_at.workdir.results import table
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File of the recipe, and its variants.")
-_WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept; default runs/<config name>.")
-_CACHE = flags.DEFINE_string(
-    "compilation_cache",
-    devices.CACHE,
-    "Directory that keeps compiled programs for the next start; '': none.",
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "HOST:PORT of process 0, for several processes outside of a known cluster."
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", 0, "How many processes; 0: what the TPU pod, Slurm or Kubernetes says."
-)
-_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "This process's number, from 0.")
-_WAIT = flags.DEFINE_integer("wait_seconds", 300, "How long to wait for the other processes.")
-_REPORT = flags.DEFINE_bool("report", True, "Write WORKDIR/report/index.html at the end.")
 EXIT_DIVERGED = 3
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs; see docs/reliability.md for the exit status."""
-    del arguments
-    quiet_logging()
-    config, shares = _CONFIG.value, max(1, _NUM_PROCESSES.value)
-    micro_batch = config.batch_size // (shares * max(1, config.accumulate_steps))
-    devices.set_up(micro_batch, config.eval.batch_size // shares, cache=_CACHE.value)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command; ``--config.FIELD=VALUE`` is read by ``fields.override``."""
+    add = parser.add_argument
+    add("recipe", nargs="?", default="", metavar="RECIPE", help="such as digits_sgd or mine.py")
+    add("--config", default="", metavar="RECIPE", help="the same, as an option")
+    add("--workdir", default="", metavar="DIR", help="default: runs/<config name>")
+    add(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="WORKDIR/report/index.html",
+    )
+    add_process_arguments(parser)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains; returns the exit status, see docs/reliability.md."""
     with one_sentence_errors():
-        processes.start(
-            _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, seconds=_WAIT.value
-        )
+        config, options = parse(sys.argv[1:] if arguments is None else arguments)
+    quiet_logging()
+    shares = max(1, options.num_processes)
+    micro_batch = config.batch_size // (shares * max(1, config.accumulate_steps))
+    cache = options.compilation_cache
+    devices.set_up(micro_batch, config.eval.batch_size // shares, cache=cache)
+    with one_sentence_errors():
+        join_processes(options)
         with processes.together():
-            return _train()
+            return _train(config, options)
 
 
-def _train() -> int:
-    workdir = epath.Path(_WORKDIR.value or os.path.join("runs", _CONFIG.value.name))
+def _train(config: ConfigDict, options: argparse.Namespace) -> int:
+    workdir = epath.Path(options.workdir or os.path.join("runs", config.name))
     try:
-        records = train(_CONFIG.value, workdir)
+        records = train(config, workdir)
     except Interrupted as interruption:
         return interruption.exit_status
     except KeyboardInterrupt:  # outside the loop, or the second one
@@ -70,7 +78,7 @@ def _train() -> int:
     if jax.process_index() == 0:
         print(table(records))
         print(f"results: {workdir / 'results.json'}")
-        if _REPORT.value:
+        if options.report:
             # Imported only here: the start of a run should not wait for matplotlib.
             from vit_at.reporting.page import write_after_training
 
@@ -79,5 +87,34 @@ def _train() -> int:
     return 0
 
 
+def parse(arguments: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
+    """The configuration and the other options.
+
+    Raises:
+      UserError: a recipe, field or value that can't be used.
+      SystemExit: an unknown option (status 2, one sentence), or --help (0).
+    """
+    known = (f"config.{field}" for field in fields.meanings())
+    parser = Parser(prog="vit-at train", description=__doc__, more_options=known, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="options and fields")
+    add_arguments(parser)
+    overrides = [word for word in arguments if word.startswith(fields.FLAG)]
+    options = parser.parse_args([word for word in arguments if word not in overrides])
+    if options.recipe and options.config:
+        raise UserError(f"'{options.recipe}' is no flag; write --config.FIELD=VALUE to set a field")
+    recipe = options.recipe or options.config
+    if not (recipe or options.help):
+        raise UserError(
+            "no recipe is given; name one, such as 'vit-at train digits_sgd' or "
+            "--config=configs/digits_sgd.py; 'vit-at recipes' lists them"
+        )
+    config = configs.load(recipe) if recipe else default.get_config()
+    config = fields.override(config, overrides)
+    if options.help:
+        print(f"{parser.format_help()}\n{fields.describe(config)}")
+        sys.exit(0)
+    return config, options
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    sys.exit(main())

@@ -1,10 +1,10 @@
-"""Work directories -> one HTML page that needs nothing else: no network, no scripts, no files.
+"""Writes runs as one HTML page that needs no network, no scripts and no other files.
 
-    python -m vit_at.report runs/NAME                    # writes runs/NAME/report/index.html
-    python -m vit_at.report runs/A runs/B --out=page.html
-    python -m vit_at.report results/digits_sgd --out=table.md    # only the table, as Markdown
+    vit-at report runs/NAME                         # writes runs/NAME/report/index.html
+    vit-at report runs/A runs/B --out=page.html
+    vit-at report runs/A runs/B --out=table.md      # only the table, as Markdown
 
-A directory that is no work directory stands for those right inside it.
+A directory that holds work directories stands for all of them.
 """
 
 import argparse
@@ -12,19 +12,20 @@ import sys
 from collections.abc import Sequence
 
 from vit_at.console import quiet_logging
-from vit_at.errors import one_sentence_errors
+from vit_at.errors import Parser, one_sentence_errors
 from vit_at.reporting.page import write
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status, 2 for a mistake of the user's."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vit_at.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
-    parser.add_argument("--out", default="", help="file: .html, or .md for the table alone")
+    parser.add_argument("--out", default="", metavar="FILE", help=".html, or .md: only the table")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the report; returns the exit status, 2 for a mistake of the user's."""
+    parser = Parser(prog="vit-at report", description=__doc__)
+    add_arguments(parser)
     options = parser.parse_args(arguments)
     quiet_logging()
     with one_sentence_errors():

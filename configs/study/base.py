@@ -16,6 +16,8 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 from vit_at.configs import cifar10_sgd, common, digits_sgd
 
+from vit_at.errors import UserError
+
 SEEDS = (0, 1, 2)
 Variants = dict[str, Callable[[ConfigDict], None]]
 
@@ -48,12 +50,12 @@ def start(question: str, variants: str, own: Variants | None = None) -> ConfigDi
       own: bare variants of this study alone.
 
     Raises:
-      ValueError: two sizes, or a variant that is unknown.
+      UserError: two sizes, or an unknown variant.
     """
     items = [item for item in variants.split(",") if item]
     sizes = [item for item in items if item in SIZES]
     if len(sizes) > 1:
-        raise ValueError(f"config variants '{sizes[0]}' and '{sizes[1]}' exclude each other")
+        raise UserError(f"config variants '{sizes[0]}' and '{sizes[1]}' exclude each other")
     size = sizes[0] if sizes else "cpu"
     config = SIZES[size]()
     config.name = f"study_{question}-{size}"

@@ -23,6 +23,13 @@ def data_config(name, directory="") -> ConfigDict:
     return ConfigDict({"name": name, "dir": str(directory), **fields})
 
 
+def status_of(*arguments) -> int:
+    """The exit status of the command where it refuses."""
+    with pytest.raises(SystemExit) as ended:
+        prepare.main(arguments)
+    return ended.value.code
+
+
 @pytest.fixture
 def tfrecords(tmp_path):
     """The digits in tfrecord format, as an older TFDS would have prepared them."""
@@ -85,14 +92,14 @@ def test_what_is_ready_is_left_alone(tmp_path, capsys):
 
 def test_missing_tensorflow_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert prepare.main(["cifar100", f"--data_dir={tmp_path}"]) == 2
+    assert status_of("cifar100", f"--data_dir={tmp_path}") == 2
     error = capsys.readouterr().err
     assert "pip install 'vit_at[prepare]'" in error
     assert error.count("\n") == 1
 
 
 def test_unknown_name(tmp_path, capsys):
-    assert prepare.main(["cifar1000", f"--data_dir={tmp_path}"]) == 2
+    assert status_of("cifar1000", f"--data_dir={tmp_path}") == 2
     assert "near: cifar100" in capsys.readouterr().err
 
 
@@ -137,7 +144,7 @@ def test_download_asks_for_array_record(tmp_path, monkeypatch):
 )
 def test_a_failing_download_is_one_sentence(tmp_path, monkeypatch, capsys, error):
     monkeypatch.setattr(tfds, "builder", FakeBuilder(error))
-    assert prepare.main(["cifar100", f"--data_dir={tmp_path}"]) == 2
+    assert status_of("cifar100", f"--data_dir={tmp_path}") == 2
     message = capsys.readouterr().err
     assert "cifar100 could not be prepared in" in message
     assert message.endswith(" ".join(str(error).split()) + "\n")
@@ -148,5 +155,5 @@ def test_help_and_imports(capsys):
     with pytest.raises(SystemExit) as exit_status:
         prepare.main(["--help"])
     assert exit_status.value.code == 0
-    assert "python -m vit_at.prepare cifar10" in capsys.readouterr().out
+    assert "vit-at prepare cifar10" in capsys.readouterr().out
     assert "tensorflow" not in sys.modules

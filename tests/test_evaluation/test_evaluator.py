@@ -291,7 +291,7 @@ def test_exported_weights_are_evaluated_like_the_work_directory(workdir, tmp_pat
         (["--restarts=0"], "--restarts is 0"),
         (["--batch_size=10"], "--batch_size is 10, which 4 devices"),
         (["--checkpoint=newest"], "invalid choice: 'newest'"),
-        (["--atacks=clean"], "unrecognized arguments: --atacks=clean"),
+        (["--atacks=clean"], "'atacks' is unknown; the nearest are --attacks"),
     ],
 )
 def test_a_mistake_ends_with_status_2_and_one_sentence(workdir, capsys, arguments, said):
