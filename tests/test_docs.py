@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from vit_at import models
-from vit_at.config import validate
 from vit_at.reporting import study, sweep
+from vit_at.training import objectives
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -90,7 +90,7 @@ def test_there_are_commands_to_test():
 @pytest.mark.parametrize("command", [c for c in commands() if "-m vit_at.main" in c])
 def test_training_commands_give_a_valid_configuration(command, parse):
     words = shlex.split(command)[3:]
-    validate(parse(*(word for word in words if word.startswith(("--config", "--workdir")))))
+    objectives.check(parse(*(word for word in words if word.startswith(("--config", "--workdir")))))
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from vit_at.evaluation.protocol import parse_attacks
 from vit_at.reporting.exported import DESCRIPTION_FILE, load_exported
 from vit_at.workdir.checkpoint import Trained, load_trained
 from vit_at.workdir.files import disk_errors, locked
-from vit_at.workdir.results import Results, table
+from vit_at.workdir.results import Results, as_text
 
 
 def fraction(text: str) -> float:
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             processes.end_on_sigterm()  # there is nothing to save
             records = evaluate_workdir(options)
             if jax.process_index() == 0:
-                print(table(records))
+                print(as_text(records))
     return 0
 
 

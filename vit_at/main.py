@@ -17,7 +17,7 @@ from vit_at.distributed import devices, processes
 from vit_at.errors import one_sentence_errors
 from vit_at.flags import parse_flags
 from vit_at.training.loop import Diverged, Interrupted, train
-from vit_at.workdir.results import table
+from vit_at.workdir.results import as_text
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the recipe, and its variants.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run is kept; default runs/<config name>.")
@@ -68,7 +68,7 @@ def _train() -> int:
         logging.error("%s", divergence)
         return EXIT_DIVERGED
     if jax.process_index() == 0:
-        print(table(records))
+        print(as_text(records))
         print(f"results: {workdir / 'results.json'}")
         if _REPORT.value:
             # Imported only here: the start of a run should not wait for matplotlib.

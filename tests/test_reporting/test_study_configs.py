@@ -6,8 +6,9 @@ import pytest
 from vit_at.configs import common
 from vit_at.configs.study import base
 
-from vit_at.config import flatten, validate
+from vit_at.config import flatten
 from vit_at.reporting import study, sweep
+from vit_at.training import objectives
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(
@@ -23,7 +24,7 @@ def test_a_sweep_is_valid_and_every_arm_has_every_seed(path, size):
     runs = sweep.runs_of(f"{path}:{size}")
     arms = {}
     for run in runs:
-        validate(run.config)
+        objectives.check(run.config)
         assert run.config.name.startswith(f"study_{path.stem}-{size}")
         read = study.Run(run.workdir, run.config.to_dict(), [], [])
         arms.setdefault(str(study._relevant(read)), []).append(run.config.seed)

@@ -13,9 +13,10 @@ from vit_at import models
 from vit_at.attacks import Threat
 from vit_at.data import augment
 from vit_at.distributed import sharding
+from vit_at.training.attack import Draws, Start, draw, perturb
 from vit_at.training.masking import Masking
 from vit_at.training.setup import initial_state
-from vit_at.training.step import Draws, TrainState, draw, perturb
+from vit_at.training.step import TrainState
 
 COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 SHAPE = (6, 8, 8, 3)
@@ -70,14 +71,15 @@ def test_at_starts_uniformly_in_the_ball():
 @pytest.mark.parametrize("objective", ["trades", "mart"])
 def test_trades_and_mart_start_at_a_thousandth_of_a_normal_in_normalised_units(objective):
     std = (0.2, 0.4, 0.8)
-    delta = np.asarray(draws(objective=objective, image_shape=(64, 16, 16, 3), std=std).delta)
+    options = {"image_shape": (64, 16, 16, 3), "start": Start(std=std)}
+    delta = np.asarray(draws(objective=objective, **options).delta)
     np.testing.assert_allclose(delta.std(axis=(0, 1, 2)), 0.001 * np.array(std), rtol=0.03)
     np.testing.assert_allclose(delta.mean(axis=(0, 1, 2)), 0, atol=3e-5)
 
 
 @pytest.mark.parametrize("objective", ["at", "mart"])
 def test_a_zero_start_is_zero(objective):
-    np.testing.assert_array_equal(draws(objective=objective, start="zero").delta, 0)
+    np.testing.assert_array_equal(draws(objective=objective, start=Start("zero")).delta, 0)
 
 
 def test_natural_training_has_no_attack():
@@ -106,6 +108,10 @@ def start(num_devices=1, **changes):
     return setup, state, (sharding.split_batch(b, setup.mesh) for b in runs.batches(setup, 99))
 
 
+def values(metrics):
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
 def take_steps(count, num_devices=1, **changes):
     """(metrics of each step, final state), on the host."""
     setup, state, batches = start(num_devices, **changes)
@@ -114,7 +120,7 @@ def take_steps(count, num_devices=1, **changes):
     history = []
     for _ in range(count):
         state, metrics = step(state, batch)
-        history.append({name: float(value) for name, value in metrics.items()})
+        history.append(values(metrics))
         batch = next(batches)
     return history, jax.device_get(state)
 
@@ -136,10 +142,10 @@ def test_results_do_not_depend_on_the_number_of_devices(objective, devices):
 
 @pytest.mark.parametrize("objective", ["at", "trades", "mart"])
 def test_a_step_with_scanned_blocks_is_the_same(objective, monkeypatch):
-    """As on an accelerator, where ``by_block`` changes nothing."""
+    """As on an accelerator, where ``unstack_blocks`` changes nothing."""
     options = MASKED | {"threat__norm": "l2", "threat__eps": 0.5, "threat__step_size": 0.25}
     laid_out, state = take_steps(2, 1, objective=objective, **options)
-    monkeypatch.setattr(models.Classifier, "by_block", lambda self, params: params)
+    monkeypatch.setattr(models, "unstack_blocks", lambda apply, params, platform: params)
     scanned, of_scanned = take_steps(2, 1, objective=objective, **options)
     tolerance = 1e-2 if objective == "trades" else 1e-5  # as between numbers of devices
     for a, b in zip(laid_out, scanned, strict=True):
@@ -155,7 +161,7 @@ def test_stochastic_depth_does_not_depend_on_devices_or_micro_batches():
         state = initial_state(setup, runs.optimizer_of(setup))
         batch = sharding.split_batch(next(runs.batches(setup, 1)), setup.mesh)
         _, metrics = runs.quick_step(setup, state, batch)(state, batch)
-        return {name: float(value) for name, value in metrics.items()}
+        return values(metrics)
 
     one = step(1, 0.5)
     assert step(4, 0.5, accumulate_steps=2) == pytest.approx(one, rel=1e-5)

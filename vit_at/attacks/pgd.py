@@ -33,6 +33,7 @@ def training_attack(
 
     In each step the perturbation is masked, the gradient taken at the masked perturbation, and all
     patches moved; a masked patch so restarts from 0. The last perturbation is not masked.
+    ``training.masking`` says when and how much is masked.
 
     Args:
       loss: (images [b, H, W, C], block mask [num_blocks] or None) -> scalar.

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from vit_at.errors import UserError
-from vit_at.models import layers, ops
+from vit_at.models import blocks, layers, ops
+from vit_at.models.attention import Attention
 
 _CONVIT = {"depth": 12, "mlp_ratio": 4.0, "norm_eps": 1e-6, "patch_size": 16}
 
@@ -123,7 +124,7 @@ class ConViT(nn.Module):
     def stacks(self) -> dict[str, tuple[str, ...]]:
         """timm's name of each row of the parameters that are stacked along axis 0.
 
-        (Last of all comes ``last_block``, which is no stack.)
+        ``last_block``, the last in forward order, is not stacked.
         """
         names = tuple(f"blocks.{i}" for i in range(self.depth))
         return {"local_blocks": names[: self.local_blocks], "blocks": names[self.local_blocks : -1]}
@@ -152,19 +153,17 @@ class ConViT(nn.Module):
         gpsa = functools.partial(
             GatedPositionalAttention, self.num_heads, self.qk_scale, self.dtype
         )
-        attention = functools.partial(
-            layers.Attention, self.num_heads, False, self.qk_scale, self.dtype
-        )
+        attention = functools.partial(Attention, self.num_heads, False, self.qk_scale, self.dtype)
         fields = (self.mlp_ratio, self.norm_eps, self.dtype)
-        switches = (attn_grad_keep, layers.stochastic_depth(self, train))
-        local = functools.partial(layers.Block, gpsa, *fields)
-        first, last = (layers.rows(switches, r) for r in (slice(split), slice(split, None)))
-        x = layers.run_blocks(self, "local_blocks", split, local, x, first, self.remat)
+        switches = (attn_grad_keep, blocks.stochastic_depth(self, train))
+        local = functools.partial(blocks.Block, gpsa, *fields)
+        first, last = (blocks.rows(switches, r) for r in (slice(split), slice(split, None)))
+        x = blocks.run_blocks(self, "local_blocks", split, local, x, first, self.remat)
         cls_token = self.param("cls_token", init, (1, 1, d), weights)
         cls_token = jnp.broadcast_to(cls_token, (b, 1, d))
         x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1)
         count = self.depth - split
-        x = layers.last_blocks(self, attention, fields, x, count, last, self.remat)
+        x = blocks.last_blocks(self, attention, fields, x, count, last, self.remat)
         x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x)
         return layers.dense(self.num_classes, weights, name="head")(x)
 
@@ -180,7 +179,7 @@ class ConViT(nn.Module):
         return 2.0 * (patch + position + sum(self._multiply_adds()) + d * self.num_classes)
 
     def _multiply_adds(self) -> tuple[float, float]:
-        """Of all blocks' linear layers and of their products of two activations."""
+        """(in linear layers, in products of two activations) of all blocks."""
         n, local = self.num_tokens, self.local_blocks
         kinds = [(local, n, n), (self.depth - local - 1, n + 1, n + 1), (1, n + 1, 1)]
-        return layers.multiply_adds(kinds, self.embed_dim, self.mlp_ratio)
+        return blocks.multiply_adds(kinds, self.embed_dim, self.mlp_ratio)

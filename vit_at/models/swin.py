@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_at.errors import UserError
-from vit_at.models import layers, ops
+from vit_at.models import blocks, layers, ops
 
 _SWIN = {"mlp_ratio": 4.0, "norm_eps": 1e-5, "patch_size": 4, "window_size": 7, "drop_path": 0.1}
 _BASE = dict(_SWIN, embed_dim=128, depth=24, num_heads=4)
@@ -130,13 +130,13 @@ class Pair(nn.Module):
         keep: jax.Array | None,
         drop: tuple[jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, None]:
-        """x [b, n, d]; keep, drop: those of a ``layers.Block``, a row for each of the two."""
+        """x [b, n, d]; keep, drop: those of a ``blocks.Block``, a row for each of the two."""
         for i, (name, shift) in enumerate((("even", 0), ("odd", self.shift))):
             attention = functools.partial(
                 WindowAttention, self.num_heads, self.window, shift, self.qk_scale, self.dtype
             )
-            block = layers.Block(attention, self.mlp_ratio, self.norm_eps, self.dtype, name=name)
-            x, _ = block(x, *layers.rows((keep, drop), i))
+            block = blocks.Block(attention, self.mlp_ratio, self.norm_eps, self.dtype, name=name)
+            x, _ = block(x, *blocks.rows((keep, drop), i))
         return x, None
 
 
@@ -234,7 +234,7 @@ class SwinTransformer(nn.Module):
             images
         )
         x = layers.LayerNorm(self.norm_eps, self.dtype, name="patch_norm")(x)
-        switches = (attn_grad_keep, layers.stochastic_depth(self, train))
+        switches = (attn_grad_keep, blocks.stochastic_depth(self, train))
         in_pairs = jax.tree.map(lambda a: a.reshape(-1, 2, *a.shape[1:]), switches)
         first = 0
         for i, (depth, (_, window, shift)) in enumerate(
@@ -253,8 +253,8 @@ class SwinTransformer(nn.Module):
                 self.dtype,
             )
             count = depth // 2
-            of_stage = layers.rows(in_pairs, slice(first, first + count))
-            x = layers.run_blocks(self, f"layers_{i}", count, pair, x, of_stage, self.remat)
+            of_stage = blocks.rows(in_pairs, slice(first, first + count))
+            x = blocks.run_blocks(self, f"layers_{i}", count, pair, x, of_stage, self.remat)
             first += count
         x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x).mean(axis=1)
         return layers.dense(self.num_classes, weights, name="head")(x)

@@ -13,6 +13,7 @@ import numpy as np
 from vit_at.reporting import pictures
 from vit_at.reporting.exhibits import Attacked, Exhibits
 from vit_at.reporting.study import Group, Run, Table, accuracies, attack_name
+from vit_at.training.objectives import OBJECTIVES
 from vit_at.workdir.results import Results, in_255ths
 
 _MOST_CLASSES = 20  # drawn; of more, the best and the worst
@@ -54,7 +55,7 @@ def training(runs: Mapping[str, Run]) -> Section:
 
 
 def _attacks(run: Run) -> bool:
-    return run.config["objective"] != "natural"
+    return OBJECTIVES[run.config["objective"]].attack is not None
 
 
 def _validation_note(runs: Mapping[str, Run]) -> str:

@@ -18,8 +18,8 @@ from vit_at.attacks import Threat, pgd_attack
 from vit_at.data import sources
 from vit_at.data.sources import Examples
 from vit_at.reporting import rollout
+from vit_at.training.attack import Draws, draw
 from vit_at.training.masking import Masking
-from vit_at.training.step import Draws, draw
 from vit_at.workdir.checkpoint import Trained
 from vit_at.workdir.results import Results
 
@@ -111,7 +111,7 @@ class Exhibits:
         fewest, most = CURVE_IMAGES
         gradients = len(CURVE_EPS) * STEPS + sum(CURVE_STEPS)
         cost = 3 * self._trained.model.forward_flops() * gradients
-        count = int(_BUDGET.get(jax.default_backend(), _ACCELERATED_BUDGET) / cost)
+        count = int(_BUDGET.get(jax.devices()[0].platform, _ACCELERATED_BUDGET) / cost)
         return min(count, most) if count >= fewest else 0
 
     def attacked(self, count: int = PICTURES) -> Attacked:

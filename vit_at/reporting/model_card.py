@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from vit_at.workdir.results import table
+from vit_at.training.objectives import OBJECTIVES
+from vit_at.workdir.results import as_text
 
 _LOADING = """\
 ```python
@@ -56,9 +57,9 @@ def _summary(about: dict[str, Any], training: dict[str, Any] | None) -> str:
     text = f"`{about['architecture']}`, patch {about['patch_size']}"
     if training is None:
         return f"{text}, exported by vit_at."
-    how = training["objective"]
+    how = OBJECTIVES[training["objective"]].label
     masks = [word.upper() for word in ("ard", "prm") if training["masking"][word]]
-    how = how if how == "natural" else " + ".join([how.upper(), *masks])
+    how = " + ".join([how, *masks])
     return (
         f"{text}, trained on {about['dataset']} by vit_at: {how}. The method is that of Mo et al., "
         "“When Adversarial Training Meets Vision Transformers”, NeurIPS 2022 (arXiv 2210.07540); "
@@ -70,7 +71,7 @@ def _results(records: Sequence[dict[str, Any]]) -> str:
     if not records:
         return "Nothing has been measured of these weights."
     said = "Accuracy, with what matters most of its protocol; all of it is in `model.json`."
-    return f"{said}\n\n```\n{table(records)}\n```"
+    return f"{said}\n\n```\n{as_text(records)}\n```"
 
 
 def _training(training: dict[str, Any]) -> str:
@@ -81,7 +82,7 @@ def _training(training: dict[str, Any]) -> str:
         f"({optimizer['schedule']}), weight decay {optimizer['weight_decay']:g}",
         f"- started from {training['model']['pretrained'] or 'scratch'}",
     ]
-    if training["objective"] != "natural":
+    if OBJECTIVES[training["objective"]].attack:
         lines.append(
             f"- attack: {threat['norm']}, eps {threat['eps']:.4g}, {threat['steps']} steps of "
             f"{threat['step_size']:.4g}, in pixel units"
@@ -92,7 +93,7 @@ def _training(training: dict[str, Any]) -> str:
 def _limits(about: dict[str, Any], training: dict[str, Any] | None) -> str:
     attacks = {record["attack"] for record in about.get("results") or ()}
     text = "Robustness holds for the norm and eps above, and for images like those of the training."
-    if training and training["objective"] == "natural":
+    if training and not OBJECTIVES[training["objective"]].attack:
         return "These weights were trained naturally: they are not robust."
     if not any(attack.startswith("autoattack") for attack in attacks):
         text += " AutoAttack has not been run, so the robust accuracies are upper bounds at best."

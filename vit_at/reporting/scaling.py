@@ -32,7 +32,6 @@ from vit_at.evaluation.protocol import parse_attacks
 from vit_at.models.build import build
 from vit_at.reporting.sweep import load_recipe
 from vit_at.training import metrics
-from vit_at.workdir.results import AUTOATTACK
 
 FLOAT32 = 4  # bytes
 _FULL_PRECISION_PASSES = 6  # bfloat16 products that make one of float32
@@ -108,7 +107,7 @@ def cost_of(config: ConfigDict) -> Cost:
 def _passes(config: ConfigDict, attacks: str) -> int:
     """Forward passes, or as much work, for one image: 2 an attack step and one at the end."""
     parsed = parse_attacks(attacks, Threat.of(config.threat))
-    return sum(1 + 2 * a.threat.steps * (a.loss not in (None, AUTOATTACK)) for a in parsed)
+    return sum(1 + 2 * a.threat.steps * (a.kind in ("pgd", "cw")) for a in parsed)
 
 
 def sent_bytes(parameters: int, chips: int) -> float:

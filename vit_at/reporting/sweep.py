@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from vit_at.config import differences, field_names, validate, with_added
+from vit_at.config import differences, field_names, with_added
 from vit_at.errors import UserError, nearest
 from vit_at.reporting import study
+from vit_at.training import objectives
 from vit_at.workdir.files import CONFIG_FILE, read_json, write_atomically
 from vit_at.workdir.results import RESULTS_FILE
 
@@ -148,7 +149,7 @@ def _run(
             raise UserError(
                 f"the sweep of {file} sets a value of a wrong kind ({error})"
             ) from error
-    validate(config)
+    objectives.check(config)
     parts = [variants] + [f"{field.rpartition('.')[2]}={v}" for field, v in fields.items()]
     name = re.sub(r"[^\w.=+-]+", "_", "-".join(filter(None, parts))).strip("_") or "default"
     arguments = [f"--config={file}:{both}" if both else f"--config={file}"]
