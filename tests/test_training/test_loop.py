@@ -56,7 +56,7 @@ def assert_same_arrays(a, b):
 def undisturbed(tmp_path_factory):
     """(work directory, records) of a run that nothing interrupted."""
     workdir = epath.Path(tmp_path_factory.mktemp("runs") / "undisturbed")
-    return workdir, train(runs.smoke(**runs.QUICK), workdir)
+    return workdir, train(runs.smoke(**runs.QUICK), str(workdir))
 
 
 def test_a_run_writes_every_file_of_its_work_directory(undisturbed):

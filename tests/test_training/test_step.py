@@ -1,7 +1,9 @@
 """One training step: draws, accumulation, devices, collectives, donation, averaging."""
 
 import functools
+import pathlib
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ from vit_at import models
 from vit_at.attacks import Threat
 from vit_at.data import augment
 from vit_at.distributed import sharding
+from vit_at.models.blocks import Unstacked
+from vit_at.models.build import training_dtype
 from vit_at.training.attack import Draws, Start, draw, perturb
 from vit_at.training.masking import Masking
 from vit_at.training.setup import initial_state
@@ -327,3 +331,39 @@ def test_batches_that_the_devices_do_not_divide_are_refused():
         sharding.check_batch_size("batch_size", 30, mesh)
     with pytest.raises(ValueError, match=r"4 devices times 3 micro-batches.* 12"):
         sharding.check_batch_size("batch_size", 16, mesh, 3)
+
+
+# --- The platform -----------------------------------------------------------------------------
+
+
+def mesh_of(platform):
+    """A mesh of one device that is not there."""
+    return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
+
+
+def test_small_parts_unstacked_blocks_and_float32_are_for_a_mesh_of_cpus():
+    setup = runs.tiny_setup()
+    apply = models.classifier(setup.model, (0.5,), (0.5,))
+    params = jax.eval_shape(lambda: models.init_params(setup.model, jax.random.key(0)))
+    with setup.config.unlocked():
+        setup.config.dtype = "auto"
+    for platform, parts, dtype in (("cpu", 8, "float32"), ("tpu", 2, "bfloat16")):
+        mesh = mesh_of(platform)
+        assert sharding.platform(mesh) == platform
+        assert sharding.in_parts(jnp.zeros((64, 3)), mesh, 2).shape == (parts, 64 // parts, 3)
+        assert training_dtype(setup.config, sharding.platform(mesh)) == dtype
+    assert models.unstack_blocks(apply, params, "tpu") is params
+    assert models.unstack_blocks(lambda params, x: x, params, "cpu") is params
+    assert isinstance(models.unstack_blocks(apply, concrete(params), "cpu")["blocks"], Unstacked)
+
+
+def concrete(shapes):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def test_nothing_asks_which_backend_the_process_has():
+    """A program may be compiled for devices that are not there."""
+    package = pathlib.Path(models.__file__).parents[1]
+    sources = {path: path.read_text() for path in package.rglob("*.py")}
+    assert len(sources) > 50
+    assert [str(path) for path, text in sources.items() if "default_backend" in text] == []

@@ -55,12 +55,14 @@ class Objective:
     plain_labels: bool = False
 
 
-def _ce_attack(logits: Array, targets: Array, clean: Array | None) -> Array:
+def ce_attack(logits: Array, targets: Array, clean: Array | None) -> Array:
+    """Cross-entropy, [B]."""
     del clean
     return losses.cross_entropy(logits, targets)
 
 
-def _trades_attack(logits: Array, targets: Array, clean: Array | None) -> Array:
+def kl_attack(logits: Array, targets: Array, clean: Array) -> Array:
+    """KL(clean || adversarial), [B]."""
     del targets
     return losses.kl_divergence(clean, logits)
 
@@ -96,10 +98,10 @@ def _mart_terms(clean: Array, adv: Array, targets: Array, beta: float) -> Terms:
 
 OBJECTIVES = {
     "natural": Objective("natural", None, _natural_terms, (CLEAN,)),
-    "at": Objective("AT", _ce_attack, _at_terms, (ADVERSARIAL,)),
+    "at": Objective("AT", ce_attack, _at_terms, (ADVERSARIAL,)),
     "trades": Objective(
         "TRADES",
-        _trades_attack,
+        kl_attack,
         _trades_terms,
         (CLEAN, ADVERSARIAL),
         start="gaussian",
@@ -109,7 +111,7 @@ OBJECTIVES = {
     ),
     "mart": Objective(
         "MART",
-        _ce_attack,
+        ce_attack,
         _mart_terms,
         (CLEAN, ADVERSARIAL),
         start="gaussian",
