@@ -157,7 +157,7 @@ def test_gate_is_its_definition(name, monkeypatch):
     for _, logits in (gated, unmasked):
         np.testing.assert_allclose(logits, plain, atol=1e-5)
 
-    monkeypatch.setattr(layers, "attention_branch", plain_gate)
+    monkeypatch.setattr(blocks, "attention_branch", plain_gate)
     expected, _ = small_gradients(name)
     for got, wanted, free in zip(gated[0], expected[0], unmasked[0], strict=True):
         scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
@@ -225,7 +225,7 @@ def test_stochastic_depth_drops_the_attention_branch_alone(name, monkeypatch):
         np.testing.assert_array_equal(first, train(params, jax.random.key(0)))
         train.clear_cache()
 
-    monkeypatch.setattr(layers, "drop_path", lambda key, x, rate: jnp.zeros_like(x))
+    monkeypatch.setattr(blocks, "drop_path", lambda key, x, rate: jnp.zeros_like(x))
     dropped = train(params, jax.random.key(0))
     without = weights.to_timm(params, model)
     without |= {n: 0 * v for n, v in without.items() if ".attn.proj." in n}
