@@ -90,8 +90,9 @@ class Evaluator:
     ):
         self.attacks = tuple(attacks)
         self._examples, self._mesh = examples, mesh
-        self._batches = {"batch_size": batch_size, "threads": threads}
-        self._part = {
+        self._batches = {
+            "batch_size": batch_size,
+            "threads": threads,
             "process_index": jax.process_index(),
             "process_count": jax.process_count(),
         }
@@ -132,7 +133,7 @@ class Evaluator:
         total = -(-len(self._examples) // batch_size)
         bar = Progress(total, 0, "batch") if progress else None
         correct, accuracy = np.zeros(len(self._examples), bool), Average.empty()
-        for batch in pipeline.eval_batches(self._examples, **self._batches, **self._part):
+        for batch in pipeline.eval_batches(self._examples, **self._batches):
             where, real = batch["index"], batch.pop("mask")
             batch["index"] = np.where(real, self._examples.indices[where], 0).astype(np.uint32)
             outcome = self._outcomes[attack.name](params, sharding.split_batch(batch, self._mesh))

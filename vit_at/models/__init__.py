@@ -17,18 +17,7 @@ import jax.numpy as jnp
 
 from vit_at.errors import UserError, nearest
 from vit_at.models import blocks, convit, swin, vit
-from vit_at.models.blocks import stack_blocks
-
-__all__ = [
-    "NAMES",
-    "Apply",
-    "Classifier",
-    "classifier",
-    "create",
-    "init_params",
-    "stack_blocks",
-    "unstack_blocks",
-]
+from vit_at.models.blocks import stack_blocks as stack_blocks
 
 _FAMILIES = (
     (vit.VisionTransformer, vit.SIZES),

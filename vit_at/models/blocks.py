@@ -1,5 +1,6 @@
 """Transformer blocks: one of them, and many in a row.
 
+Transformer       what the architectures have in common
 Block             x + attention(norm(x)), then x + mlp(norm(x)), with any attention
 run_blocks        equal blocks in a row, scanned or one by one
 last_blocks       the same, and a last block that computes the class token alone
@@ -18,6 +19,50 @@ import jax
 import jax.numpy as jnp
 
 from vit_at.models.layers import LayerNorm, Mlp, drop_path, gate_gradient
+
+
+class Transformer(nn.Module, kw_only=True):
+    """What the architectures have in common.
+
+    qk_scale: of the attention logits; 0: head_dim ** -0.5. drop_path: rate of stochastic depth in
+    the last block. remat: see ``run_blocks``.
+    """
+
+    num_classes: int
+    image_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    norm_eps: float
+    in_channels: int = 3
+    qk_scale: float = 0.0
+    drop_path: float = 0.0
+    remat: bool = False
+    dtype: str = "float32"
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of attention blocks, in forward order: the length of ``attn_grad_keep``."""
+        return self.depth
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of patches."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def forward_flops(self) -> float:
+        """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
+        return 2.0 * sum(self._multiply_adds())
+
+    def attention_flops(self) -> float:
+        """The part of ``forward_flops`` that is products of two activations."""
+        return 2.0 * self._multiply_adds()[1]
+
+    def _multiply_adds(self) -> tuple[float, float]:
+        """(in linear layers, in products of two activations), for one image."""
+        raise NotImplementedError
 
 
 class Unstacked(flax.struct.PyTreeNode):

@@ -85,22 +85,8 @@ class GatedPositionalAttention(nn.Module):
         return layers.dense(d, self.dtype, name="proj")(out.reshape(b, n, d))
 
 
-class ConViT(nn.Module):
+class ConViT(blocks.Transformer):
     """Patches with learnt positions, GPSA blocks, then the class token and ordinary blocks."""
-
-    num_classes: int
-    image_size: int
-    patch_size: int
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float
-    norm_eps: float
-    in_channels: int = 3
-    qk_scale: float = 0.0
-    drop_path: float = 0.0
-    remat: bool = False
-    dtype: str = "float32"
 
     def __post_init__(self):
         if self.depth < 2:
@@ -109,11 +95,6 @@ class ConViT(nn.Module):
                 "the class token and one with it; choose at least 2"
             )
         super().__post_init__()
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of attention blocks: the length of ``attn_grad_keep``."""
-        return self.depth
 
     @property
     def local_blocks(self) -> int:
@@ -128,11 +109,6 @@ class ConViT(nn.Module):
         """
         names = tuple(f"blocks.{i}" for i in range(self.depth))
         return {"local_blocks": names[: self.local_blocks], "blocks": names[self.local_blocks : -1]}
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of patches."""
-        return (self.image_size // self.patch_size) ** 2
 
     @nn.compact
     def __call__(
@@ -167,19 +143,10 @@ class ConViT(nn.Module):
         x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x)
         return layers.dense(self.num_classes, weights, name="head")(x)
 
-    def attention_flops(self) -> float:
-        """The part of ``forward_flops`` that is products of two activations."""
-        return 2.0 * self._multiply_adds()[1]
-
-    def forward_flops(self) -> float:
-        """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
-        n, d = self.num_tokens, self.embed_dim
-        patch = n * self.patch_size**2 * self.in_channels * d
-        position = self.local_blocks * 3 * n * n * self.num_heads
-        return 2.0 * (patch + position + sum(self._multiply_adds()) + d * self.num_classes)
-
     def _multiply_adds(self) -> tuple[float, float]:
-        """(in linear layers, in products of two activations) of all blocks."""
-        n, local = self.num_tokens, self.local_blocks
+        n, d, local = self.num_tokens, self.embed_dim, self.local_blocks
         kinds = [(local, n, n), (self.depth - local - 1, n + 1, n + 1), (1, n + 1, 1)]
-        return blocks.multiply_adds(kinds, self.embed_dim, self.mlp_ratio)
+        linear, attention = blocks.multiply_adds(kinds, d, self.mlp_ratio)
+        patch = n * self.patch_size**2 * self.in_channels * d
+        position = local * 3 * n * n * self.num_heads
+        return linear + patch + position + d * self.num_classes, attention

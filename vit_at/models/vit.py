@@ -31,28 +31,10 @@ SIZES = {
 }
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(blocks.Transformer):
     """Patches, class token, learnt positions, ``depth`` blocks, and a head on the class token."""
 
-    num_classes: int
-    image_size: int
-    patch_size: int
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float
     qkv_bias: bool
-    norm_eps: float
-    in_channels: int = 3
-    qk_scale: float = 0.0
-    drop_path: float = 0.0
-    remat: bool = False
-    dtype: str = "float32"
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of attention blocks: the length of ``attn_grad_keep``."""
-        return self.depth
 
     @property
     def stacks(self) -> dict[str, tuple[str, ...]]:
@@ -61,11 +43,6 @@ class VisionTransformer(nn.Module):
         ``last_block``, the last in forward order, is not stacked.
         """
         return {"blocks": tuple(f"blocks.{i}" for i in range(self.depth - 1))}
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of patches."""
-        return (self.image_size // self.patch_size) ** 2
 
     @nn.compact
     def __call__(
@@ -94,18 +71,9 @@ class VisionTransformer(nn.Module):
         x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x)
         return layers.dense(self.num_classes, weights, name="head")(x)
 
-    def attention_flops(self) -> float:
-        """The part of ``forward_flops`` that is products of two activations."""
-        return 2.0 * self._multiply_adds()[1]
-
-    def forward_flops(self) -> float:
-        """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
-        patch = self.num_tokens * self.patch_size**2 * self.in_channels * self.embed_dim
-        return 2.0 * (patch + sum(self._multiply_adds()) + self.embed_dim * self.num_classes)
-
     def _multiply_adds(self) -> tuple[float, float]:
-        """(in linear layers, in products of two activations) of all blocks."""
-        n = 1 + self.num_tokens
-        return blocks.multiply_adds(
-            [(self.depth - 1, n, n), (1, n, 1)], self.embed_dim, self.mlp_ratio
-        )
+        n, d = 1 + self.num_tokens, self.embed_dim
+        kinds = [(self.depth - 1, n, n), (1, n, 1)]
+        linear, attention = blocks.multiply_adds(kinds, d, self.mlp_ratio)
+        patch = self.num_tokens * self.patch_size**2 * self.in_channels * d
+        return linear + patch + d * self.num_classes, attention

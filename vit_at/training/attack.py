@@ -1,14 +1,9 @@
-"""The attack of a training step: what it draws, and the images it makes.
-
-draw      everything random in the attack of one step, as ``Draws``
-perturb   the attack itself, deterministic once that is drawn
-"""
+"""The attack of a training step: ``draw`` draws all that is random in it, ``perturb`` runs it."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from vit_at.attacks import pgd
 from vit_at.attacks.threat import Threat, random_start
@@ -17,8 +12,7 @@ from vit_at.training import masking as masks
 from vit_at.training.objectives import OBJECTIVES
 
 Array = jax.Array
-# A gaussian start is this times N(0, 1), in normalised units (TRADES and MART).
-START_SCALE = 0.001
+START_SCALE = 0.001  # a gaussian start is this times N(0, 1), in normalised units
 
 
 class Draws(NamedTuple):
@@ -35,22 +29,13 @@ class Draws(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where the attack starts.
+    """Where an attack starts: kind 'random', as the objective says, or 'zero', at the image.
 
-    kind: 'random', as the objective's row says, or 'zero', at the image.
     std: of the normalisation, per channel: a normalised unit in pixel units.
     """
 
     kind: str = "random"
     std: float | tuple[float, ...] = 1.0
-
-    @classmethod
-    def of(cls, config: ConfigDict) -> "Start":
-        """The start of a configuration."""
-        return cls(config.threat.start, config.data.std)
-
-
-RANDOM_START = Start()
 
 
 def draw(
@@ -62,7 +47,7 @@ def draw(
     progress: float | Array,
     image_shape: tuple[int, int, int, int],
     num_blocks: int,
-    start: Start = RANDOM_START,
+    start: Start = Start(),  # noqa: B008 - immutable
 ) -> Draws:
     """Draws what the attack of one step needs.
 

@@ -5,9 +5,8 @@ at       Madry et al. 2018: cross-entropy on the adversarial image
 trades   Zhang et al. 2019: CE(clean) + beta * KL(clean || adversarial)
 mart     Wang et al. 2020: boosted CE(adversarial) + beta * KL * (1 - p_clean(y))
 
-A row of ``OBJECTIVES`` says everything in which one differs from the others; whoever needs to know
-asks the row. docs/extend.md adds an objective. Losses are means over the batch, so micro-batches of
-equal size average to the whole.
+All that tells one from the others is its row in ``OBJECTIVES``; docs/extend.md adds one. Losses are
+means over the batch, so micro-batches of equal size average to the whole.
 """
 
 import dataclasses
@@ -32,17 +31,16 @@ CLEAN, ADVERSARIAL = "clean", "adversarial"
 class Objective:
     """What makes one objective.
 
-    label: in reports and tables.
+    label: in reports.
     attack: what the training attack maximises, (logits, targets, clean logits) -> [B]; None: no
-      attack. The clean logits are None unless ``attack_needs_clean``.
+      attack.
     terms: what the update minimises, (clean logits, adversarial logits, targets, beta) ->
-      {name: (scalar, weight)}, where the logits of images not in ``images`` are None.
-    images: the images the update passes over: CLEAN, ADVERSARIAL or both.
-    start: of the perturbation: 'uniform' in the ball, or 'gaussian', 0.001 N(0, 1) in normalised
-      units.
-    zero_start: whether the attack may start at the image, which needs a gradient there.
-    attack_needs_clean: whether the attack takes one pass over the clean images first.
-    plain_labels: whether the terms need one label per image, so that no images can be mixed.
+      {name: (scalar, weight)}; logits of images not in ``images`` are None.
+    images: what the update passes over: CLEAN, ADVERSARIAL or both.
+    start: of the perturbation: 'uniform' in the ball, or 'gaussian', tiny (TRADES and MART).
+    zero_start: whether the attack has a gradient at the image, so that it may start there.
+    attack_needs_clean: whether the attack takes the clean logits: one pass more.
+    plain_labels: whether the terms need one label per image, so that images can't be mixed.
     """
 
     label: str
@@ -163,10 +161,7 @@ def training_loss(
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError where ``config.validate`` does, or where a field contradicts the objective.
-
-    The check of a training configuration, before anything is created.
-    """
+    """``config.validate``, and a UserError where a field contradicts the objective."""
     name = config.objective
     if name not in OBJECTIVES:
         raise UserError(

@@ -62,10 +62,7 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, ema: bool) 
 
 
 class Step(NamedTuple):
-    """What is static in a training step.
-
-    num_blocks: attention blocks of the model, which ARD masks.
-    """
+    """What is static in a training step; num_blocks: attention blocks of the model (ARD)."""
 
     config: FrozenConfigDict
     apply: models.Apply
@@ -78,13 +75,10 @@ class Step(NamedTuple):
 
     @property
     def shares_clean(self) -> bool:
-        """Whether attack and update share one pass over the clean images.
-
-        That needs a model whose logits are the same in training; of a plain function it is unknown.
-        """
-        objective = OBJECTIVES[self.config.objective]
-        deterministic = getattr(self.apply, "deterministic", False)
-        return objective.attack_needs_clean and CLEAN in objective.images and deterministic
+        """Whether attack and update share one pass over the clean images."""
+        row = OBJECTIVES[self.config.objective]
+        deterministic = getattr(self.apply, "deterministic", False)  # plain functions do not say
+        return row.attack_needs_clean and CLEAN in row.images and deterministic
 
 
 class Part(NamedTuple):
@@ -125,7 +119,7 @@ def train_step(
         progress=progress,
         image_shape=images.shape,
         num_blocks=step.num_blocks,
-        start=Start.of(config),
+        start=Start(config.threat.start, config.data.std),
     )
     keys = jax.random.split(train_key, len(images))  # one per image, for any split of the batch
 
@@ -205,32 +199,17 @@ def loss_and_gradient(
     Returns:
       (gradient by params, {name: scalar}): means over the images.
     """
-    config = step.config
-    images, targets, delta, keys = part
+    apply, objective, draws = step.apply, step.config.objective, masks._replace(delta=part.delta)
+    images, targets = part.images, part.targets
 
     def loss(params):
-        clean = step.apply(params, images) if step.shares_clean else None
-        adversarial = perturb(
-            step.apply,
-            jax.lax.stop_gradient(params),
-            images,
-            targets,
-            masks._replace(delta=delta),
-            objective=config.objective,
-            threat=threat,
-            clean_logits=clean,
-        )
-        return training_loss(
-            config.objective,
-            step.apply,
-            params,
-            images,
-            adversarial,
-            targets,
-            beta=config.beta,
-            rngs={"drop_path": keys},
-            clean_logits=clean,
-        )
+        clean = apply(params, images) if step.shares_clean else None
+        options = {"objective": objective, "threat": threat, "clean_logits": clean}
+        fixed = jax.lax.stop_gradient(params)
+        adversarial = perturb(apply, fixed, images, targets, draws, **options)
+        rngs = {"drop_path": part.keys}
+        options = {"beta": step.config.beta, "rngs": rngs, "clean_logits": clean}
+        return training_loss(objective, apply, params, images, adversarial, targets, **options)
 
     (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params)
     return gradient, {"loss": value} | _batch_metrics(aux, targets)
@@ -248,11 +227,8 @@ def _batch_metrics(aux, targets):
 
 def _collection(metrics):
     """{name: scalar} as metrics whose merge is the mean over steps."""
-    averages = {
-        name: Average(total=value, count=jnp.ones((), jnp.int32))
-        for name, value in sorted(metrics.items())
-    }
-    return Collection.create_collection(**averages)
+    one = jnp.ones((), jnp.int32)
+    return Collection.create_collection(**{n: Average(metrics[n], one) for n in sorted(metrics)})
 
 
 def _mean_over_parts(function, parts):
