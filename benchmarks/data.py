@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 from common import Case, machine, parse_model, print_table, spread, write_json
-from vit_at.configs import default
 
+from vit_at.configs import default
 from vit_at.data import pipeline, sources
 from vit_at.distributed import devices, sharding
 from vit_at.errors import UserError

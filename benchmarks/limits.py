@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from vit_at.distributed import sharding
 from vit_at.models import ops
 from vit_at.models.build import build
+from vit_at.training.objectives import OBJECTIVES
 
 SQUARES = {"cpu": (1024, 2048), "gpu": (4096, 8192), "tpu": (4096, 8192)}
 
@@ -33,14 +34,12 @@ def case_flops(case: Case, config) -> float:
     linear = model.forward_flops() - attention
     forward = linear + attention
     attack_step, training_pass = 2 * linear + 3 * attention, 3 * (linear + attention)
-    attack = case.steps * attack_step
-    image = {
-        "natural": training_pass,
-        "at": attack + training_pass,
-        "trades": forward + attack + 2 * training_pass,
-        "mart": attack + 2 * training_pass,
-        "pgd": attack + forward,
-    }[case.objective]
+    if case.objective == "pgd":
+        return case.batch * (case.steps * attack_step + forward)
+    objective = OBJECTIVES[case.objective]
+    image = len(objective.images) * training_pass
+    if objective.attack:
+        image += objective.attack_needs_clean * forward + case.steps * attack_step
     return case.batch * image
 
 
@@ -54,8 +53,8 @@ def model_shapes(case: Case, config) -> list[tuple[int, int, int]]:
 
 def matmul_rates(dtype: str, shapes: list[tuple[int, int, int]]) -> dict[str, float]:
     """{'m x k x n': operations per second}, the best of several, with m split over all devices."""
-    squares = SQUARES.get(jax.default_backend(), SQUARES["cpu"])
     mesh = sharding.make_mesh()
+    squares = SQUARES.get(sharding.platform(mesh), SQUARES["cpu"])
     rates = {}
     for m, k, n in [*((side, side, side) for side in squares), *shapes]:
         m = m // mesh.size * mesh.size

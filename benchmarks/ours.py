@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 from common import CLASSES, EPS, STEP_SIZE, Case
-from vit_at.configs import default
 
 from vit_at import models
 from vit_at.attacks import Threat
+from vit_at.configs import default
 from vit_at.data.sources import Examples
 from vit_at.distributed import sharding
 from vit_at.evaluation.evaluator import make_outcome_fn
@@ -35,7 +35,7 @@ def configuration(case: Case) -> Any:
         config.threat.steps = case.steps
         config.masking.ard = config.masking.prm = case.masked
         config.masking.keep_max, config.masking.warmup_epochs = case.keep, 1e-9
-    return resolve(config)
+    return resolve(config, sharding.make_mesh())
 
 
 def make_setup(case: Case) -> Setup:
@@ -80,7 +80,7 @@ def _evaluation(case: Case):
     apply = models.classifier(setup.model, setup.config.data.mean, setup.config.data.std)
     params = initial_state(setup, optim.make_optimizer(setup.config, STEPS_PER_EPOCH)).params
     threat = Threat("linf", EPS * 1e-5, STEP_SIZE * 1e-5, case.steps)
-    outcome = make_outcome_fn(apply, Attack("pgd", "ce", threat), setup.mesh, seed=0)
+    outcome = make_outcome_fn(apply, Attack("pgd", "pgd", threat), setup.mesh, seed=0)
     images, _ = setup.train_set.read(np.arange(case.batch))
     logits = jax.jit(apply)(params, images.astype(np.float32) / 255)
     labels = np.argmax(np.asarray(logits), -1).astype(np.int32)

@@ -14,9 +14,9 @@ import pathlib
 import types
 
 from ml_collections import ConfigDict
-from vit_at.configs import default
 
 from vit_at.config import field_names
+from vit_at.configs import default
 from vit_at.errors import UserError, nearest
 
 _FOLDER = pathlib.Path(__file__).parent

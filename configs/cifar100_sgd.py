@@ -4,6 +4,7 @@ vit-at train cifar100_sgd
 """
 
 from ml_collections import ConfigDict
+
 from vit_at.configs import cifar10_sgd, common
 
 

@@ -6,6 +6,7 @@ AdamW as ViTs are usually trained: cosine schedule with a warm-up, small rate, d
 """
 
 from ml_collections import ConfigDict
+
 from vit_at.configs import cifar10_sgd, common
 
 

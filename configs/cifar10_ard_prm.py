@@ -6,6 +6,7 @@ Both act only in the attack that makes the training images, for the first 10 of 
 """
 
 from ml_collections import ConfigDict
+
 from vit_at.configs import cifar10_sgd, common
 
 

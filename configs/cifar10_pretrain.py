@@ -8,6 +8,7 @@ For machines without the published weights. An epoch costs 3 forward passes an i
 """
 
 from ml_collections import ConfigDict
+
 from vit_at.configs import cifar10_sgd, common
 
 

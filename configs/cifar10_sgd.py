@@ -8,6 +8,7 @@ of PGD-10 costs 23 forward passes an image.
 """
 
 from ml_collections import ConfigDict
+
 from vit_at.configs import common, default
 
 

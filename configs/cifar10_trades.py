@@ -6,6 +6,7 @@ No mixup or CutMix: TRADES needs plain labels. Its attack starts at 0.001 N(0, 1
 """
 
 from ml_collections import ConfigDict
+
 from vit_at.configs import cifar10_sgd, common
 
 

@@ -10,6 +10,7 @@ learned. Expected clean / PGD-20 accuracy: 96 % / 70 %; with :natural 94 % / 10 
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
+
 from vit_at.configs import common, default
 
 

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
-from vit_at.configs import default
 
 from vit_at.config import field_names, get
+from vit_at.configs import default
 from vit_at.errors import UserError, nearest
 
 FLAG = "--config."  # what an override begins with

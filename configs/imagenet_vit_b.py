@@ -6,6 +6,7 @@
 """
 
 from ml_collections import ConfigDict
+
 from vit_at.configs import common, default
 
 

@@ -4,6 +4,7 @@ vit-at train imagenette_sgd
 """
 
 from ml_collections import ConfigDict
+
 from vit_at.configs import common, default
 
 

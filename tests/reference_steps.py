@@ -14,8 +14,7 @@ import numpy as np
 
 from vit_at import models, weights
 from vit_at.attacks import Threat
-from vit_at.training.objectives import START_SCALE
-from vit_at.training.step import Draws
+from vit_at.training.attack import START_SCALE, Draws
 
 DATA = pathlib.Path(__file__).parent / "data" / "steps"
 CASES = tuple(sorted(path.stem.removeprefix("train_") for path in DATA.glob("train_*.npz")))

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
-from vit_at.configs import digits_sgd
 
 from vit_at import models
+from vit_at.configs import digits_sgd
 from vit_at.data.sources import Examples
 from vit_at.distributed.sharding import make_mesh
 from vit_at.training import optim
@@ -47,6 +47,11 @@ def smoke(variants: str = "", **changes) -> ConfigDict:
     return config
 
 
+def resolved(variants: str = "", **changes) -> ConfigDict:
+    """``smoke``, as a run stores it."""
+    return resolve(smoke(variants, **changes), make_mesh())
+
+
 def examples(n: int, size: int = 8, channels: int = 1, seed: int = 0) -> Examples:
     """n random images of three classes."""
     rng = np.random.default_rng(seed)
@@ -71,7 +76,8 @@ def tiny_setup(num_devices: int = 1, **changes) -> Setup:
         "model__num_heads": 2,
         "batch_size": 16,
     }
-    config = resolve(smoke(**options | changes))
+    mesh = make_mesh(jax.devices()[:num_devices])
+    config = resolve(smoke(**options | changes), mesh)
     model = models.create(
         config.model.name,
         num_classes=len(CLASSES),
@@ -82,7 +88,6 @@ def tiny_setup(num_devices: int = 1, **changes) -> Setup:
         depth=2,
         num_heads=2,
     )
-    mesh = make_mesh(jax.devices()[:num_devices])
     return Setup(config, mesh, examples(64), None, examples(21, seed=1), model, steps_per_epoch=4)
 
 

@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from vit_at.configs import default, fields
 
 import vit_at
 from vit_at import cli, configs
 from vit_at.config import field_names
+from vit_at.configs import default, fields
 
 RECIPE = "--config=configs/digits_sgd.py"
 ROOT = pathlib.Path(__file__).parent.parent

@@ -6,13 +6,14 @@ import re
 import jax
 import pytest
 from ml_collections import ConfigDict
-from vit_at.configs import common, default, digits_sgd
 
 from vit_at import config as configuration
 from vit_at import configs
 from vit_at.config import field_names
+from vit_at.configs import common, default, digits_sgd
 from vit_at.errors import UserError
 from vit_at.models.build import build
+from vit_at.training import objectives
 
 ROOT = pathlib.Path(__file__).parent.parent
 RECIPES = ["default", *(name for name in configs.names() if "/" not in name)]
@@ -33,7 +34,7 @@ def changed(**changes) -> ConfigDict:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_valid_locked_and_builds_its_model(name):
     config = recipe(name)
-    configuration.validate(config)
+    objectives.check(config)
     assert config.is_locked
     assert config.name == name
     model = build(config, 10, "float32")
@@ -131,7 +132,7 @@ REFUSED = [
 )
 def test_a_value_that_cannot_work_is_refused_with_field_value_and_remedy(changes, said):
     with pytest.raises(UserError) as caught:
-        configuration.validate(changed(**changes))
+        objectives.check(changed(**changes))
     sentence = str(caught.value)
     assert "\n" not in sentence
     for part in said:
@@ -149,7 +150,7 @@ def test_a_value_that_cannot_work_is_refused_with_field_value_and_remedy(changes
     ],
 )
 def test_unusual_values_that_work_are_allowed(changes):
-    configuration.validate(changed(**changes))
+    objectives.check(changed(**changes))
 
 
 @pytest.mark.parametrize(
@@ -186,14 +187,14 @@ def test_variants_change_the_config_and_its_name():
 @pytest.mark.parametrize("variant", sorted(common.VARIANTS.keys() - common.TAKES_VALUE))
 def test_every_bare_variant_gives_a_valid_config(variant):
     config = digits_sgd.get_config(variant)
-    configuration.validate(config)
+    objectives.check(config)
     assert config.name == f"digits_sgd-{variant}"
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "default"])
 def test_every_recipe_has_a_smoke_variant_that_needs_no_data(name):
     config = configs.load(f"{name}:smoke")
-    configuration.validate(config)
+    objectives.check(config)
     assert config.data.name == "digits"
     assert config.model.pretrained == ""
     assert config.epochs * 128 // config.batch_size <= 8

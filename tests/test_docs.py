@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from vit_at import models
-from vit_at.config import validate
 from vit_at.reporting import study
 from vit_at.reporting.jobs import jobs_of
+from vit_at.training import objectives
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -114,7 +114,7 @@ def test_there_are_commands_to_test():
 @pytest.mark.parametrize("command", TRAINING)
 def test_training_commands_give_a_valid_configuration(command, parse):
     words = words_of(command)[1:]
-    validate(parse(*(word for word in words if word.startswith(("--config", "--workdir")))))
+    objectives.check(parse(*(word for word in words if word.startswith(("--config", "--workdir")))))
 
 
 @functools.cache

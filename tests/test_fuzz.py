@@ -16,13 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
-from vit_at.configs import digits_sgd
 
 from vit_at import main, weights
-from vit_at.config import field_names, validate
+from vit_at.config import field_names
+from vit_at.configs import digits_sgd
 from vit_at.data import backends, sources
 from vit_at.errors import UserError, one_sentence_errors
 from vit_at.models.build import build
+from vit_at.training import objectives
 
 ROOT = pathlib.Path(__file__).parent.parent
 FIELDS = list(field_names(digits_sgd.get_config()))
@@ -82,7 +83,7 @@ def test_any_numbers_in_a_configuration(changes):
             return
 
     def resolve():
-        validate(config)
+        objectives.check(config)
         if config.model.depth < 20 and config.model.embed_dim < 1000:
             build(config, 3, "float32")
 

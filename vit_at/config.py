@@ -16,7 +16,6 @@ from vit_at.errors import UserError, nearest
 CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
     "sharding": ("replicated", "fsdp"),
-    "objective": ("natural", "at", "trades", "mart"),
     "threat.norm": ("linf", "l2"),
     "threat.start": ("random", "zero"),
     "optimizer.name": ("sgd", "adamw"),
@@ -115,7 +114,10 @@ def get(config: ConfigDict, field: str) -> Any:
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises UserError for the first field whose value is not allowed."""
+    """Raises UserError for the first field whose value is not allowed.
+
+    ``training.objectives.check`` also checks the objective, and what depends on it.
+    """
     for field, choices in CHOICES.items():
         value = get(config, field)
         if value not in choices:
@@ -151,11 +153,6 @@ def _validate_threat(config: ConfigDict) -> None:
         raise UserError(
             f"threat.step_size is {threat.step_size:g}; it must be over 0 and at most twice "
             f"threat.eps ({threat.eps:g}), both in pixel units: the recipe's is a quarter of eps"
-        )
-    if config.objective == "trades" and threat.start == "zero":
-        raise UserError(
-            "threat.start is 'zero', where the loss of the TRADES attack has no gradient; use "
-            "'random' with objective 'trades'"
         )
 
 
@@ -204,21 +201,11 @@ def _validate_schedule(config: ConfigDict) -> None:
 
 
 def _validate_combinations(config: ConfigDict) -> None:
-    if config.objective in ("trades", "mart") and config.mixing.probability:
-        raise UserError(
-            f"mixing.probability is {config.mixing.probability:g}, but {config.objective} needs "
-            "plain labels; set it to 0 or use objective 'at'"
-        )
     mixing = config.mixing
     if mixing.probability and not (mixing.mixup_alpha or mixing.cutmix_alpha):
         raise UserError(
             f"mixing.probability is {mixing.probability:g}, but mixing.mixup_alpha and "
             "mixing.cutmix_alpha are both 0; set one above 0 or the probability to 0"
-        )
-    if config.objective == "natural" and (config.masking.ard or config.masking.prm):
-        raise UserError(
-            "masking.ard or masking.prm is on, but objective 'natural' has no attack to mask; "
-            "turn them off or choose another objective"
         )
     if config.batch_size % config.accumulate_steps:
         raise UserError(

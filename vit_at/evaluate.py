@@ -30,7 +30,7 @@ from vit_at.evaluation.protocol import parse_attacks
 from vit_at.reporting.exported import DESCRIPTION_FILE, load_exported
 from vit_at.workdir.checkpoint import Trained, load_trained
 from vit_at.workdir.files import disk_errors, locked
-from vit_at.workdir.results import Results, table
+from vit_at.workdir.results import Results, as_text
 
 
 def fraction(text: str) -> float:
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             names = inspect.signature(evaluate).parameters
             records = evaluate(**{name: getattr(options, name) for name in names})
             if jax.process_index() == 0:
-                print(table(records))
+                print(as_text(records))
     return 0
 
 

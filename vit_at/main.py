@@ -26,7 +26,7 @@ from vit_at.console import quiet_logging
 from vit_at.distributed import devices, processes
 from vit_at.errors import Parser, UserError, one_sentence_errors
 from vit_at.training.loop import Diverged, Interrupted, train
-from vit_at.workdir.results import table
+from vit_at.workdir.results import as_text
 
 EXIT_DIVERGED = 3
 
@@ -76,7 +76,7 @@ def _train(config: ConfigDict, options: argparse.Namespace) -> int:
         logging.error("%s", divergence)
         return EXIT_DIVERGED
     if jax.process_index() == 0:
-        print(table(records))
+        print(as_text(records))
         print(f"results: {workdir / 'results.json'}")
         if options.report:
             # Imported only here: the start of a run should not wait for matplotlib.

@@ -9,6 +9,7 @@ vit_small_p16_224-15ec54c9.pth where you start the larger sizes. Swin is for ima
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
+
 from vit_at.configs.study import base
 
 

@@ -9,6 +9,7 @@ smooths the labels. Digits are cropped but not flipped: a mirrored 2 is none.
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
+
 from vit_at.configs.study import base
 
 

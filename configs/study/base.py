@@ -14,8 +14,8 @@ paper  CIFAR-10 with ViT-B as published, AutoAttack on all test images
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
-from vit_at.configs import cifar10_sgd, common, digits_sgd
 
+from vit_at.configs import cifar10_sgd, common, digits_sgd
 from vit_at.errors import UserError
 
 SEEDS = (0, 1, 2)

@@ -7,6 +7,7 @@ vit-at sweep configs/study/masking.py:cpu,trades   # likewise of TRADES, and of 
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
+
 from vit_at.configs.study import base
 
 

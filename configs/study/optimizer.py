@@ -8,6 +8,7 @@ AdamW with its usual decoupled weight decay, cosine schedule and warm-up, at thr
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
+
 from vit_at.configs.study import base
 
 

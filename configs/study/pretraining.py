@@ -10,6 +10,7 @@ same digits, and eps does not warm up, as that would be another remedy for the s
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
+
 from vit_at.configs import common
 from vit_at.configs.study import base
 

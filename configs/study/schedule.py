@@ -6,6 +6,7 @@ vit-at sweep configs/study/schedule.py:cpu
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
+
 from vit_at.configs.study import base
 
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from vit_at.configs import default
 
 from vit_at.attacks.norms import NORMS, largest_size, resize, resize_as_official, sizes
 from vit_at.attacks.threat import Threat, ascend, into_image_range, random_start
+from vit_at.configs import default
 
 SHAPE = (3, 4, 4, 2)
 EPS = st.floats(2**-10, 5.0, width=32)

@@ -32,7 +32,7 @@ def two_steps(kind: str, **changes):
     step, metrics = runs.quick_step(setup, state, batches[0]), []
     for batch in batches:
         state, of_step = step(state, batch)
-        metrics.append(jax.device_get(of_step))
+        metrics.append(jax.device_get(of_step).compute())
     return metrics, state, step
 
 

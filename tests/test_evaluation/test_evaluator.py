@@ -18,7 +18,7 @@ from vit_at.evaluate import fraction
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store, select
 from vit_at.evaluation.protocol import parse_attacks, weights_digest
 from vit_at.reporting import exported
-from vit_at.workdir.results import Results, in_255ths, table
+from vit_at.workdir.results import Results, as_text, in_255ths
 
 THREAT = Threat("linf", 0.3, 0.1, 3)
 EXAMPLES = runs.examples(45)  # in batches of 16, the last has 3 rows to fill
@@ -96,9 +96,9 @@ def test_select_takes_the_first_and_refuses_more_than_there_are():
 
 def test_the_number_in_an_attacks_name_is_that_of_its_steps():
     clean, pgd, cw = parse_attacks("clean, pgd-20,cw-7", THREAT, restarts=3)
-    assert clean.loss is None
-    assert (pgd.loss, pgd.threat.steps, pgd.restarts) == ("ce", 20, 3)
-    assert (cw.loss, cw.threat.steps) == ("cw", 7)
+    assert clean.kind == "clean"
+    assert (pgd.kind, pgd.loss, pgd.threat.steps, pgd.restarts) == ("pgd", "ce", 20, 3)
+    assert (cw.kind, cw.loss, cw.threat.steps) == ("cw", "cw", 7)
     assert pgd.threat == dataclasses.replace(THREAT, steps=20)
 
 
@@ -207,7 +207,7 @@ def test_the_digest_follows_every_weight_and_name():
 
 
 def test_the_table_shows_every_record(tmp_path):
-    lines = table(store(tmp_path, threat=Threat("linf", 8 / 255, 2 / 255, 3))).splitlines()
+    lines = as_text(store(tmp_path, threat=Threat("linf", 8 / 255, 2 / 255, 3))).splitlines()
     assert lines[0].split() == ["attack", "accuracy", "images", "protocol"]
     assert lines[1].startswith("clean")
     assert "linf eps 8/255, step 2/255, 1 restart(s), made/1.0.0 test" in lines[2]

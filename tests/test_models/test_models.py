@@ -11,7 +11,7 @@ from jax.extend import core as jax_core
 
 from vit_at import models, weights
 from vit_at.errors import UserError
-from vit_at.models import convit, layers, swin
+from vit_at.models import blocks, convit, layers, swin
 
 # Parameters with 10 classes at 224 pixels. timm's own counts where the reference has no fixture.
 PARAMETERS = {
@@ -157,7 +157,7 @@ def test_gate_is_its_definition(name, monkeypatch):
     for _, logits in (gated, unmasked):
         np.testing.assert_allclose(logits, plain, atol=1e-5)
 
-    monkeypatch.setattr(layers, "attention_branch", plain_gate)
+    monkeypatch.setattr(blocks, "attention_branch", plain_gate)
     expected, _ = small_gradients(name)
     for got, wanted, free in zip(gated[0], expected[0], unmasked[0], strict=True):
         scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
@@ -225,7 +225,7 @@ def test_stochastic_depth_drops_the_attention_branch_alone(name, monkeypatch):
         np.testing.assert_array_equal(first, train(params, jax.random.key(0)))
         train.clear_cache()
 
-    monkeypatch.setattr(layers, "drop_path", lambda key, x, rate: jnp.zeros_like(x))
+    monkeypatch.setattr(blocks, "drop_path", lambda key, x, rate: jnp.zeros_like(x))
     dropped = train(params, jax.random.key(0))
     without = weights.to_timm(params, model)
     without |= {n: 0 * v for n, v in without.items() if ".attn.proj." in n}
@@ -264,15 +264,15 @@ def test_blocks_one_by_one_are_those_of_the_scan(name, remat):
     def loss(params, images):
         return (apply(params, images, keep, train=True, rngs=rngs) ** 2).sum()
 
-    laid_out = apply.by_block(params)
+    laid_out = models.unstack_blocks(apply, params, "cpu")
     kinds = {type(tree) for tree in laid_out.values()}
-    assert kinds == {tuple, *(type(tree) for tree in params.values())}
+    assert kinds == {blocks.Unstacked, *(type(tree) for tree in params.values())}
     step = quick_jit(jax.value_and_grad(loss, argnums=(0, 1)))
     expected, (expected_to_params, expected_to_images) = step(params, images)
     value, (to_params, to_images) = step(laid_out, images)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert error(to_images, expected_to_images) < 1e-4
-    to_params = weights.to_timm(apply.stacked(to_params), model)
+    to_params = weights.to_timm(models.stack_blocks(to_params), model)
     for key, gradient in weights.to_timm(expected_to_params, model).items():
         np.testing.assert_allclose(to_params[key], gradient, rtol=1e-3, atol=1e-4, err_msg=key)
 

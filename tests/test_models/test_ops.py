@@ -1,10 +1,13 @@
 """The written-out gradients against automatic differentiation of the textbook formulas."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vit_at.distributed import sharding
 from vit_at.models import ops
 
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -78,6 +81,36 @@ def test_a_bfloat16_linear_layer_adds_up_in_float32_and_is_rounded_once():
         assert a.dtype == jnp.bfloat16
         assert a.shape == b.shape
         np.testing.assert_allclose(a.astype("float32"), b, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize(("platform", "product"), [("cpu", "f32"), ("cuda", "bf16")])
+def test_bfloat16_products_suit_the_platform_that_a_program_is_lowered_for(platform, product):
+    """One product forward, one for each argument that is differentiated; for any platform here."""
+    x, kernel = jnp.ones((2, 3, 4), "bfloat16"), jnp.ones((4, 5), "bfloat16")
+
+    def products(argnums):
+        gradient = jax.jit(jax.value_and_grad(lambda *a: ops.linear(*a).sum(), argnums))
+        text = gradient.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+        return re.findall(r"dot_general.*-> tensor<(?:\d+x)+(\w+)>", text)
+
+    assert products((0, 1)) == 3 * [product]
+    assert products(0) == products(1) == 2 * [product]
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_bfloat16_linear_layer_can_be_mapped_scanned_and_computed_again(remat):
+    x, kernels = jnp.ones((4, 3, 8), "bfloat16"), jnp.full((2, 8, 8), 0.25, "bfloat16")
+    layer = jax.checkpoint(ops.linear) if remat else ops.linear
+
+    def scanned(x, kernels):
+        return jax.lax.scan(lambda x, kernel: (layer(x, kernel), None), x, kernels)[0].sum()
+
+    split = jax.sharding.PartitionSpec("data")
+    mesh = sharding.make_mesh(jax.devices()[:4])
+    mapped = sharding.map_shards(jax.vmap(jax.grad(scanned), (0, None)), mesh, (split, None))
+    expected = jnp.full_like(x, 4)  # each layer doubles the cotangent
+    np.testing.assert_array_equal(jax.jit(mapped)(x, kernels), expected)
+    np.testing.assert_array_equal(jax.grad(scanned, 1)(x, kernels)[1], 24)
 
 
 def test_large_logits_and_a_far_tail_stay_finite():

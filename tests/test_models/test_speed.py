@@ -13,9 +13,9 @@ from vit_at import models
 from vit_at.attacks import Threat
 from vit_at.distributed import devices
 from vit_at.models import layers
+from vit_at.training.attack import Draws, perturb
 from vit_at.training.loop import Loop, train
 from vit_at.training.setup import compile_step, initial_state
-from vit_at.training.step import Draws, perturb
 
 COMPILATION = devices._COMPILATION
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import runs
 import safetensors.numpy
-from vit_at.configs import default
 
 from vit_at import export, models, weights
+from vit_at.configs import default
 from vit_at.evaluation.protocol import weights_digest
 from vit_at.reporting import exported
 from vit_at.reporting.model_card import model_card

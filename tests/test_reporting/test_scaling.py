@@ -2,8 +2,8 @@
 
 import hlo
 import pytest
-from vit_at.configs import digits_sgd, imagenet_vit_b
 
+from vit_at.configs import digits_sgd, imagenet_vit_b
 from vit_at.errors import UserError
 from vit_at.reporting import scaling
 

@@ -3,12 +3,13 @@
 import pathlib
 
 import pytest
+
+from vit_at.config import flatten
 from vit_at.configs import common
 from vit_at.configs.study import base
-
-from vit_at.config import flatten, validate
 from vit_at.reporting import study
 from vit_at.reporting.jobs import jobs_of
+from vit_at.training import objectives
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(
@@ -24,7 +25,7 @@ def test_a_sweep_is_valid_and_every_arm_has_every_seed(path, size):
     runs = jobs_of(f"{path}:{size}")
     arms = {}
     for run in runs:
-        validate(run.config)
+        objectives.check(run.config)
         assert run.config.name.startswith(f"study_{path.stem}-{size}")
         read = study.Run(run.name, run.config.to_dict())
         arms.setdefault(str(study._relevant(read)), []).append(run.config.seed)

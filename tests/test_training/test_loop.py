@@ -15,8 +15,8 @@ import pytest
 import runs
 from etils import epath
 
-from vit_at.training.loop import Interrupted, _Signals, train
-from vit_at.training.setup import resolve
+from vit_at.training.loop import train
+from vit_at.training.signals import Interrupted, Signals
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAST_STEP = 8
@@ -56,7 +56,7 @@ def assert_same_arrays(a, b):
 def undisturbed(tmp_path_factory):
     """(work directory, records) of a run that nothing interrupted."""
     workdir = epath.Path(tmp_path_factory.mktemp("runs") / "undisturbed")
-    return workdir, train(runs.smoke(**runs.QUICK), workdir)
+    return workdir, train(runs.smoke(**runs.QUICK), str(workdir))
 
 
 def test_a_run_writes_every_file_of_its_work_directory(undisturbed):
@@ -66,7 +66,8 @@ def test_a_run_writes_every_file_of_its_work_directory(undisturbed):
     assert expected | {"per_example.npz"} <= names
     assert [n for n in names - expected if not n.startswith("events.out")] == ["per_example.npz"]
     config = json.loads((workdir / "config.json").read_text())
-    assert config == json.loads(json.dumps(resolve(runs.smoke(**runs.QUICK)).to_dict()))
+    resolved = runs.resolved(**runs.QUICK)
+    assert config == json.loads(json.dumps(resolved.to_dict()))
     assert [record["attack"] for record in records] == ["clean", "cw-2", "pgd-2"]
     assert json.loads((workdir / "results.json").read_text()) == records
 
@@ -112,7 +113,7 @@ def test_an_interrupted_run_goes_on_to_the_same_parameters(undisturbed, tmp_path
         return signal.SIGTERM if len(calls) > 4 else None
 
     with monkeypatch.context() as patched:
-        patched.setattr(_Signals, "received", property(interrupting, lambda self, v: None), False)
+        patched.setattr(Signals, "received", property(interrupting, lambda self, v: None), False)
         with pytest.raises(Interrupted) as interruption:
             train(config, workdir)
     assert interruption.value.exit_status == 128 + signal.SIGTERM
@@ -180,7 +181,7 @@ def test_a_process_that_is_ended_by_a_signal_resumes_bit_for_bit(
 
 def test_signals_are_remembered_once_and_handlers_restored():
     before = signal.getsignal(signal.SIGTERM)
-    with _Signals() as signals:
+    with Signals() as signals:
         assert signals.received is None
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == signal.SIGTERM

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from vit_at.configs import default
 
+from vit_at.configs import default
 from vit_at.training.masking import (
     Masking,
     draw_attn_keep,

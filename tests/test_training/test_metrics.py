@@ -4,21 +4,24 @@ import json
 
 import jax.numpy as jnp
 import pytest
+from clu.metrics import Average, Collection
 from etils import epath
 
 from vit_at import console
 from vit_at.training import metrics
 
 
-def test_window_means_are_those_of_its_steps_and_empty_it():
-    window = metrics.Window()
-    for loss in (1.0, 2.0, 6.0):
-        window.add({"loss": jnp.float32(loss), "eps": jnp.float32(0.5)})
-    assert len(window) == 3
-    assert window.means() == {"loss": 3.0, "eps": 0.5}
-    assert len(window) == 0
-    window.add({"loss": jnp.float32(4.0)})
-    assert window.means() == {"loss": 4.0}
+def of_step(**values):
+    """The metrics of one step."""
+    averages = {n: Average(jnp.float32(v), jnp.int32(1)) for n, v in values.items()}
+    return Collection.create_collection(**averages)
+
+
+def test_the_means_of_some_steps_are_those_of_their_metrics():
+    steps = [of_step(loss=loss, eps=0.5) for loss in (1.0, 2.0, 6.0)]
+    assert metrics.means(steps) == {"loss": 3.0, "eps": 0.5}
+    assert metrics.means([of_step(loss=4.0)]) == {"loss": 4.0}
+    assert all(type(mean) is float for mean in metrics.means(steps).values())
 
 
 # --- Writer -----------------------------------------------------------------------------------

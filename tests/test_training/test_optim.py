@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from vit_at.configs import default
 
+from vit_at.configs import default
 from vit_at.training.optim import clip_by_global_norm, learning_rate, make_optimizer
 
 with np.load(pathlib.Path(__file__).parents[1] / "data" / "steps" / "schedule.npz") as _archive:

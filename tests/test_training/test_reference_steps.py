@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 import reference_steps as ref
-from vit_at.configs import default
 
 from vit_at import models
+from vit_at.configs import default
+from vit_at.training.attack import perturb
 from vit_at.training.objectives import training_loss
 from vit_at.training.optim import make_optimizer
-from vit_at.training.step import perturb
 
 FULL_CASES = [c for c in ref.CASES if "delta_steps" in ref.arrays(f"train_{c}")]
 SIGN_CASES = [c for c in ref.CASES if "attack_grad_sign" in ref.arrays(f"train_{c}")]
@@ -30,10 +30,12 @@ def functions(objective: str, masked: bool, dtype: str):
     one_step = ref.Threat("linf", ref.THREAT.eps, ref.THREAT.step_size, 1)
 
     def attack(threat, params, *rest):
-        return perturb(apply, apply.by_block(params), *rest, objective=objective, threat=threat)
+        params = models.unstack_blocks(apply, params, "cpu")
+        return perturb(apply, params, *rest, objective=objective, threat=threat)
 
     def loss(params, *rest):
-        return training_loss(objective, apply, apply.by_block(params), *rest, beta=6.0)
+        params = models.unstack_blocks(apply, params, "cpu")
+        return training_loss(objective, apply, params, *rest, beta=6.0)
 
     attacks = (jax.jit(functools.partial(attack, threat)) for threat in (ref.THREAT, one_step))
     return *attacks, jax.jit(jax.value_and_grad(loss, has_aux=True))

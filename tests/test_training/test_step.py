@@ -1,7 +1,9 @@
 """One training step: draws, accumulation, devices, collectives, donation, averaging."""
 
 import functools
+import pathlib
 import re
+import types
 
 import hlo
 import jax
@@ -14,9 +16,12 @@ from vit_at import models
 from vit_at.attacks import Threat
 from vit_at.data import augment
 from vit_at.distributed import sharding
+from vit_at.models.blocks import Unstacked
+from vit_at.models.build import training_dtype
+from vit_at.training.attack import Draws, Start, draw, perturb
 from vit_at.training.masking import Masking
 from vit_at.training.setup import initial_state
-from vit_at.training.step import Draws, TrainState, draw, perturb
+from vit_at.training.step import TrainState
 
 SHAPE = (6, 8, 8, 3)
 
@@ -70,14 +75,15 @@ def test_at_starts_uniformly_in_the_ball():
 @pytest.mark.parametrize("objective", ["trades", "mart"])
 def test_trades_and_mart_start_at_a_thousandth_of_a_normal_in_normalised_units(objective):
     std = (0.2, 0.4, 0.8)
-    delta = np.asarray(draws(objective=objective, image_shape=(64, 16, 16, 3), std=std).delta)
+    options = {"image_shape": (64, 16, 16, 3), "start": Start(std=std)}
+    delta = np.asarray(draws(objective=objective, **options).delta)
     np.testing.assert_allclose(delta.std(axis=(0, 1, 2)), 0.001 * np.array(std), rtol=0.03)
     np.testing.assert_allclose(delta.mean(axis=(0, 1, 2)), 0, atol=3e-5)
 
 
 @pytest.mark.parametrize("objective", ["at", "mart"])
 def test_a_zero_start_is_zero(objective):
-    np.testing.assert_array_equal(draws(objective=objective, start="zero").delta, 0)
+    np.testing.assert_array_equal(draws(objective=objective, start=Start("zero")).delta, 0)
 
 
 def test_natural_training_has_no_attack():
@@ -106,6 +112,10 @@ def start(num_devices=1, **changes):
     return setup, state, (sharding.split_batch(b, setup.mesh) for b in runs.batches(setup, 99))
 
 
+def values(metrics):
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
 def take_steps(count, num_devices=1, **changes):
     """(metrics of each step, final state), on the host."""
     setup, state, batches = start(num_devices, **changes)
@@ -114,7 +124,7 @@ def take_steps(count, num_devices=1, **changes):
     history = []
     for _ in range(count):
         state, metrics = step(state, batch)
-        history.append({name: float(value) for name, value in metrics.items()})
+        history.append(values(metrics))
         batch = next(batches)
     return history, jax.device_get(state)
 
@@ -136,10 +146,10 @@ def test_results_do_not_depend_on_the_number_of_devices(objective, devices):
 
 @pytest.mark.parametrize("objective", ["at", "trades", "mart"])
 def test_a_step_with_scanned_blocks_is_the_same(objective, monkeypatch):
-    """As on an accelerator, where ``by_block`` changes nothing."""
+    """As on an accelerator, where ``unstack_blocks`` changes nothing."""
     options = MASKED | {"threat__norm": "l2", "threat__eps": 0.5, "threat__step_size": 0.25}
     laid_out, state = take_steps(2, 1, objective=objective, **options)
-    monkeypatch.setattr(models.Classifier, "by_block", lambda self, params: params)
+    monkeypatch.setattr(models, "unstack_blocks", lambda apply, params, platform: params)
     scanned, of_scanned = take_steps(2, 1, objective=objective, **options)
     tolerance = 1e-2 if objective == "trades" else 1e-5  # as between numbers of devices
     for a, b in zip(laid_out, scanned, strict=True):
@@ -155,7 +165,7 @@ def test_stochastic_depth_does_not_depend_on_devices_or_micro_batches():
         state = initial_state(setup, runs.optimizer_of(setup))
         batch = sharding.split_batch(next(runs.batches(setup, 1)), setup.mesh)
         _, metrics = runs.quick_step(setup, state, batch)(state, batch)
-        return {name: float(value) for name, value in metrics.items()}
+        return values(metrics)
 
     one = step(1, 0.5)
     assert step(4, 0.5, accumulate_steps=2) == pytest.approx(one, rel=1e-5)
@@ -298,3 +308,39 @@ def test_batches_that_the_devices_do_not_divide_are_refused():
         sharding.check_batch_size("batch_size", 30, mesh)
     with pytest.raises(ValueError, match=r"4 devices times 3 micro-batches.* 12"):
         sharding.check_batch_size("batch_size", 16, mesh, 3)
+
+
+# --- The platform -----------------------------------------------------------------------------
+
+
+def mesh_of(platform):
+    """A mesh of one device that is not there."""
+    return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
+
+
+def test_small_parts_unstacked_blocks_and_float32_are_for_a_mesh_of_cpus():
+    setup = runs.tiny_setup()
+    apply = models.classifier(setup.model, (0.5,), (0.5,))
+    params = jax.eval_shape(lambda: models.init_params(setup.model, jax.random.key(0)))
+    with setup.config.unlocked():
+        setup.config.dtype = "auto"
+    for platform, parts, dtype in (("cpu", 8, "float32"), ("tpu", 2, "bfloat16")):
+        mesh = mesh_of(platform)
+        assert sharding.platform(mesh) == platform
+        assert sharding.in_parts(jnp.zeros((64, 3)), mesh, 2).shape == (parts, 64 // parts, 3)
+        assert training_dtype(setup.config, sharding.platform(mesh)) == dtype
+    assert models.unstack_blocks(apply, params, "tpu") is params
+    assert models.unstack_blocks(lambda params, x: x, params, "cpu") is params
+    assert isinstance(models.unstack_blocks(apply, concrete(params), "cpu")["blocks"], Unstacked)
+
+
+def concrete(shapes):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def test_nothing_asks_which_backend_the_process_has():
+    """A program may be compiled for devices that are not there."""
+    package = pathlib.Path(models.__file__).parents[1]
+    sources = {path: path.read_text() for path in package.rglob("*.py")}
+    assert len(sources) > 50
+    assert [str(path) for path, text in sources.items() if "default_backend" in text] == []

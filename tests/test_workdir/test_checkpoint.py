@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
-from vit_at.training.setup import resolve
 from vit_at.training.step import TrainState
 from vit_at.workdir.checkpoint import Checkpoints, fingerprint, load_trained
 from vit_at.workdir.files import check_space, disk_errors, read_config, write_config
@@ -330,16 +329,16 @@ def test_a_disk_that_is_really_full(full_disk, monkeypatch):
 
 
 def test_a_work_directory_of_another_configuration_is_refused_with_the_fields(workdir):
-    write_config(workdir, resolve(runs.smoke()))
-    write_config(workdir, resolve(runs.smoke()))  # the same: resumes
+    write_config(workdir, runs.resolved())
+    write_config(workdir, runs.resolved())  # the same: resumes
     with pytest.raises(UserError) as caught:
-        write_config(workdir, resolve(runs.smoke(epochs=3, data__std=(0.5,))))
+        write_config(workdir, runs.resolved(epochs=3, data__std=(0.5,)))
     for part in ("data.std", "0.38", "0.5", "epochs 2 -> 3", "--workdir"):
         assert part in str(caught.value)
 
 
 def test_the_configuration_comes_back_as_it_was(workdir):
-    config = resolve(runs.smoke())
+    config = runs.resolved()
     write_config(workdir, config)
     stored = read_config(workdir)
     assert stored.is_locked
@@ -351,13 +350,13 @@ def test_the_configuration_comes_back_as_it_was(workdir):
 def test_a_damaged_config_is_named(workdir, text):
     (workdir / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
-        write_config(workdir, resolve(runs.smoke()))
+        write_config(workdir, runs.resolved())
 
 
 def test_a_directory_without_a_run_is_refused(workdir):
     with pytest.raises(UserError, match="is no work directory"):
         load_trained(workdir, "best")
-    write_config(workdir, resolve(runs.smoke()))
+    write_config(workdir, runs.resolved())
     with pytest.raises(UserError, match="holds no 'best' checkpoint yet"):
         load_trained(workdir, "best")
 

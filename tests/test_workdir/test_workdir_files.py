@@ -22,7 +22,6 @@ from vit_at.errors import UserError
 from vit_at.evaluation.protocol import Attack, record
 from vit_at.training import metrics
 from vit_at.training.loop import train
-from vit_at.training.setup import resolve
 from vit_at.workdir.files import locked, read_config, write_config
 from vit_at.workdir.results import Results
 
@@ -78,7 +77,7 @@ def test_a_second_run_in_a_work_directory_is_refused(tmp_path, holder):
 
 
 def test_a_run_from_before_a_field_existed_goes_on(tmp_path):
-    config = resolve(runs.smoke(**runs.QUICK))
+    config = runs.resolved(**runs.QUICK)
     write_config(epath.Path(tmp_path), config)
     path = tmp_path / "config.json"
     old = json.loads(path.read_text())
@@ -129,7 +128,7 @@ def bucket(tmp_path, monkeypatch):
 
 
 def test_files_of_a_run_work_in_an_object_store(bucket, tmp_path):
-    config = resolve(runs.smoke(**runs.QUICK))
+    config = runs.resolved(**runs.QUICK)
     write_config(bucket, config)
     assert read_config(bucket).to_dict() == config.to_dict()
     with locked(bucket, "training"), locked(bucket, "training"):  # there are no locks
@@ -142,7 +141,7 @@ def test_files_of_a_run_work_in_an_object_store(bucket, tmp_path):
     lines = (tmp_path / "bucket" / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
     examples, results = runs.examples(5), Results(bucket)
-    attack = Attack("clean", None, Threat("linf", 0.1, 0.1, 1))
+    attack = Attack("clean", "clean", Threat("linf", 0.1, 0.1, 1))
     about = {"examples": examples, "seed": 0, "weights": {"digest": "d"}}
     entry = record(attack, np.ones(5, bool), **about)
     for _ in range(2):

@@ -33,6 +33,7 @@ def training_attack(
 
     Each step masks the perturbation, takes the gradient at the masked perturbation and moves all
     patches, so a masked patch restarts from 0. The last perturbation is not masked.
+    ``training.masking`` says when and how much is masked.
 
     Args:
       loss: (images [b, H, W, C], block mask [num_blocks] or None) -> scalar.

@@ -1,11 +1,11 @@
 """Devices as one mesh axis, ``data``: batches are split over it, parameters are whole on each.
 
-The step is written in the global view under jit. Only attack and gradient are mapped shard by
-shard (``map_shards``): so they provably hold no collective but the one at their end.
+The step is written in the global view under jit. Only attack and gradient are mapped over the
+shards (``map_shards``), so they hold no collective except the mean at their end.
 
-With ``config.sharding='fsdp'`` the training state is split over the same axis, each array along the
+With ``config.sharding='fsdp'`` the training state is split over the same axis, each array along its
 longest dimension that the devices divide (``layout``). A step then gathers the parameters once, for
-all of its attack steps and its gradient; each device keeps its part of the gradient and update.
+all attack steps and the gradient; each device keeps its part of the gradient and the update.
 """
 
 import functools
@@ -20,14 +20,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from vit_at.errors import UserError
 
-_CPU_IMAGES = range(4, 9)  # at a time, so that activations stay in cache; docs/performance.md
+_CPU_IMAGES = range(4, 9)  # images of a part on a CPU; docs/performance.md
 AXIS = "data"
 SPLIT, WHOLE = PartitionSpec(AXIS), PartitionSpec()
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh with the single axis ``data`` over all devices of all processes."""
-    # Those of a process next to each other, as are the rows of a batch that it reads.
+    # The devices of a process stand side by side, like the rows of a batch that it reads.
     devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
     return Mesh(np.array(devices), (AXIS,))
 
@@ -53,14 +53,15 @@ def check_batch_size(field: str, batch_size: int, mesh: Mesh, parts: int = 1) ->
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Puts every array whole on every device; all processes must hold the same."""
+    """Puts every array whole on every device; all processes must hold the same values."""
     return jax.tree.map(lambda x: place(x, NamedSharding(mesh, WHOLE)), tree)
 
 
 def layout(tree: Any, mesh: Mesh, sharding: str) -> Any:
     """How a training state lies on the devices: a NamedSharding for each of its arrays.
 
-    sharding: 'replicated', or 'fsdp': then arrays that no device count divides stay whole.
+    sharding: 'replicated'; or 'fsdp', where an array stays whole if the number of devices divides
+      none of its dimensions.
     """
 
     def of_array(x):
@@ -74,7 +75,7 @@ def layout(tree: Any, mesh: Mesh, sharding: str) -> Any:
 
 
 def distribute(tree: Any, mesh: Mesh, sharding: str) -> Any:
-    """Puts a training state, which every process holds whole, on the devices; see ``layout``."""
+    """Puts a training state that every process holds whole on the devices; see ``layout``."""
     return jax.tree.map(place, tree, layout(tree, mesh, sharding))
 
 
@@ -99,13 +100,13 @@ def split_whole(batch: Any, mesh: Mesh) -> Any:
 
 
 def my_rows(array: jax.Array) -> np.ndarray:
-    """This process's rows of an array that is split over the devices: ``split_batch`` undone."""
+    """This process's rows of an array that is split over the devices; undoes ``split_batch``."""
     shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
 def gather(tree: Any) -> Any:
-    """All rows of split arrays on the host, on every process; all of them must call it."""
+    """All rows of split arrays, on the host of every process; all processes must call it."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
@@ -116,8 +117,7 @@ def map_shards(
 ) -> Callable[..., Any]:
     """``function`` on each device's shard: jax.pmap's programming model under jit.
 
-    The check of replication is off: it has nothing to check where no collective is, and would
-    reject loops whose carry starts as a constant.
+    The check of replication is off: it would reject loops whose carry starts as a constant.
     """
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
@@ -125,10 +125,10 @@ def map_shards(
 
 
 def mean_over_devices(trees: Any, specs: Any) -> Any:
-    """The mean over devices of what each of them holds, inside ``map_shards``.
+    """The mean over the devices of each array, inside ``map_shards``.
 
     specs: how the results lie on the devices: WHOLE, or split along an axis, for each array or
-      each tree of them. A device receives no more than it keeps.
+      each tree of arrays. A device receives only what it keeps.
     """
 
     def mean(spec, x):
@@ -144,13 +144,13 @@ def mean_over_devices(trees: Any, specs: Any) -> Any:
     return jax.tree.map(means, specs, trees, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def in_parts(examples: Any, at_least: int = 1) -> Any:
-    """A device's examples [b, ...] as parts [parts, b / parts, ...], to be done one by one.
+def in_parts(examples: Any, mesh: Mesh, at_least: int = 1) -> Any:
+    """A device's examples [b, ...] as parts [parts, b / parts, ...], to be processed in turn.
 
-    On an accelerator there are no more parts than asked for; on a CPU, parts are small.
+    Accelerators take ``at_least`` parts; CPUs take more, so that activations stay in cache.
     """
     count = len(jax.tree.leaves(examples)[0])
     size = count // at_least
-    if jax.default_backend() == "cpu":
+    if platform(mesh) == "cpu":
         size = max((n for n in _CPU_IMAGES if size % n == 0), default=size)
     return jax.tree.map(lambda x: x.reshape(count // size, size, *x.shape[1:]), examples)

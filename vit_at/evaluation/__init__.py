@@ -1,5 +1,6 @@
-"""Accuracy of a model on a data set: clean and under attack, the same code at every place.
+"""Accuracy of a model on a data set, clean and under attack.
 
-evaluator    clean, PGD-n and CW-n accuracy, in training, at its end and on its own
+evaluator    clean, PGD-n, CW-n and AutoAttack accuracy, in training and after it
+protocol     evaluations by name, and the records of their results
 autoattack   AutoAttack on the examples of a data set, with its audit
 """

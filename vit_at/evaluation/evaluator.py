@@ -1,4 +1,4 @@
-"""Clean, PGD-n, CW-n and AutoAttack accuracy: the same code in training, at its end, on its own.
+"""Clean, PGD-n, CW-n and AutoAttack accuracy, by the same code in training and after it.
 
     python -m vit_at.evaluate runs/cifar10_sgd --attacks=clean,pgd-20,cw-20
 
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu.metrics import Average
 from etils import epath
 from jax.sharding import Mesh
 
@@ -36,7 +37,7 @@ Array = jax.Array
 def make_outcome_fn(
     apply: Callable[..., Array], attack: Attack, mesh: Mesh, seed: int
 ) -> Callable[[Any, dict[str, Array]], Array]:
-    """A compiled (params, batch) -> correct [B] bool: still classified right after the attack."""
+    """A compiled (params, batch) -> correct [B] bool: classified correctly after the attack."""
 
     def starts(indices, shape):
         def of_image(index):
@@ -47,17 +48,18 @@ def make_outcome_fn(
         return jnp.swapaxes(jax.vmap(of_image)(indices), 0, 1)
 
     def outcome(params, batch):
-        logits_fn = functools.partial(apply, models.by_block(apply, params))
+        params = models.unstack_blocks(apply, params, sharding.platform(mesh))
+        logits_fn = functools.partial(apply, params)
 
         def of_part(part):
             images, labels = augment.to_float(part["image"]), part["label"]
-            if attack.loss is not None:
+            if attack.kind != "clean":
                 init = starts(part["index"], images.shape[1:])
                 options = {"loss": attack.loss, "init": init}
                 images = pgd_attack(logits_fn, images, labels, None, attack.threat, **options)
             return jnp.argmax(logits_fn(images), axis=-1) == labels
 
-        return jax.lax.map(of_part, sharding.in_parts(batch)).reshape(-1)
+        return jax.lax.map(of_part, sharding.in_parts(batch, mesh)).reshape(-1)
 
     specs = (sharding.WHOLE, sharding.SPLIT)
     compiled = jax.jit(sharding.map_shards(outcome, mesh, specs))
@@ -70,7 +72,10 @@ def make_outcome_fn(
 
 
 class Evaluator:
-    """Evaluates parameters on fixed examples; compiled once, used every epoch."""
+    """Evaluates parameters on fixed examples; compiled once, used every epoch.
+
+    details: {attack name: what its record says besides the accuracy}, after AutoAttack.
+    """
 
     def __init__(
         self,
@@ -85,18 +90,19 @@ class Evaluator:
     ):
         self.attacks = tuple(attacks)
         self._examples, self._mesh = examples, mesh
-        self._batches = {"batch_size": batch_size, "threads": threads}
-        self._part = {
+        self._batches = {
+            "batch_size": batch_size,
+            "threads": threads,
             "process_index": jax.process_index(),
             "process_count": jax.process_count(),
         }
         self._apply, self._seed = apply, seed
-        self.details: dict[str, dict[str, Any]] = {}  # what records say besides the accuracy
-        plain = [a for a in attacks if a.loss != AUTOATTACK]
+        self.details: dict[str, dict[str, Any]] = {}
+        plain = [a for a in attacks if a.kind != AUTOATTACK]
         self._outcomes = {a.name: make_outcome_fn(apply, a, mesh, seed) for a in plain}
 
     def __call__(self, params: Any, *, progress: bool = False) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (attack name, correct [N] bool), images in the order of the examples."""
+        """Yields (attack name, correct [N] bool), in the order of the examples."""
         for attack in self.attacks:
             yield attack.name, self.run(attack, params, progress=progress)
 
@@ -108,9 +114,9 @@ class Evaluator:
         progress: bool = False,
         workdir: epath.Path | None = None,
     ) -> np.ndarray:
-        """The outcomes of one of the attacks, correct [N] bool; workdir: of AutoAttack's ledger."""
+        """Correct [N] bool after one of the attacks; workdir: for AutoAttack's progress."""
         batch_size = self._batches["batch_size"]
-        if attack.loss == AUTOATTACK:
+        if attack.kind == AUTOATTACK:
             correct, self.details[attack.name] = evaluate_autoattack(
                 self._apply,
                 params,
@@ -126,15 +132,16 @@ class Evaluator:
         params = sharding.replicate(params, self._mesh)
         total = -(-len(self._examples) // batch_size)
         bar = Progress(total, 0, "batch") if progress else None
-        correct, seen = np.zeros(len(self._examples), bool), 0
-        for batch in pipeline.eval_batches(self._examples, **self._batches, **self._part):
+        correct, accuracy = np.zeros(len(self._examples), bool), Average.empty()
+        for batch in pipeline.eval_batches(self._examples, **self._batches):
             where, real = batch["index"], batch.pop("mask")
             batch["index"] = np.where(real, self._examples.indices[where], 0).astype(np.uint32)
             outcome = self._outcomes[attack.name](params, sharding.split_batch(batch, self._mesh))
-            correct[where[real]] = sharding.my_rows(outcome)[real]
-            seen += int(real.sum())
+            rows = sharding.my_rows(outcome)
+            correct[where[real]] = rows[real]
             if bar is not None:
-                bar.update(f"{attack.name} {correct.sum() / max(seen, 1):.1%} correct")
+                accuracy = accuracy.merge(Average.from_model_output(rows, mask=real))
+                bar.update(f"{attack.name} {accuracy.compute():.1%} correct")
         if bar is not None:
             bar.close()
         return processes.any_of(correct)
@@ -149,9 +156,9 @@ def evaluate_and_store(
     seed: int,
     weights: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Runs an evaluator's attacks and stores each as it ends; what is stored is not run again.
+    """Runs an evaluator's attacks and stores each result; a result that is stored is not run again.
 
-    weights: what to say of them besides their digest: their source and step.
+    weights: what records say of the weights besides their digest: their source and step.
     """
     weights = {"digest": weights_digest(params), **weights}
     describe: dict[str, Any] = {"examples": examples, "seed": seed, "weights": weights}
@@ -171,7 +178,7 @@ def select(examples: Examples, count: int) -> Examples:
     """The first ``count`` examples; 0: all.
 
     Raises:
-      UserError: more than there are, or fewer than none.
+      UserError: a negative count, or more than there are.
     """
     if not 0 <= count <= len(examples):
         raise UserError(

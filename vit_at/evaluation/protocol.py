@@ -1,4 +1,4 @@
-"""Evaluations by name, and the record of what one has measured.
+"""Evaluations by name, and the records of their results.
 
 parse_attacks   'clean,pgd-20,autoattack' -> what to run
 record          an accuracy with the protocol it was measured under: an entry of ``results.json``
@@ -20,8 +20,8 @@ from vit_at.errors import UserError
 from vit_at.workdir.results import AUTOATTACK
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
-_LOSSES = {"pgd": "ce", "cw": "cw"}
-# The cascades by name, and each attack alone; 'rand' is for models that our own are not.
+_LOSSES = {"pgd": "ce", "cw": "cw"}  # what attacks named NAME-STEPS maximise
+# The cascades by name, and each attack alone; without 'rand', which is for random models.
 _AUTOATTACKS = {AUTOATTACK: "standard", f"{AUTOATTACK}-plus": "plus"} | {
     n: n for n in settings.NAMES
 }
@@ -31,19 +31,24 @@ _AUTOATTACKS = {AUTOATTACK: "standard", f"{AUTOATTACK}-plus": "plus"} | {
 class Attack:
     """One evaluation.
 
-    loss: 'ce', 'cw', 'autoattack', or None for clean images; version: of AutoAttack, 'standard' or
-    what else ``autoattack.run`` takes.
+    kind: 'clean', 'pgd', 'cw' or 'autoattack'.
+    restarts: of pgd and cw; version: of autoattack, the ``attacks`` of ``autoattack.run``.
     """
 
     name: str
-    loss: str | None
+    kind: str
     threat: Threat
     restarts: int = 1
     version: str = ""
 
+    @property
+    def loss(self) -> str:
+        """What the attack maximises: 'ce' or 'cw' of pgd and cw, 'autoattack' of autoattack."""
+        return _LOSSES.get(self.kind, self.kind)
+
 
 def parse_attacks(names: str, threat: Threat, restarts: int = 1) -> list[Attack]:
-    """'clean,pgd-20,cw-20': the numbers are those of the steps.
+    """What to run, from names such as 'clean,pgd-20,cw-20'; the numbers are attack steps.
 
     Raises:
       UserError: a name of another form.
@@ -53,7 +58,7 @@ def parse_attacks(names: str, threat: Threat, restarts: int = 1) -> list[Attack]
 
 def _parse_attack(name: str, threat: Threat, restarts: int) -> Attack:
     if name == "clean":
-        return Attack(name, None, threat)
+        return Attack(name, name, threat)
     if name in _AUTOATTACKS:
         return Attack(name, AUTOATTACK, threat, version=_AUTOATTACKS[name])
     kind, _, steps = name.partition("-")
@@ -62,11 +67,11 @@ def _parse_attack(name: str, threat: Threat, restarts: int) -> Attack:
             f"attack '{name}' is unknown; write clean, pgd-N or cw-N with N steps, such as pgd-20, "
             f"or {', '.join(_AUTOATTACKS)}"
         )
-    return Attack(name, _LOSSES[kind], dataclasses.replace(threat, steps=int(steps)), restarts)
+    return Attack(name, kind, dataclasses.replace(threat, steps=int(steps)), restarts)
 
 
 def weights_digest(params: Any) -> str:
-    """First 16 hex digits of the SHA-256 over all parameters: which weights a number belongs to."""
+    """First 16 hex digits of the SHA-256 over all parameters: identifies the weights."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(jax.tree_util.keystr(path).encode())
@@ -88,10 +93,10 @@ def record(
         "packages": {"vit_at": vit_at.__version__}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
-    if attack.loss is not None:
+    if attack.kind != "clean":
         threat = attack.threat
         protocol |= {"norm": threat.norm, "eps": float(threat.eps), "loss": attack.loss}
-        if attack.loss == AUTOATTACK:
+        if attack.kind == AUTOATTACK:
             protocol |= {"version": attack.version}
         else:
             protocol |= {

@@ -3,8 +3,7 @@
 create(name, ...)    a Flax module by timm's name
 NAMES                every name create() knows
 classifier(model)    images in [0, 1] -> logits: normalisation is the first thing inside
-by_block, stacked    parameters as a loop of such calls wants them, and back
-is_deterministic     whether training computes the same logits as evaluation
+unstack_blocks, stack_blocks   parameters as a loop of such calls wants them, and back
 """
 
 import dataclasses
@@ -17,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from vit_at.errors import UserError, nearest
-from vit_at.models import convit, swin, vit
+from vit_at.models import blocks, convit, swin, vit
+from vit_at.models.blocks import stack_blocks as stack_blocks
 
 _FAMILIES = (
     (vit.VisionTransformer, vit.SIZES),
@@ -26,6 +26,8 @@ _FAMILIES = (
 )
 NAMES = tuple(sorted(name for _, sizes in _FAMILIES for name in sizes))
 
+# A ``Classifier``, or any function
+# apply(params, images01, attn_grad_keep=None, train=False, rngs=None) -> logits.
 Apply = Callable[..., jax.Array]
 
 
@@ -42,7 +44,7 @@ def create(
     """Builds a model by timm's name.
 
     Args:
-      patch_size: side of a patch in pixels; None: the one in the name.
+      image_size, patch_size: sides in pixels; patch_size None: the one in the name.
       dtype: of the matrix products: bfloat16, float32, or float64 for exact checks.
       **overrides: fields of the architecture: embed_dim, depth, num_heads, mlp_ratio, qk_scale, ...
 
@@ -83,7 +85,7 @@ def create(
 
 
 def init_params(model: nn.Module, key: jax.Array) -> Any:
-    """Freshly initialised parameters, the same for the same key on any number of devices."""
+    """Freshly initialised parameters; the same key gives the same on any number of devices."""
     images = jnp.zeros((1, model.image_size, model.image_size, model.in_channels))
     return model.init(key, images)["params"]
 
@@ -126,32 +128,6 @@ class Classifier:
         """Whether training computes the same logits as evaluation: no stochastic depth."""
         return not self.model.drop_path
 
-    def by_block(self, params: Any) -> Any:
-        """The same parameters, laid out for a loop that calls this with them again and again.
-
-        On a CPU every stack of blocks becomes a tuple with the parameters of each block; elsewhere,
-        nothing changes. docs/performance.md says why. Undone by ``stacked``.
-        """
-        if jax.default_backend() != "cpu":
-            return params
-        names = {stack.split("/")[0] for stack in self.model.stacks} & params.keys()
-
-        def of_each(stack):
-            count = len(jax.tree.leaves(stack)[0])
-            return tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in range(count))
-
-        return {name: of_each(p) if name in names else p for name, p in params.items()}
-
-    def stacked(self, by_block: Any) -> Any:
-        """The parameters, or a gradient by them, as they were before ``by_block``."""
-
-        def stack(tree):
-            if not isinstance(tree, tuple):
-                return tree
-            return jax.tree.map(lambda *rows: jnp.stack(rows), *tree)
-
-        return {name: stack(tree) for name, tree in by_block.items()}
-
 
 def classifier(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Classifier:
     """Pixels to logits: ``apply(params, images01, attn_grad_keep=None, train=False, rngs=None)``.
@@ -161,16 +137,15 @@ def classifier(model: nn.Module, mean: Sequence[float], std: Sequence[float]) ->
     return Classifier(model, tuple(mean), tuple(std))
 
 
-def by_block(apply: Apply, params: Any) -> Any:
-    """``Classifier.by_block``; whoever brings a function of their own keeps their parameters."""
-    return apply.by_block(params) if isinstance(apply, Classifier) else params
+def unstack_blocks(apply: Apply, params: Any, platform: str) -> Any:
+    """The parameters as a loop that calls ``apply(params, ...)`` many times wants them.
 
+    On a CPU, every stack of blocks becomes a ``blocks.Unstacked``, which saves copying from and to
+    stacks (docs/performance.md). No-op on other platforms, and for plain functions.
+    ``stack_blocks`` undoes it.
 
-def stacked(apply: Apply, params: Any) -> Any:
-    """``Classifier.stacked``, likewise."""
-    return apply.stacked(params) if isinstance(apply, Classifier) else params
-
-
-def is_deterministic(apply: Apply) -> bool:
-    """``Classifier.deterministic``; of a user's own function it isn't known, hence False."""
-    return isinstance(apply, Classifier) and apply.deterministic
+    platform: of the devices that run the loop, see ``sharding.platform``.
+    """
+    if platform != "cpu" or not isinstance(apply, Classifier):
+        return params
+    return blocks.unstack(params, {stack.split("/")[0] for stack in apply.model.stacks})

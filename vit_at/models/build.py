@@ -1,7 +1,6 @@
 """The model that a configuration describes."""
 
 import flax.linen as nn
-import jax
 from ml_collections import ConfigDict
 
 from vit_at import models
@@ -11,7 +10,7 @@ _ARCHITECTURE = ("embed_dim", "depth", "num_heads", "mlp_ratio", "qk_scale", "dr
 
 
 def build(config: ConfigDict, num_classes: int, dtype: str) -> nn.Module:
-    """``config.model`` for ``num_classes`` classes; a field of 0 leaves the architecture's own.
+    """``config.model`` for ``num_classes`` classes; a field that is 0 keeps the architecture's own.
 
     Raises:
       UserError: an unknown name, sizes that do not divide, or too few tokens.
@@ -31,8 +30,8 @@ def build(config: ConfigDict, num_classes: int, dtype: str) -> nn.Module:
     return model
 
 
-def training_dtype(config: ConfigDict) -> str:
-    """``config.dtype``, with 'auto' resolved for the devices at hand."""
+def training_dtype(config: ConfigDict, platform: str) -> str:
+    """``config.dtype``, with 'auto' resolved for a platform: 'cpu', 'gpu' or 'tpu'."""
     if config.dtype != "auto":
         return config.dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if platform == "cpu" else "bfloat16"

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from vit_at.errors import UserError
-from vit_at.models import layers, ops
+from vit_at.models import blocks, layers, ops
+from vit_at.models.attention import Attention
 
 _CONVIT = {"depth": 12, "mlp_ratio": 4.0, "norm_eps": 1e-6, "patch_size": 16}
 
@@ -84,22 +85,8 @@ class GatedPositionalAttention(nn.Module):
         return layers.dense(d, self.dtype, name="proj")(out.reshape(b, n, d))
 
 
-class ConViT(nn.Module):
+class ConViT(blocks.Transformer):
     """Patches with learnt positions, GPSA blocks, then the class token and ordinary blocks."""
-
-    num_classes: int
-    image_size: int
-    patch_size: int
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float
-    norm_eps: float
-    in_channels: int = 3
-    qk_scale: float = 0.0
-    drop_path: float = 0.0
-    remat: bool = False
-    dtype: str = "float32"
 
     def __post_init__(self):
         if self.depth < 2:
@@ -110,11 +97,6 @@ class ConViT(nn.Module):
         super().__post_init__()
 
     @property
-    def num_blocks(self) -> int:
-        """Number of attention blocks: the length of ``attn_grad_keep``."""
-        return self.depth
-
-    @property
     def local_blocks(self) -> int:
         """Number of blocks with gated positional attention, before the class token joins."""
         return min(MAX_LOCAL_BLOCKS, self.depth - 1)
@@ -123,15 +105,10 @@ class ConViT(nn.Module):
     def stacks(self) -> dict[str, tuple[str, ...]]:
         """timm's name of each row of the parameters that are stacked along axis 0.
 
-        (Last of all comes ``last_block``, which is no stack.)
+        ``last_block``, the last in forward order, is not stacked.
         """
         names = tuple(f"blocks.{i}" for i in range(self.depth))
         return {"local_blocks": names[: self.local_blocks], "blocks": names[self.local_blocks : -1]}
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of patches."""
-        return (self.image_size // self.patch_size) ** 2
 
     @nn.compact
     def __call__(
@@ -152,35 +129,24 @@ class ConViT(nn.Module):
         gpsa = functools.partial(
             GatedPositionalAttention, self.num_heads, self.qk_scale, self.dtype
         )
-        attention = functools.partial(
-            layers.Attention, self.num_heads, False, self.qk_scale, self.dtype
-        )
+        attention = functools.partial(Attention, self.num_heads, False, self.qk_scale, self.dtype)
         fields = (self.mlp_ratio, self.norm_eps, self.dtype)
-        switches = (attn_grad_keep, layers.stochastic_depth(self, train))
-        local = functools.partial(layers.Block, gpsa, *fields)
-        first, last = (layers.rows(switches, r) for r in (slice(split), slice(split, None)))
-        x = layers.run_blocks(self, "local_blocks", split, local, x, first, self.remat)
+        switches = (attn_grad_keep, blocks.stochastic_depth(self, train))
+        local = functools.partial(blocks.Block, gpsa, *fields)
+        first, last = (blocks.rows(switches, r) for r in (slice(split), slice(split, None)))
+        x = blocks.run_blocks(self, "local_blocks", split, local, x, first, self.remat)
         cls_token = self.param("cls_token", init, (1, 1, d), weights)
         cls_token = jnp.broadcast_to(cls_token, (b, 1, d))
         x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1)
         count = self.depth - split
-        x = layers.last_blocks(self, attention, fields, x, count, last, self.remat)
+        x = blocks.last_blocks(self, attention, fields, x, count, last, self.remat)
         x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x)
         return layers.dense(self.num_classes, weights, name="head")(x)
 
-    def attention_flops(self) -> float:
-        """The part of ``forward_flops`` that is products of two activations."""
-        return 2.0 * self._multiply_adds()[1]
-
-    def forward_flops(self) -> float:
-        """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
-        n, d = self.num_tokens, self.embed_dim
-        patch = n * self.patch_size**2 * self.in_channels * d
-        position = self.local_blocks * 3 * n * n * self.num_heads
-        return 2.0 * (patch + position + sum(self._multiply_adds()) + d * self.num_classes)
-
     def _multiply_adds(self) -> tuple[float, float]:
-        """Of all blocks' linear layers and of their products of two activations."""
-        n, local = self.num_tokens, self.local_blocks
+        n, d, local = self.num_tokens, self.embed_dim, self.local_blocks
         kinds = [(local, n, n), (self.depth - local - 1, n + 1, n + 1), (1, n + 1, 1)]
-        return layers.multiply_adds(kinds, self.embed_dim, self.mlp_ratio)
+        linear, attention = blocks.multiply_adds(kinds, d, self.mlp_ratio)
+        patch = n * self.patch_size**2 * self.in_channels * d
+        position = local * 3 * n * n * self.num_heads
+        return linear + patch + position + d * self.num_classes, attention

@@ -1,13 +1,12 @@
 """GELU, LayerNorm, softmax and linear layers with their gradients written out.
 
-The first three are the parts of a transformer that are bound by memory, and automatic
-differentiation keeps several arrays of each for the backward pass. Written out, GELU keeps its
-input and nothing else, LayerNorm its input and two numbers per token, softmax its result. Values
-and gradients are those of the textbook formulas, to rounding; docs/performance.md has what each is
-worth.
+The first three are bound by memory, and automatic differentiation keeps several arrays of each for
+the backward pass. Written out, GELU keeps only its input, LayerNorm its input and two numbers per
+token, softmax its result. Values and gradients equal the textbook formulas up to rounding;
+docs/performance.md says how much time each saves.
 
 Everything is computed in float32 (float64 for float64 inputs) and returned in the input's dtype.
-The products of ``linear`` are of the input's dtype, too, and add up in float32.
+The products of ``linear`` have the input's dtype and accumulate in float32.
 """
 
 import functools
@@ -36,7 +35,7 @@ def gelu(x: Array) -> Array:
 
 
 def _gelu_backward(x, cotangent):
-    # Without the barrier, XLA would see Phi(x) of the forward pass and keep it, too.
+    # Without the barrier, XLA would keep Phi(x) of the forward pass for the backward pass.
     x, cotangent = lax.optimization_barrier((x, cotangent))
     density = jnp.exp(-0.5 * _wide(x) ** 2) * (1 / math.sqrt(2 * math.pi))
     derivative = _gelu_cdf(x) + _wide(x) * density
@@ -81,7 +80,7 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 @jax.custom_vjp
 def softmax(logits: Array) -> Array:
-    """Softmax over the last axis, with the largest logit taken off first."""
+    """Softmax over the last axis, computed after subtracting the largest logit."""
     return jax.nn.softmax(_wide(logits)).astype(logits.dtype)
 
 
@@ -102,29 +101,44 @@ softmax.defvjp(_softmax_forward, _softmax_backward)
 def linear(x: Array, kernel: Array) -> Array:
     """x [..., d] @ kernel [d, features], both of one dtype.
 
-    On a CPU in bfloat16, the products and those of the gradients are asked for in float32 and
-    rounded after: XLA runs them on the processor's matrix units, where it has some, only then.
+    In bfloat16, a program for a CPU computes the products, and those of the gradients, in float32
+    and rounds once after: only then does XLA use the matrix units that some processors have.
     """
-    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        rows = _cpu_bfloat16_product(x.reshape(-1, x.shape[-1]), kernel)
-        return rows.reshape(*x.shape[:-1], -1)
-    return x @ kernel
+    if x.dtype != jnp.bfloat16:
+        return x @ kernel
+    rows = _bfloat16_product(x.reshape(-1, x.shape[-1]), kernel)
+    return rows.reshape(*x.shape[:-1], -1)
 
 
-def _product_in_float32(a: Array, b: Array, contracted: tuple[int, int]) -> Array:
+def _product(a: Array, b: Array, contracted: tuple[int, int]) -> Array:
+    """The product of two matrices in their dtype, by the way that suits the program's platform."""
     dimensions = (tuple((axis,) for axis in contracted), ((), ()))
-    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32).astype(a.dtype)
+
+    def on_cpu(a, b):
+        wide = lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+        return wide.astype(a.dtype)
+
+    def elsewhere(a, b):
+        return lax.dot_general(a, b, dimensions)
+
+    return lax.platform_dependent(a, b, cpu=on_cpu, default=elsewhere)
 
 
 @jax.custom_vjp
-def _cpu_bfloat16_product(x: Array, kernel: Array) -> Array:
-    return _product_in_float32(x, kernel, (1, 0))
+def _bfloat16_product(x: Array, kernel: Array) -> Array:
+    return _product(x, kernel, (1, 0))
+
+
+def _product_forward(x, kernel):
+    # Each operand is kept only for the gradient by the other: an attack keeps no activations.
+    residuals = (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
+    return _bfloat16_product(x.value, kernel.value), residuals
 
 
 def _product_backward(residuals, cotangent):
     x, kernel = residuals
-    to_x = _product_in_float32(cotangent, kernel, (1, 1))
-    return to_x, _product_in_float32(x, cotangent, (0, 0))
+    to_x = None if kernel is None else _product(cotangent, kernel, (1, 1))
+    return to_x, None if x is None else _product(x, cotangent, (0, 0))
 
 
-_cpu_bfloat16_product.defvjp(lambda *args: (_cpu_bfloat16_product(*args), args), _product_backward)
+_bfloat16_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)

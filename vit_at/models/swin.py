@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_at.errors import UserError
-from vit_at.models import layers, ops
+from vit_at.models import blocks, layers, ops
 
 _SWIN = {"mlp_ratio": 4.0, "norm_eps": 1e-5, "patch_size": 4, "window_size": 7, "drop_path": 0.1}
 _BASE = dict(_SWIN, embed_dim=128, depth=24, num_heads=4)
@@ -130,13 +130,13 @@ class Pair(nn.Module):
         keep: jax.Array | None,
         drop: tuple[jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, None]:
-        """x [b, n, d]; keep, drop: those of a ``layers.Block``, a row for each of the two."""
+        """x [b, n, d]; keep, drop: those of a ``blocks.Block``, a row for each of the two."""
         for i, (name, shift) in enumerate((("even", 0), ("odd", self.shift))):
             attention = functools.partial(
                 WindowAttention, self.num_heads, self.window, shift, self.qk_scale, self.dtype
             )
-            block = layers.Block(attention, self.mlp_ratio, self.norm_eps, self.dtype, name=name)
-            x, _ = block(x, *layers.rows((keep, drop), i))
+            block = blocks.Block(attention, self.mlp_ratio, self.norm_eps, self.dtype, name=name)
+            x, _ = block(x, *blocks.rows((keep, drop), i))
         return x, None
 
 
@@ -156,23 +156,14 @@ class Merging(nn.Module):
         return layers.dense(2 * d, self.dtype, use_bias=False, name="reduction")(x)
 
 
-class SwinTransformer(nn.Module):
-    """Patches, four stages of windowed attention, the mean over all tokens, and a head."""
+class SwinTransformer(blocks.Transformer):
+    """Patches, four stages of windowed attention, the mean over all tokens, and a head.
 
-    num_classes: int
-    image_size: int
-    patch_size: int
-    embed_dim: int  # of the first stage
-    depth: int  # over all stages: two blocks in each but the third, which has the others
-    num_heads: int  # of the first stage
-    mlp_ratio: float
-    norm_eps: float
-    window_size: int
-    in_channels: int = 3
-    qk_scale: float = 0.0
-    drop_path: float = 0.1
-    remat: bool = False
-    dtype: str = "float32"
+    ``embed_dim`` and ``num_heads`` are those of the first stage. ``depth`` counts the blocks of all
+    stages: the third has ``depth`` - 6, every other stage 2.
+    """
+
+    window_size: int  # in tokens
 
     def __post_init__(self):
         if self.depth < 2 * STAGES or self.depth % 2:
@@ -196,11 +187,6 @@ class SwinTransformer(nn.Module):
         return (2, 2, self.depth - 6, 2)
 
     @property
-    def num_blocks(self) -> int:
-        """Number of attention blocks over all stages: the length of ``attn_grad_keep``."""
-        return self.depth
-
-    @property
     def stacks(self) -> dict[str, tuple[str, ...]]:
         """timm's name of each row of the parameters that are stacked along axis 0."""
         return {
@@ -208,11 +194,6 @@ class SwinTransformer(nn.Module):
             for i, depth in enumerate(self.depths)
             for start, name in enumerate(("even", "odd"))
         }
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of patches, before any merging."""
-        return (self.image_size // self.patch_size) ** 2
 
     def stage_windows(self) -> list[tuple[int, int, int]]:
         """Per stage: side of its grid, side of a window, shift of the odd blocks."""
@@ -234,7 +215,7 @@ class SwinTransformer(nn.Module):
             images
         )
         x = layers.LayerNorm(self.norm_eps, self.dtype, name="patch_norm")(x)
-        switches = (attn_grad_keep, layers.stochastic_depth(self, train))
+        switches = (attn_grad_keep, blocks.stochastic_depth(self, train))
         in_pairs = jax.tree.map(lambda a: a.reshape(-1, 2, *a.shape[1:]), switches)
         first = 0
         for i, (depth, (_, window, shift)) in enumerate(
@@ -253,33 +234,22 @@ class SwinTransformer(nn.Module):
                 self.dtype,
             )
             count = depth // 2
-            of_stage = layers.rows(in_pairs, slice(first, first + count))
-            x = layers.run_blocks(self, f"layers_{i}", count, pair, x, of_stage, self.remat)
+            of_stage = blocks.rows(in_pairs, slice(first, first + count))
+            x = blocks.run_blocks(self, f"layers_{i}", count, pair, x, of_stage, self.remat)
             first += count
         x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x).mean(axis=1)
         return layers.dense(self.num_classes, weights, name="head")(x)
 
-    def attention_flops(self) -> float:
-        """The part of ``forward_flops`` that is products of two activations."""
-        total, d = 0.0, self.embed_dim
-        for i, (depth, (side, window, _)) in enumerate(
-            zip(self.depths, self.stage_windows(), strict=True)
-        ):
-            total += depth * (side + -side % window) ** 2 * 2 * window**2 * d * 2**i
-        return 2.0 * total
-
-    def forward_flops(self) -> float:
-        """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
-        d = self.embed_dim
-        total = self.num_tokens * self.patch_size**2 * self.in_channels * d
+    def _multiply_adds(self) -> tuple[float, float]:
+        d, attention = self.embed_dim, 0.0
+        linear = float(self.num_tokens * self.patch_size**2 * self.in_channels * d)
         for i, (depth, (side, window, _)) in enumerate(
             zip(self.depths, self.stage_windows(), strict=True)
         ):
             if i:
-                total += side**2 * 4 * d * 2 * d
+                linear += side**2 * 4 * d * 2 * d
                 d *= 2
-            n = side**2
             padded = (side + -side % window) ** 2
-            block = padded * (3 * d * d + 2 * window**2 * d) + n * d * d * (1 + 2 * self.mlp_ratio)
-            total += depth * block
-        return 2.0 * (total + d * self.num_classes)
+            linear += depth * d * d * (padded * 3 + side**2 * (1 + 2 * self.mlp_ratio))
+            attention += depth * padded * 2 * window**2 * d
+        return linear + d * self.num_classes, attention

@@ -1,7 +1,7 @@
 """ViT and DeiT: Dosovitskiy et al. 2021, Touvron et al. 2021, in the shapes of timm 0.5.
 
 All blocks but the last are one scanned module, their parameters stacked along a leading axis
-[depth - 1, ...]. The last computes nothing but the class token, which is all that the head reads.
+[depth - 1, ...]. The last block computes only the class token, which is all that the head reads.
 """
 
 import functools
@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_at.models import layers
+from vit_at.models import blocks, layers
+from vit_at.models.attention import Attention
 
 _DEIT = {"mlp_ratio": 4.0, "qkv_bias": True, "norm_eps": 1e-6, "patch_size": 16}
 _VIT_BASE = dict(embed_dim=768, depth=12, num_heads=12, **_DEIT)
@@ -30,41 +31,18 @@ SIZES = {
 }
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(blocks.Transformer):
     """Patches, class token, learnt positions, ``depth`` blocks, and a head on the class token."""
 
-    num_classes: int
-    image_size: int
-    patch_size: int
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float
     qkv_bias: bool
-    norm_eps: float
-    in_channels: int = 3
-    qk_scale: float = 0.0
-    drop_path: float = 0.0
-    remat: bool = False
-    dtype: str = "float32"
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of attention blocks: the length of ``attn_grad_keep``."""
-        return self.depth
 
     @property
     def stacks(self) -> dict[str, tuple[str, ...]]:
         """timm's name of each row of the parameters that are stacked along axis 0.
 
-        (Last of all comes ``last_block``, which is no stack.)
+        ``last_block``, the last in forward order, is not stacked.
         """
         return {"blocks": tuple(f"blocks.{i}" for i in range(self.depth - 1))}
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of patches."""
-        return (self.image_size // self.patch_size) ** 2
 
     @nn.compact
     def __call__(
@@ -85,26 +63,17 @@ class VisionTransformer(nn.Module):
         x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1) + pos_embed.astype(x.dtype)
 
         attention = functools.partial(
-            layers.Attention, self.num_heads, self.qkv_bias, self.qk_scale, self.dtype
+            Attention, self.num_heads, self.qkv_bias, self.qk_scale, self.dtype
         )
         fields = (self.mlp_ratio, self.norm_eps, self.dtype)
-        switches = (attn_grad_keep, layers.stochastic_depth(self, train))
-        x = layers.last_blocks(self, attention, fields, x, self.depth, switches, self.remat)
+        switches = (attn_grad_keep, blocks.stochastic_depth(self, train))
+        x = blocks.last_blocks(self, attention, fields, x, self.depth, switches, self.remat)
         x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x)
         return layers.dense(self.num_classes, weights, name="head")(x)
 
-    def attention_flops(self) -> float:
-        """The part of ``forward_flops`` that is products of two activations."""
-        return 2.0 * self._multiply_adds()[1]
-
-    def forward_flops(self) -> float:
-        """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
-        patch = self.num_tokens * self.patch_size**2 * self.in_channels * self.embed_dim
-        return 2.0 * (patch + sum(self._multiply_adds()) + self.embed_dim * self.num_classes)
-
     def _multiply_adds(self) -> tuple[float, float]:
-        """Of all blocks' linear layers and of their products of two activations."""
-        n = 1 + self.num_tokens
-        return layers.multiply_adds(
-            [(self.depth - 1, n, n), (1, n, 1)], self.embed_dim, self.mlp_ratio
-        )
+        n, d = 1 + self.num_tokens, self.embed_dim
+        kinds = [(self.depth - 1, n, n), (1, n, 1)]
+        linear, attention = blocks.multiply_adds(kinds, d, self.mlp_ratio)
+        patch = self.num_tokens * self.patch_size**2 * self.in_channels * d
+        return linear + patch + d * self.num_classes, attention

@@ -14,6 +14,7 @@ from vit_at.reporting import pictures
 from vit_at.reporting.exhibits import Attacked, Exhibits
 from vit_at.reporting.run import Curve, Run
 from vit_at.reporting.study import Group, Table, accuracies, attack_name, groups
+from vit_at.training.objectives import OBJECTIVES
 from vit_at.workdir.results import Results, in_255ths
 
 _MOST_CLASSES = 20  # drawn; if there are more, the best and the worst
@@ -75,7 +76,7 @@ def with_drawn_curves(runs: Sequence[Run]) -> list[Run]:
 
 
 def _attacks(run: Run) -> bool:
-    return run.config["objective"] != "natural"
+    return OBJECTIVES[run.config["objective"]].attack is not None
 
 
 def _validation_note(runs: Mapping[str, Run]) -> str:

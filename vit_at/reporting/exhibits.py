@@ -18,8 +18,8 @@ from vit_at.attacks import Threat, curves, pgd_attack
 from vit_at.data import sources
 from vit_at.data.sources import Examples
 from vit_at.reporting import rollout
+from vit_at.training.attack import Draws, draw
 from vit_at.training.masking import Masking
-from vit_at.training.step import Draws, draw
 from vit_at.workdir.checkpoint import Trained
 from vit_at.workdir.results import Results
 

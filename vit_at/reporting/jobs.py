@@ -10,7 +10,6 @@ variants of the config string and by values of fields:
 ``jobs_of`` turns that into arguments of ``vit_at.main``, with a work directory for each job.
 """
 
-import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -19,8 +18,10 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from vit_at.config import differences, field_names, validate, with_added
+from vit_at import configs
+from vit_at.config import differences, field_names, with_added
 from vit_at.errors import UserError, nearest
+from vit_at.training import objectives
 from vit_at.workdir.files import CONFIG_FILE, read_json
 from vit_at.workdir.results import RESULTS_FILE
 
@@ -73,75 +74,42 @@ def jobs_of(recipe: str, root: epath.Path | None = None, flags: Sequence[str] = 
     Raises:
       UserError: no such recipe, no sweep in it, an unknown field or variant, or a job added twice.
     """
-    loaded = _Recipe.load(recipe)
-    if not hasattr(loaded.module, "sweep"):
-        raise UserError(
-            f"{loaded.file} declares no sweep; add a function sweep(add) beside get_config"
-        )
+    source, _, common = recipe.partition(":")
+    module = configs.find(source)
+    if not hasattr(module, "sweep"):
+        raise UserError(f"{source} declares no sweep; add a function sweep(add) beside get_config")
     entries: list[tuple[str, dict[str, Any]]] = []
 
     def add(variants: str = "", fields: dict[str, Any] | None = None) -> None:
         entries.append((variants, dict(fields or {})))
 
-    loaded.module.sweep(add)
-    root = root or epath.Path("runs") / f"{loaded.config().name}-sweep"
-    jobs = [_job(loaded, variants, fields, root, flags) for variants, fields in entries]
+    module.sweep(add)
+    root = root or epath.Path("runs") / f"{configs.load(recipe).name}-sweep"
+    jobs = [_job(source, common, *entry, root, flags) for entry in entries]
     names = [job.name for job in jobs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"{loaded.file} adds the run '{twice}' to its sweep twice; remove one")
+        raise UserError(f"{source} adds the run '{twice}' to its sweep twice; remove one")
     return jobs
 
 
-def load_recipe(recipe: str) -> ConfigDict:
-    """The configuration of 'FILE.py' or 'FILE.py:variants'; UserError if it can't be loaded."""
-    return _Recipe.load(recipe).config()
-
-
-class _Recipe(NamedTuple):
-    """A recipe's file and module, and the variants that every configuration of it takes."""
-
-    file: str
-    common: str
-    module: Any
-
-    @classmethod
-    def load(cls, recipe: str) -> "_Recipe":
-        """Imports the file of 'FILE.py' or 'FILE.py:variants'; recipes are looked up only here."""
-        file, _, common = recipe.partition(":")
-        try:
-            spec = importlib.util.spec_from_file_location("recipe", file)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        except Exception as error:  # a recipe is a program: it can raise anything
-            raise UserError(
-                f"the recipe '{file}' can't be loaded ({error}); give a file such as "
-                "configs/digits_sgd.py, and run the command where that lies"
-            ) from error
-        return cls(file, common, module)
-
-    def variants(self, own: str = "") -> str:
-        """The common variants come last: smoke makes any variant small."""
-        return ",".join(filter(None, (own, self.common)))
-
-    def config(self, own: str = "") -> ConfigDict:
-        variants = self.variants(own)
-        try:
-            return self.module.get_config(variants) if variants else self.module.get_config()
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{self.file}:{variants} can't be loaded ({error})") from error
-
-
 def _job(
-    recipe: _Recipe, own: str, fields: dict[str, Any], root: epath.Path, flags: Sequence[str]
+    source: str,
+    common: str,
+    own: str,
+    fields: dict[str, Any],
+    root: epath.Path,
+    flags: Sequence[str],
 ) -> Job:
     """The job of one ``add(own, fields)``."""
-    config = recipe.config(own)
+    # The common variants come last: smoke makes any variant small.
+    recipe = f"{source}:{','.join(filter(None, (own, common)))}".removesuffix(":")
+    config = configs.load(recipe)
     known = list(field_names(config))
     for field in fields:
         if field not in known:
             raise UserError(
-                f"the sweep of {recipe.file} sets the field '{field}', which is unknown; the "
+                f"the sweep of {source} sets the field '{field}', which is unknown; the "
                 f"nearest are {nearest(field, known)}"
             )
     with config.unlocked():
@@ -149,13 +117,12 @@ def _job(
             config.update_from_flattened_dict(fields)
         except TypeError as error:
             raise UserError(
-                f"the sweep of {recipe.file} sets a value of a wrong kind ({error})"
+                f"the sweep of {source} sets a value of a wrong kind ({error})"
             ) from error
-    validate(config)
+    objectives.check(config)
     parts = [own] + [f"{field.rpartition('.')[2]}={v}" for field, v in fields.items()]
     name = re.sub(r"[^\w.=+-]+", "_", "-".join(filter(None, parts))).strip("_") or "default"
-    variants = recipe.variants(own)
-    arguments = [f"--config={recipe.file}" + (f":{variants}" if variants else "")]
+    arguments = [f"--config={recipe}"]
     arguments += [f"--config.{field}={value}" for field, value in fields.items()]
     arguments += [f"--workdir={root / name}", *flags]
     free = {match[1] for match in map(_FIELD_FLAG.match, flags) if match} | {"dtype"}

@@ -5,7 +5,8 @@ from typing import Any
 
 from vit_at.config import flatten
 from vit_at.reporting.study import method
-from vit_at.workdir.results import table
+from vit_at.training.objectives import OBJECTIVES
+from vit_at.workdir.results import as_text
 
 _LOADING = """\
 ```python
@@ -69,7 +70,7 @@ def _results(records: Sequence[dict[str, Any]]) -> str:
     if not records:
         return "These weights have not been evaluated."
     said = "Accuracy and the main fields of its protocol; the whole protocol is in `model.json`."
-    return f"{said}\n\n```\n{table(records)}\n```"
+    return f"{said}\n\n```\n{as_text(records)}\n```"
 
 
 def _training(training: dict[str, Any]) -> str:
@@ -80,7 +81,7 @@ def _training(training: dict[str, Any]) -> str:
         f"({optimizer['schedule']}), weight decay {optimizer['weight_decay']:g}",
         f"- started from {training['model']['pretrained'] or 'scratch'}",
     ]
-    if training["objective"] != "natural":
+    if OBJECTIVES[training["objective"]].attack:
         lines.append(
             f"- attack: {threat['norm']}, eps {threat['eps']:.4g}, {threat['steps']} steps of "
             f"{threat['step_size']:.4g}, in pixel units"
@@ -91,7 +92,7 @@ def _training(training: dict[str, Any]) -> str:
 def _limits(about: dict[str, Any], training: dict[str, Any] | None) -> str:
     attacks = {record["attack"] for record in about.get("results") or ()}
     text = "Robustness holds for this norm and eps only, and for images like the training images."
-    if training and training["objective"] == "natural":
+    if training and not OBJECTIVES[training["objective"]].attack:
         return "These weights were trained naturally: they are not robust."
     if not any(attack.startswith("autoattack") for attack in attacks):
         text += " AutoAttack has not been run, so the robust accuracies are only upper bounds."

@@ -28,6 +28,7 @@ from vit_at.errors import UserError
 from vit_at.reporting import charts, study, study_file
 from vit_at.reporting.exhibits import Exhibits
 from vit_at.reporting.run import Run
+from vit_at.training.objectives import OBJECTIVES
 from vit_at.workdir.checkpoint import load_trained
 from vit_at.workdir.files import write_atomically
 from vit_at.workdir.results import RESULTS_FILE, Results, in_255ths
@@ -190,7 +191,7 @@ def _protocol(run: Run) -> list[tuple[str, str]]:
     if model["patch_size"]:
         sizes.append(f"patch {model['patch_size']}")
     attack = "none"
-    if config["objective"] != "natural":
+    if OBJECTIVES[config["objective"]].attack:
         attack = (
             f"{threat['norm']}, eps {in_255ths(threat['eps'])}, {threat['steps']} steps of "
             f"{in_255ths(threat['step_size'])}"

@@ -14,7 +14,6 @@ This is a lower bound, as it assumes no overlap. C and W are from data sheets, u
 and nothing here has been measured on such a slice.
 """
 
-import argparse
 import math
 import sys
 from typing import NamedTuple
@@ -22,14 +21,12 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from vit_at import models
+from vit_at import configs, models
 from vit_at.attacks import Threat
-from vit_at.errors import UserError, one_sentence_errors
+from vit_at.errors import Parser, UserError, one_sentence_errors
 from vit_at.evaluation.protocol import parse_attacks
 from vit_at.models.build import build
-from vit_at.reporting.jobs import load_recipe
 from vit_at.training import metrics
-from vit_at.workdir.results import AUTOATTACK
 
 FLOAT32 = 4  # bytes
 _FULL_PRECISION_PASSES = 6  # bfloat16 products that make one of float32
@@ -107,7 +104,7 @@ def cost_of(config: ConfigDict) -> Cost:
 def _passes(config: ConfigDict, attacks: str) -> int:
     """Work for one image in forward passes: 2 for each attack step and 1 at the end."""
     parsed = parse_attacks(attacks, Threat.of(config.threat))
-    return sum(1 + 2 * a.threat.steps * (a.loss not in (None, AUTOATTACK)) for a in parsed)
+    return sum(1 + 2 * a.threat.steps * (a.kind in ("pgd", "cw")) for a in parsed)
 
 
 def sent_bytes(parameters: int, chips: int) -> float:
@@ -154,7 +151,7 @@ def report(config: ConfigDict, chip_name: str, utilisation: float) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints ``report`` for each recipe."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m vit_at.reporting.scaling",
         description="Estimates what recipes cost on a TPU slice.",
         allow_abbrev=False,
@@ -165,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with one_sentence_errors():
         for recipe in options.recipes:
-            print(report(load_recipe(recipe), options.chip, options.utilisation))
+            print(report(configs.load(recipe), options.chip, options.utilisation))
     return 0
 
 

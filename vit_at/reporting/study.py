@@ -17,6 +17,7 @@ from etils import epath
 from vit_at.config import flatten
 from vit_at.reporting import study_file
 from vit_at.reporting.run import Run
+from vit_at.training.objectives import OBJECTIVES
 from vit_at.workdir.files import CONFIG_FILE
 from vit_at.workdir.results import AUTOATTACK, in_255ths
 
@@ -103,7 +104,7 @@ def _relevant(run: Run) -> dict[str, Any]:
     # Each seed may start from its own pre-trained weights.
     flat["model.pretrained"] = re.sub(r"(seed\D?)\d+", r"\1*", flat["model.pretrained"])
     without = _IRRELEVANT
-    if flat["objective"] == "natural":
+    if not OBJECTIVES[flat["objective"]].attack:
         without |= _OF_THE_ATTACK | _OF_THE_MASKS
     if not (flat["masking.ard"] or flat["masking.prm"]):
         without |= _OF_THE_MASKS
@@ -125,9 +126,9 @@ def _name(config: dict[str, Any], differing: Sequence[str], run: Run) -> str:
 
 def method(config: dict[str, Any]) -> str:
     """'natural', 'AT', 'TRADES + PRM', ... of a flat configuration."""
-    objective = config["objective"]
+    label = OBJECTIVES[config["objective"]].label
     masks = [word.upper() for word in ("ard", "prm") if config[f"masking.{word}"]]
-    return " + ".join([objective if objective == "natural" else objective.upper(), *masks])
+    return " + ".join([label, *masks])
 
 
 def describe(field: str, value: Any) -> str:

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
-from vit_at.errors import UserError, one_sentence_errors
+from vit_at.errors import Parser, UserError, one_sentence_errors
 from vit_at.reporting import study
 from vit_at.reporting.jobs import Job, jobs_of
 from vit_at.reporting.run import Run
@@ -156,12 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = argparse.ArgumentParser(
-        prog="vit-at sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="vit-at sweep", description=__doc__)
     add_arguments(parser)
     options = parser.parse_args(arguments[:cut])
     options.flags = arguments[cut + 1 :]

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +12,8 @@ import numpy as np
 import optax
 from absl import logging
 from clu import parameter_overview
+from clu.metrics import Collection
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from vit_at.attacks import Threat
@@ -24,46 +23,40 @@ from vit_at.distributed import processes, sharding
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store
 from vit_at.evaluation.protocol import parse_attacks
 from vit_at.training import metrics, optim
-from vit_at.training.setup import (
-    Setup,
-    StepFn,
-    compile_step,
-    float32_classifier,
-    initial_state,
-    prepare,
-    resolve,
-)
+from vit_at.training.objectives import OBJECTIVES
+from vit_at.training.setup import Setup, StepFn, compile_step, float32_classifier, initial_state
+from vit_at.training.signals import Interrupted, Signals
 from vit_at.training.step import TrainState
 from vit_at.workdir.checkpoint import Checkpoints
 from vit_at.workdir.files import disk_errors, locked, write_atomically, write_config
 from vit_at.workdir.results import Results
 
 
-class Interrupted(Exception):
-    """A signal asked the run to end; its state is saved."""
-
-    def __init__(self, signal_number: int):
-        super().__init__(signal_number)
-        self.exit_status = 128 + signal_number
-
-
 class Diverged(Exception):
     """Loss or gradient is not finite; the text says at which step and what to try."""
 
 
-def train(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
-    """Trains, or goes on with, the run of ``workdir``; then evaluates it on the test split.
+def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Trains a model as ``config`` says, then evaluates it on the test split.
+
+    Uses all devices. Metrics, checkpoints and results go to ``workdir``; if a run with the same
+    configuration has been interrupted there, it resumes, with bit-identical results.
+
+    Args:
+      config: a recipe, as ``get_config()`` of a file in ``configs/`` returns it.
+      workdir: a directory, created if need be, or a ``gs://`` address.
 
     Returns:
-      The records of the final evaluation, which are also in ``results.json``.
+      The records of the final evaluation, one per attack: name, accuracy from 0 to 1, and protocol.
+      They are also in ``workdir/results.json``.
 
     Raises:
-      UserError: a configuration, data set or work directory that can't be used; nothing has been
-        written then.
-      Interrupted: SIGTERM or SIGINT came; the state is saved.
+      UserError: the configuration, data set or work directory can't be used; nothing was written.
+      Interrupted: SIGTERM or SIGINT arrived; the state is saved.
       Diverged: loss or gradient became NaN or infinite; the last good state is kept.
     """
-    setup = prepare(resolve(config))
+    workdir = epath.Path(workdir)
+    setup = Setup.of(config)
     optimizer = optim.make_optimizer(setup.config, setup.steps_per_epoch)
     state = initial_state(setup, optimizer)
     with disk_errors(workdir):
@@ -75,7 +68,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> list[dict[str, Any]]:
 def _run(
     setup: Setup, optimizer: optax.GradientTransformation, state: TrainState, workdir: epath.Path
 ) -> list[dict[str, Any]]:
-    """``train`` in a work directory that is ours."""
+    """``train`` in a locked work directory."""
     checkpoints = Checkpoints(workdir, setup.config.checkpoint.keep)
     values: dict[str, Any] = {"best": None}
     if restored := checkpoints.restore(state.trees, setup.mesh):
@@ -85,7 +78,7 @@ def _run(
     if int(state.step) < setup.total_steps:
         loop = Loop(setup, compile_step(setup, optimizer), checkpoints, workdir, values["best"])
         state = loop.run(state)
-    if jax.process_count() > 1:  # JAX's service, which took SIGTERM, has done its part
+    if jax.process_count() > 1:  # JAX's preemption service no longer needs SIGTERM
         processes.end_on_sigterm()
     params, weights = _tested_weights(setup, state, checkpoints)
     checkpoints.close()
@@ -93,7 +86,7 @@ def _run(
 
 
 def _describe(setup: Setup, state: TrainState, workdir: epath.Path) -> None:
-    """Says what is about to run and what it will cost; writes the parameter overview."""
+    """Logs what is about to run and what it will cost; writes the parameter overview."""
     config, done = setup.config, int(state.step)
     if jax.process_index() == 0:
         overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
@@ -104,18 +97,18 @@ def _describe(setup: Setup, state: TrainState, workdir: epath.Path) -> None:
     parameters = parameter_overview.count_parameters(state.params)
     held_out = len(setup.validation_set or ())
     logging.info("work directory %s", workdir)
-    logging.info(
-        "%s of %s, matrix products in %s", config.objective, config.model.name, config.dtype
-    )
+    label = OBJECTIVES[config.objective].label
+    logging.info("%s of %s, matrix products in %s", label, config.model.name, config.dtype)
     logging.info("%s: %d images, %d held out", setup.train_set.name, len(setup.train_set), held_out)
-    logging.info("devices: %d of kind %s", setup.mesh.size, jax.devices()[0].device_kind)
+    kind = setup.mesh.devices.flat[0].device_kind
+    logging.info("devices: %d of kind %s", setup.mesh.size, kind)
     logging.info("%s", metrics.cost_estimate(flops, setup.total_steps, parameters))
     if done:
         logging.info("resuming at step %d of %d", done, setup.total_steps)
 
 
 class Loop:
-    """Steps with what goes on around them: metrics, validation, checkpoints, signals."""
+    """The steps of a run, with metrics, validation, checkpoints and signals between them."""
 
     def __init__(
         self,
@@ -125,25 +118,25 @@ class Loop:
         workdir: epath.Path,
         best: dict[str, Any] | None,
     ):
-        """best: {'step', 'robust', 'clean'} of the best validation so far."""
+        """best: {'step', 'robust'} of the best validation so far; None: none yet."""
         self._setup, self._config = setup, setup.config
         self._step_fn, self._checkpoints, self._workdir = step_fn, checkpoints, workdir
         self._best = best
-        self._window = metrics.Window()
+        self._unlogged: list[Collection] = []  # the metrics of the steps since the last line
         self._collapse = metrics.Collapse(setup.train_set.num_classes)
         self._evaluator = _validation_evaluator(setup)
 
     def run(self, state: TrainState) -> TrainState:
-        """Takes all steps that are left."""
+        """Takes all remaining steps."""
         first = int(state.step)
         self._progress = Progress(self._setup.total_steps, first, "step")
         logging.info("compiling the step; the first one takes a while")
         self._saved = self._logged = time.monotonic()
         writer = metrics.Writer(self._workdir, first)
-        with contextlib.closing(writer) as self._writer, _Signals() as signals:
+        with contextlib.closing(writer) as self._writer, Signals() as signals:
             for step, batch in enumerate(self._batches(first), start=first + 1):
                 state, step_metrics = self._step_fn(state, batch)
-                self._window.add(step_metrics)
+                self._unlogged.append(step_metrics)
                 signals.agree(step)
                 self._after_step(state, step, signals.received is not None)
                 if signals.received is not None:
@@ -184,7 +177,7 @@ class Loop:
         self._progress.update(text)
 
     def _save_is_due(self, step: int, logs: bool) -> bool:
-        """By the steps, or by the clock of process 0, asked whenever metrics are logged."""
+        """By the number of steps, or by the clock, which is checked when metrics are logged."""
         options = self._config.checkpoint
         if options.every_steps and step % options.every_steps == 0:
             return True
@@ -197,9 +190,10 @@ class Loop:
         return epoch % self._config.eval.every_epochs == 0 or epoch == self._config.epochs
 
     def _log(self, step: int) -> str:
-        """Writes the window's means; returns the line beside the progress bar."""
-        count, epoch = len(self._window), step / self._setup.steps_per_epoch
-        means = self._window.means()
+        """Writes the means since the last line; returns the text beside the progress bar."""
+        count, epoch = len(self._unlogged), step / self._setup.steps_per_epoch
+        means = metrics.means(self._unlogged)
+        self._unlogged.clear()
         if not (math.isfinite(means["loss"]) and math.isfinite(means["gradient_norm"])):
             self._progress.close()
             self._checkpoints.wait()
@@ -212,7 +206,7 @@ class Loop:
         return metrics.status_line(means, epoch, self._config.epochs)
 
     def _validate(self, evaluator: Evaluator, state: TrainState, step: int) -> None:
-        """Robust validation; the weights are kept where they are the best so far."""
+        """Robust validation; saves the weights if they are the best so far."""
         params = sharding.replicate(state.eval_params, self._setup.mesh)
         accuracies = {n: float(c.mean()) for n, c in evaluator(params)}
         robust = accuracies[self._config.eval.validation_attack]
@@ -259,7 +253,7 @@ def _evaluator(setup: Setup, attacks: str, examples: Any) -> Evaluator:
 def _tested_weights(
     setup: Setup, state: TrainState, checkpoints: Checkpoints
 ) -> tuple[Any, dict[str, Any]]:
-    """The weights that the final evaluation is about, and what to say of them."""
+    """The weights for the final evaluation, and what its records say of them."""
     if setup.config.eval.checkpoint == "best":
         restored = checkpoints.restore_best(state.eval_params, setup.mesh)
         if restored is not None:
@@ -290,36 +284,3 @@ def _final_evaluation(
             seed=config.seed,
             weights=weights,
         )
-
-
-class _Signals:
-    """Remembers SIGTERM and SIGINT, for the loop to end between two steps.
-
-    Among several processes the one that is asked to end tells the others through JAX's preemption
-    service, which listens to SIGTERM itself and chooses a step that none of them has passed.
-    """
-
-    def __enter__(self) -> "_Signals":
-        self.received: int | None = None
-        self._several = jax.process_count() > 1
-        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._remember) for number in numbers}
-        return self
-
-    def agree(self, step: int) -> None:
-        """Takes up what another process has received; each calls it after each step."""
-        if self._several and multihost_utils.reached_preemption_sync_point(step):
-            self.received = signal.SIGTERM
-
-    def _remember(self, number: int, frame: Any) -> None:
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
-        if self.received is not None:  # asked twice: no more patience
-            raise KeyboardInterrupt
-        self.received = number
-        logging.info("signal %d: saving, then ending; once more ends at once", number)
-
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -1,11 +1,16 @@
 """ARD and PRM: when and what is masked in the training attack.
 
-Both share one keep probability p = keep_max * min(1, t / warmup), with t in epochs: at the start
-nearly all is masked, after the warm-up (with keep_max 1) nothing is.
+The two maskings of Mo et al., "When Adversarial Training Meets Vision Transformers", NeurIPS 2022:
 
-ARD, attention random dropping: in each attack step every attention block keeps its gradient with
-probability p. PRM, perturbation random masking: in each attack step int(P * (1 - p)) of the P
-patches, drawn without replacement, lose their perturbation. Both draws are shared by the batch.
+ARD  attention random dropping: in each attack step every attention block keeps its gradient with
+     probability p. The mask acts in ``models.layers.gate_gradient``.
+PRM  perturbation random masking: in each attack step int(P * (1 - p)) of the P patches, drawn
+     without replacement, lose their perturbation. The mask acts in
+     ``attacks.pgd.training_attack``.
+
+Both share one keep probability p = keep_max * min(1, t / warmup), with t in epochs: at the start
+nearly everything is masked, after the warm-up (with keep_max 1) nothing is. The masks are shared by
+the batch; ``training.attack.draw`` draws them.
 """
 
 import dataclasses

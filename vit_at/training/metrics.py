@@ -1,21 +1,25 @@
-"""What a run says of itself: metrics on disk, a progress bar, an estimate of cost, an alarm.
+"""What a run reports: metrics on disk, a status line, an estimate of its cost, a warning.
 
 Writer      metrics.jsonl (one JSON object a line, with its step) and TensorBoard event files
-Window      per-step metrics that stay on the device until they are averaged
+means       of the metrics of some steps, which stay on the device until then
 Collapse    notices a run that has stopped learning
 """
 
 import collections
+import functools
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import tensorboardX
+from clu.metrics import Collection
 from etils import epath
 
 from vit_at.console import with_prefix
+from vit_at.training.objectives import OBJECTIVES
 from vit_at.workdir.files import Rewritten, is_object, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
@@ -25,7 +29,7 @@ class Writer:
     """Appends metrics to ``metrics.jsonl`` and to TensorBoard events; silent off process 0."""
 
     def __init__(self, workdir: epath.Path, resumed_step: int):
-        """Drops the lines after ``resumed_step``, which a killed run wrote and will write again."""
+        """Drops the lines after ``resumed_step``, which the resumed run will write again."""
         self._active = jax.process_index() == 0
         if not self._active:
             return
@@ -61,35 +65,21 @@ def _step(line: str) -> float:
         return math.inf
 
 
-class Window:
-    """Metrics of some steps, fetched from the device only when their means are asked for."""
-
-    def __init__(self):
-        self._steps: list[dict[str, jax.Array]] = []
-
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of one step, without waiting for them."""
-        self._steps.append(metrics)
-
-    def means(self) -> dict[str, float]:
-        """The mean of each metric over the window, which is then empty."""
-        steps = jax.device_get(self._steps)
-        self._steps = []
-        return {name: float(np.mean([s[name] for s in steps])) for name in steps[0]}
-
-    def __len__(self) -> int:
-        return len(self._steps)
+def means(steps: Sequence[Collection]) -> dict[str, float]:
+    """The mean of each metric over some steps; fetches all of them from the device at once."""
+    merged = functools.reduce(lambda total, step: total.merge(step), jax.device_get(steps))
+    return {name: float(value) for name, value in merged.compute().items()}
 
 
 def step_flops(objective: str, forward: float, batch_size: int, attack_steps: int) -> float:
     """Floating-point operations of one update.
 
-    forward: of one image's forward pass. A gradient costs one forward pass more for the inputs and
-    one more for the weights: an attack step is 2 passes, an update 3 for each image it trains on.
+    forward: of one image's forward pass. A gradient costs one more forward pass for the inputs and
+    one more for the weights: an attack step is 2 passes, an update 3 for each image it passes over.
     """
-    attack = {"natural": 0, "trades": 1 + 2 * attack_steps}.get(objective, 2 * attack_steps)
-    update = 6 if objective in ("trades", "mart") else 3
-    return (attack + update) * forward * batch_size
+    row = OBJECTIVES[objective]
+    attack = 2 * attack_steps + row.attack_needs_clean if row.attack else 0
+    return (attack + 3 * len(row.images)) * forward * batch_size
 
 
 def cost_estimate(flops: float, steps: int, parameters: int) -> str:
@@ -117,10 +107,10 @@ class Collapse:
         self._said = False
 
     def check(self, means: dict[str, Any]) -> str | None:
-        """A sentence where the last windows show a collapse, once; None otherwise.
+        """A warning if the last windows show a collapse, given once; None otherwise.
 
-        It has collapsed where the accuracy is at chance while the loss stands still: its mean over
-        the newer half of the windows is within 1 % of the older half's.
+        A run has collapsed if its accuracy is at chance and its loss is constant: the mean over the
+        newer half of the windows is within 1 % of that over the older half.
         """
         self._losses.append(means["loss"])
         self._accuracies.append(max(means[n] for n in means if n.startswith("accuracy")))
@@ -144,7 +134,7 @@ def diverged(step: int) -> str:
 
 
 def status_line(means: dict[str, float], epoch: float, epochs: int) -> str:
-    """What stands beside the progress bar."""
+    """The text beside the progress bar."""
     kind = "adv" if "accuracy_adv" in means else "clean"
     keep = f"keep {means['keep_probability']:.2f} " if "keep_probability" in means else ""
     return (

@@ -1,108 +1,89 @@
-"""Training objectives: natural, AT, TRADES and MART.
+"""Training objectives in one table: natural, AT, TRADES and MART.
 
-at      Madry et al. 2018: cross-entropy on the adversarial image
-trades  Zhang et al. 2019: CE(clean) + beta * KL(clean || adversarial)
-mart    Wang et al. 2020: boosted CE(adversarial) + beta * KL * (1 - p_clean(y))
+natural  cross-entropy on the clean image
+at       Madry et al. 2018: cross-entropy on the adversarial image
+trades   Zhang et al. 2019: CE(clean) + beta * KL(clean || adversarial)
+mart     Wang et al. 2020: boosted CE(adversarial) + beta * KL * (1 - p_clean(y))
 
-Each has two sides: the loss its attack maximises, and the loss its update minimises. Losses are
+All that tells one from the others is its row in ``OBJECTIVES``; docs/extend.md adds one. Losses are
 means over the batch, so micro-batches of equal size average to the whole.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from vit_at import config as configuration
 from vit_at.attacks import losses
-from vit_at.config import CHOICES
+from vit_at.errors import UserError, nearest
+from vit_at.models import Apply
 
 Array = jax.Array
-OBJECTIVES = CHOICES["objective"]
-# The attack of TRADES and MART starts at this times N(0, 1), in normalised units: where the clean
-# image is, KL has no gradient.
-GAUSSIAN_START = ("trades", "mart")
-START_SCALE = 0.001
+Terms = dict[str, tuple[Array, float]]
+CLEAN, ADVERSARIAL = "clean", "adversarial"
 
 
-def attack_loss(
-    objective: str,
-    apply: Callable[..., Array],
-    params: Any,
-    images: Array,
-    targets: Array,
-    clean_logits: Array | None = None,
-) -> Callable[[Array, Array | None], Array]:
-    """The scalar that the training attack maximises, summed over the batch.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What makes one objective.
 
-    The sum, not the mean: examples don't interact, and a sum needs no batch size across devices.
-    The clean logits of TRADES do not depend on the perturbation: computed once, here, if not given.
+    label: in reports.
+    attack: what the training attack maximises, (logits, targets, clean logits) -> [B]; None: no
+      attack.
+    terms: what the update minimises, (clean logits, adversarial logits, targets, beta) ->
+      {name: (scalar, weight)}; logits of images not in ``images`` are None.
+    images: what the update passes over: CLEAN, ADVERSARIAL or both.
+    start: of the perturbation: 'uniform' in the ball, or 'gaussian', tiny (TRADES and MART).
+    zero_start: whether the attack has a gradient at the image, so that it may start there.
+    attack_needs_clean: whether the attack takes the clean logits: one pass more.
+    plain_labels: whether the terms need one label per image, so that images can't be mixed.
     """
-    if objective == "trades":
-        if clean_logits is None:
-            clean_logits = apply(params, images)
-        clean_logits = jax.lax.stop_gradient(clean_logits)
-        return lambda x, keep: losses.kl_divergence(clean_logits, apply(params, x, keep)).sum()
-    return lambda x, keep: losses.cross_entropy(apply(params, x, keep), targets).sum()
+
+    label: str
+    attack: Callable[[Array, Array, Array | None], Array] | None
+    terms: Callable[[Array | None, Array | None, Array, float], Terms]
+    images: tuple[str, ...]
+    start: str = "uniform"
+    zero_start: bool = True
+    attack_needs_clean: bool = False
+    plain_labels: bool = False
 
 
-def training_loss(
-    objective: str,
-    apply: Callable[..., Array],
-    params: Any,
-    images: Array,
-    adversarial: Array,
-    targets: Array,
-    *,
-    beta: float = 6.0,
-    rngs: dict[str, Array] | None = None,
-    clean_logits: Array | None = None,
-) -> tuple[Array, dict[str, Array]]:
-    """The loss to minimise, and its terms.
-
-    Args:
-      apply: ``apply(params, images01, attn_grad_keep, train, rngs) -> logits``, see
-        ``models.classifier``.
-      images, adversarial: [B, H, W, C] in [0, 1]; no gradient flows into ``adversarial``.
-      targets: [B, num_classes] probabilities.
-      clean_logits: of ``images``, differentiable by the parameters, where TRADES or MART need them
-        and they have been computed before; None: computed here, in training mode.
-
-    Returns:
-      (scalar, aux): aux has 'logits_clean' and 'logits_adv', None where the objective does not
-      compute them, and the objective's terms among 'natural', 'ce_adv', 'margin', 'robust'.
-    """
-    adversarial = jax.lax.stop_gradient(adversarial)
-
-    def forward(x):
-        return apply(params, x, train=True, rngs=rngs)
-
-    if objective == "natural":
-        logits = forward(images)
-        loss = losses.cross_entropy(logits, targets).mean()
-        return loss, {"natural": loss, "logits_clean": logits, "logits_adv": None}
-    if objective == "at":
-        logits = forward(adversarial)
-        loss = losses.cross_entropy(logits, targets).mean()
-        return loss, {"ce_adv": loss, "logits_clean": None, "logits_adv": logits}
-    clean = forward(images) if clean_logits is None else clean_logits
-    adv = forward(adversarial)
-    terms = _trades_terms if objective == "trades" else _mart_terms
-    weighted = terms(clean, adv, targets, beta)
-    loss = sum(term * weight for term, weight in weighted.values())
-    aux = {name: term for name, (term, _) in weighted.items()}
-    return loss, aux | {"logits_clean": clean, "logits_adv": adv}
+def ce_attack(logits: Array, targets: Array, clean: Array | None) -> Array:
+    """Cross-entropy, [B]."""
+    del clean
+    return losses.cross_entropy(logits, targets)
 
 
-def _trades_terms(clean: Array, adv: Array, targets: Array, beta: float) -> dict:
-    """{name: (term, weight)}; neither side of the KL is detached."""
+def kl_attack(logits: Array, targets: Array, clean: Array) -> Array:
+    """KL(clean || adversarial), [B]."""
+    del targets
+    return losses.kl_divergence(clean, logits)
+
+
+def _natural_terms(clean: Array, adv: None, targets: Array, beta: float) -> Terms:
+    del adv, beta
+    return {"natural": (losses.cross_entropy(clean, targets).mean(), 1.0)}
+
+
+def _at_terms(clean: None, adv: Array, targets: Array, beta: float) -> Terms:
+    del clean, beta
+    return {"ce_adv": (losses.cross_entropy(adv, targets).mean(), 1.0)}
+
+
+def _trades_terms(clean: Array, adv: Array, targets: Array, beta: float) -> Terms:
+    """Neither side of the KL is detached."""
     natural = losses.cross_entropy(clean, targets).mean()
     robust = losses.kl_divergence(clean, adv).mean()
     return {"natural": (natural, 1.0), "robust": (robust, beta)}
 
 
-def _mart_terms(clean: Array, adv: Array, targets: Array, beta: float) -> dict:
-    """{name: (term, weight)}, with the constants of the authors' code; nothing is detached."""
+def _mart_terms(clean: Array, adv: Array, targets: Array, beta: float) -> Terms:
+    """With the constants of the authors' code; nothing is detached."""
     labels = jnp.argmax(targets, axis=-1)
     p_clean, p_adv = jax.nn.softmax(clean), jax.nn.softmax(adv)
     ce_adv = losses.cross_entropy(adv, targets).mean()
@@ -111,3 +92,96 @@ def _mart_terms(clean: Array, adv: Array, targets: Array, beta: float) -> dict:
     kl = jnp.sum(p_clean * (jax.nn.log_softmax(clean) - jnp.log(p_adv + 1e-12)), axis=-1)
     robust = (kl * (1.0000001 - losses.pick(p_clean, labels))).mean()
     return {"ce_adv": (ce_adv, 1.0), "margin": (margin, 1.0), "robust": (robust, beta)}
+
+
+OBJECTIVES = {
+    "natural": Objective("natural", None, _natural_terms, (CLEAN,)),
+    "at": Objective("AT", ce_attack, _at_terms, (ADVERSARIAL,)),
+    "trades": Objective(
+        "TRADES",
+        kl_attack,
+        _trades_terms,
+        (CLEAN, ADVERSARIAL),
+        start="gaussian",
+        zero_start=False,  # KL has no gradient where both logits are equal
+        attack_needs_clean=True,
+        plain_labels=True,
+    ),
+    "mart": Objective(
+        "MART",
+        ce_attack,
+        _mart_terms,
+        (CLEAN, ADVERSARIAL),
+        start="gaussian",
+        plain_labels=True,
+    ),
+}
+
+
+def training_loss(
+    objective: str,
+    apply: Apply,
+    params: Any,
+    images: Array,
+    adversarial: Array,
+    targets: Array,
+    *,
+    beta: float = 6.0,
+    rngs: dict[str, Array] | None = None,
+    clean_logits: Array | None = None,
+) -> tuple[Array, dict[str, Array | None]]:
+    """The loss to minimise, and its terms.
+
+    Args:
+      objective: a name in ``OBJECTIVES``.
+      apply: ``apply(params, images01, attn_grad_keep, train, rngs) -> logits``, see
+        ``models.classifier``.
+      images, adversarial: [B, H, W, C] in [0, 1]; no gradient flows into ``adversarial``.
+      targets: [B, num_classes] probabilities.
+      beta: weight of the robust term of TRADES and MART.
+      rngs: {'drop_path': key or keys [B]}, for stochastic depth.
+      clean_logits: of ``images``, differentiable by the parameters, if they have been computed
+        before; None: computed here, in training mode, where the objective needs them.
+
+    Returns:
+      (scalar, aux): aux has 'logits_clean' and 'logits_adv', None where the objective does not
+      compute them, and the terms by name, among 'natural', 'ce_adv', 'margin' and 'robust'.
+    """
+    row, clean, adv = OBJECTIVES[objective], None, None
+    if CLEAN in row.images:
+        clean = clean_logits
+        if clean is None:
+            clean = apply(params, images, train=True, rngs=rngs)
+    if ADVERSARIAL in row.images:
+        adv = apply(params, jax.lax.stop_gradient(adversarial), train=True, rngs=rngs)
+    weighted = row.terms(clean, adv, targets, beta)
+    loss = sum(term * weight for term, weight in weighted.values())
+    terms = {name: term for name, (term, _) in weighted.items()}
+    return loss, terms | {"logits_clean": clean, "logits_adv": adv}
+
+
+def check(config: ConfigDict) -> None:
+    """``config.validate``, and a UserError where a field contradicts the objective."""
+    name = config.objective
+    if name not in OBJECTIVES:
+        raise UserError(
+            f"objective is '{name}', which is unknown; allowed are {', '.join(OBJECTIVES)} "
+            f"(nearest: {nearest(str(name), OBJECTIVES, 1)})"
+        )
+    configuration.validate(config)
+    row = OBJECTIVES[name]
+    if config.threat.start == "zero" and not row.zero_start:
+        raise UserError(
+            f"threat.start is 'zero', where the loss of the {row.label} attack has no gradient; "
+            f"use 'random' with objective '{name}'"
+        )
+    if config.mixing.probability and row.plain_labels:
+        raise UserError(
+            f"mixing.probability is {config.mixing.probability:g}, but {name} needs plain labels; "
+            "set it to 0 or use objective 'at'"
+        )
+    if (config.masking.ard or config.masking.prm) and row.attack is None:
+        raise UserError(
+            f"masking.ard or masking.prm is on, but objective '{name}' has no attack to mask; "
+            "turn them off or choose another objective"
+        )

@@ -3,8 +3,8 @@
 SGD:   clip the global gradient norm -> add weight decay -> momentum -> -learning rate
 AdamW: clip the global gradient norm -> Adam -> add weight decay -> -learning rate
 
-The order matters: decay is added after clipping, to all parameters, and goes through the momentum
-buffer (coupled), as torch.optim.SGD does it.
+The order matters: decay is added after clipping, to all parameters, and enters the momentum buffer
+(coupled decay), as in torch.optim.SGD.
 """
 
 import math
@@ -37,9 +37,10 @@ def learning_rate(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
 
 
 def _step_schedule(config: ConfigDict, steps_per_epoch: int, offset: int) -> optax.Schedule:
-    """Multiplied by drop_factor once epoch E - x is reached, for x in drop_before_end.
+    """The rate, multiplied by drop_factor at epoch E - x for each x in drop_before_end.
 
-    The first step always has the full rate, also where E <= x (as in the reference).
+    E is ``config.epochs``. The first step always has the full rate, even if E <= x (as in the
+    reference).
     """
     options = config.optimizer
     drops = [
@@ -70,8 +71,7 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTr
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Scales gradients by min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_.
 
-    optax's own divides by the norm alone: close, but then two updates are no longer the reference's
-    to nine digits.
+    optax's own omits the 1e-6; then two updates no longer equal the reference's to nine digits.
     """
 
     def update(gradient, state, params=None):

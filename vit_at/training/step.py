@@ -6,27 +6,28 @@ after a crash, and gives the same result on any number of devices.
 
     augment, mix -> draw -> [perturb -> gradient, on every device] -> mean over devices -> update
 
-What is in brackets is mapped over the shards of the batch and sends nothing.
+The part in brackets is mapped over the shards of the batch and communicates nothing.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
 import optax
+from clu.metrics import Average, Collection
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from vit_at import models
-from vit_at.attacks import pgd
-from vit_at.attacks.threat import Threat, random_start
+from vit_at.attacks.threat import Threat
 from vit_at.data import augment
 from vit_at.distributed import sharding
-from vit_at.training import masking as masks
-from vit_at.training import objectives
+from vit_at.distributed.sharding import SPLIT, WHOLE
+from vit_at.training.attack import Draws, Start, draw, perturb
+from vit_at.training.masking import Masking, keep_probability
+from vit_at.training.objectives import CLEAN, OBJECTIVES, training_loss
 from vit_at.training.optim import learning_rate
 
 Array = jax.Array
@@ -47,118 +48,68 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def trees(self) -> dict[str, Any]:
-        """What is not the step, by name: what a checkpoint stores under the step."""
+        """Everything but the step, by name: what a checkpoint stores under the step."""
         trees = {"params": self.params, "opt_state": self.opt_state, "ema": self.ema}
         return {name: tree for name, tree in trees.items() if tree is not None}
-
-
-class Draws(NamedTuple):
-    """Everything random in the attack of one step.
-
-    delta: [B, H, W, C] in pixel units, before it is brought into the image range.
-    attn_keep: [steps, num_blocks] bool (ARD); None: off.
-    patch_keep: [steps, H/p, W/p] bool (PRM); None: off.
-    """
-
-    delta: Array
-    attn_keep: Array | None
-    patch_keep: Array | None
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
     """The state before the first step."""
     average = jax.tree.map(jnp.copy, params) if ema else None
-    # One program: run piece by piece, each shape of a parameter would compile its own.
+    # Jitted as one program: eagerly, each shape of a parameter would compile its own.
     opt_state = jax.jit(optimizer.init)(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, average)
 
 
-def draw(
-    key: Array,
-    *,
-    objective: str,
-    threat: Threat,
-    masking: masks.Masking,
-    progress: float | Array,
-    image_shape: tuple[int, int, int, int],
-    num_blocks: int,
-    start: str = "random",
-    std: float | tuple[float, ...] = 1.0,
-) -> Draws:
-    """Draws what the attack of one step needs.
+class Step(NamedTuple):
+    """What is static in a training step; num_blocks: attention blocks of the model (ARD)."""
 
-    Args:
-      progress: epochs done once this step is, (step + 1) / steps_per_epoch: the warm-up's time.
-      image_shape: [B, H, W, C].
-      start: 'random': AT starts uniformly in the ball, TRADES and MART at 0.001 N(0, 1) in
-        normalised units; 'zero': all start at the image.
-      std: the normalisation's, per channel: what a normalised unit is in pixel units.
+    config: FrozenConfigDict
+    apply: models.Apply
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    masking: Masking
+    steps_per_epoch: int
+    num_blocks: int
+    num_classes: int
+
+    @property
+    def shares_clean(self) -> bool:
+        """Whether attack and update share one pass over the clean images."""
+        row = OBJECTIVES[self.config.objective]
+        deterministic = getattr(self.apply, "deterministic", False)  # plain functions do not say
+        return row.attack_needs_clean and CLEAN in row.images and deterministic
+
+
+class Part(NamedTuple):
+    """Some images of a batch, with what belongs to each.
+
+    images: [b, H, W, C] in [0, 1]; targets: [b, num_classes]; delta: start of the perturbation, as
+    images; keys: [b], of stochastic depth.
     """
-    start_key, attn_key, patch_key = jax.random.split(key, 3)
-    if start == "zero":
-        delta = jnp.zeros(image_shape)
-    elif objective in objectives.GAUSSIAN_START:
-        scale = objectives.START_SCALE * jnp.asarray(std)
-        delta = scale * jax.random.normal(start_key, image_shape)
-    else:
-        delta = random_start(start_key, image_shape, threat)
-    probability = masks.keep_probability(masking, progress)
-    attn_keep = patch_keep = None
-    if masking.ard:
-        attn_keep = masks.draw_attn_keep(attn_key, threat.steps, num_blocks, probability)
-    if masking.prm:
-        grid = (image_shape[1] // masking.patch_size, image_shape[2] // masking.patch_size)
-        patch_keep = masks.draw_patch_keep(patch_key, threat.steps, grid, probability)
-    return Draws(delta, attn_keep, patch_keep)
 
-
-def perturb(
-    apply: Callable[..., Array],
-    params: Any,
-    images: Array,
-    targets: Array,
-    draws: Draws,
-    *,
-    objective: str,
-    threat: Threat,
-    clean_logits: Array | None = None,
-) -> Array:
-    """The adversarial images that ``objective`` trains on, in [0, 1].
-
-    A plain per-device function: images, targets and draws.delta are any shard of a batch.
-    clean_logits: of the images; None: computed here where TRADES needs them.
-    """
-    if objective == "natural":
-        return images
-    loss = objectives.attack_loss(objective, apply, params, images, targets, clean_logits)
-    return pgd.training_attack(loss, images, draws.delta, draws.attn_keep, draws.patch_keep, threat)
+    images: Array
+    targets: Array
+    delta: Array
+    keys: Array
 
 
 def train_step(
-    state: TrainState,
-    batch: dict[str, Array],
-    *,
-    config: FrozenConfigDict,
-    apply: Callable[..., Array],
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    masking: masks.Masking,
-    steps_per_epoch: int,
-    num_blocks: int,
-    num_classes: int,
-) -> tuple[TrainState, dict[str, Array]]:
-    """One update on one global batch, to be jitted with the state donated.
+    step: Step, state: TrainState, batch: dict[str, Array]
+) -> tuple[TrainState, Collection]:
+    """One update on one global batch, to be jitted with ``step`` bound and the state donated.
 
     Args:
       batch: image [B, H, W, C] uint8 and label [B] int32, split over the mesh.
 
     Returns:
-      (new state, {name: scalar}): the metrics are those of the batch before the update.
+      (new state, metrics): ``metrics.compute()`` is {name: scalar}, of the batch before the update.
     """
+    config, masking = step.config, step.masking
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     input_key, draw_key, train_key = jax.random.split(key, 3)
-    progress = (state.step + 1) / steps_per_epoch
-    images, targets = _inputs(input_key, batch, config, num_classes)
+    progress = (state.step + 1) / step.steps_per_epoch
+    images, targets = _inputs(step, input_key, batch)
     threat = Threat.of(config.threat).scaled(_eps_factor(config, progress))
     draws = draw(
         draw_key,
@@ -167,32 +118,28 @@ def train_step(
         masking=masking,
         progress=progress,
         image_shape=images.shape,
-        num_blocks=num_blocks,
-        start=config.threat.start,
-        std=config.data.std,
+        num_blocks=step.num_blocks,
+        start=Start(config.threat.start, config.data.std),
     )
+    keys = jax.random.split(train_key, len(images))  # one per image, for any split of the batch
 
-    def constrain(tree, kind):
-        if config.sharding == "replicated":  # nothing to say
-            return tree
-        return jax.lax.with_sharding_constraint(tree, sharding.layout(tree, mesh, kind))
-
-    params = constrain(state.params, "replicated")  # gathered, once for all that follows
-    keys = jax.random.split(train_key, len(images))  # one an image: no split of the batch shows
-    gradient, metrics = _gradient(mesh, apply, params, images, targets, draws, keys, threat, config)
+    params = _laid_out(step, state.params, "replicated")  # gathered once, for all that follows
+    part = Part(images, targets, draws.delta, keys)
+    gradient, metrics = _mean_gradient(step, params, part, draws._replace(delta=None), threat)
     metrics |= {
         "gradient_norm": optax.tree.norm(gradient),
-        "learning_rate": learning_rate(config, steps_per_epoch)(state.step),
+        "learning_rate": learning_rate(config, step.steps_per_epoch)(state.step),
         "eps": threat.eps,
     }
     if masking.ard or masking.prm:
-        metrics["keep_probability"] = masks.keep_probability(masking, progress)
-    state = _update(state, gradient, optimizer, config.ema_decay)
-    return constrain(state, config.sharding), metrics
+        metrics["keep_probability"] = keep_probability(masking, progress)
+    state = _update(state, gradient, step.optimizer, config.ema_decay)
+    return _laid_out(step, state, config.sharding), _collection(metrics)
 
 
-def _inputs(key, batch, config, num_classes):
+def _inputs(step, key, batch):
     """Augmented, mixed images [B, H, W, C] in [0, 1] and their targets [B, num_classes]."""
+    config = step.config
     augment_key, mix_key = jax.random.split(key)
     images = augment.augment(
         augment_key,
@@ -200,7 +147,7 @@ def _inputs(key, batch, config, num_classes):
         crop_padding=config.data.crop_padding,
         flip=config.data.flip,
     )
-    targets = augment.one_hot(batch["label"], num_classes, config.label_smoothing)
+    targets = augment.one_hot(batch["label"], step.num_classes, config.label_smoothing)
     if config.mixing.probability:
         images, targets = augment.mix(mix_key, images, targets, **config.mixing)
     return images, targets
@@ -213,60 +160,59 @@ def _eps_factor(config, progress):
     return jnp.minimum(1.0, progress / config.threat.eps_warmup_epochs)
 
 
-def _gradient(mesh, apply, params, images, targets, draws, keys, threat, config):
-    """(gradient laid out as the state is, metrics): the means over all images of the batch.
+def _laid_out(step, tree, kind):
+    """The tree, constrained to lie on the devices as ``sharding.layout`` says for ``kind``."""
+    if step.config.sharding == "replicated":  # everything is whole anyway
+        return tree
+    return jax.lax.with_sharding_constraint(tree, sharding.layout(tree, step.mesh, kind))
 
-    Every device attacks and differentiates its own images, a part of them after the other; only
-    their mean is sent, once.
+
+def _mean_gradient(step, params, part, masks, threat):
+    """(gradient laid out as the state is, metrics): means over all images of the batch.
+
+    Every device attacks and differentiates its own images, part by part; only the mean over them is
+    communicated, once.
     """
-    specs = jax.tree.map(lambda x: x.spec, sharding.layout(params, mesh, config.sharding))
-    objective = config.objective
-    # A model that does the same in training and attack passes over TRADES' clean images once.
-    shares_clean = objective == "trades" and models.is_deterministic(apply)
+    layout = sharding.layout(params, step.mesh, step.config.sharding)
+    specs = jax.tree.map(lambda x: x.spec, layout)
 
-    def of_part(params, draws, threat, part):
-        images, targets, delta, keys = part
-        draws = draws._replace(delta=delta)
+    def on_device(params, part, masks, threat):
+        parts = sharding.in_parts(part, step.mesh, step.config.accumulate_steps)
+        params = models.unstack_blocks(step.apply, params, sharding.platform(step.mesh))
+        of_part = functools.partial(loss_and_gradient, step, params, masks, threat)
+        gradient, metrics = _mean_over_parts(of_part, parts)
+        means = models.stack_blocks(gradient), metrics
+        return sharding.mean_over_devices(means, (specs, WHOLE))
 
-        def loss(params):
-            clean = apply(params, images) if shares_clean else None
-            adversarial = perturb(
-                apply,
-                jax.lax.stop_gradient(params),
-                images,
-                targets,
-                draws,
-                objective=objective,
-                threat=threat,
-                clean_logits=clean,
-            )
-            return objectives.training_loss(
-                objective,
-                apply,
-                params,
-                images,
-                adversarial,
-                targets,
-                beta=config.beta,
-                rngs={"drop_path": keys},
-                clean_logits=clean,
-            )
+    in_specs = (WHOLE, SPLIT, WHOLE, WHOLE)
+    mapped = sharding.map_shards(on_device, step.mesh, in_specs, (specs, WHOLE))
+    return mapped(params, part, masks, threat)
 
-        (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        return gradient, {"loss": value} | _batch_metrics(aux, targets)
 
-    def of_shard(params, images, targets, draws, keys, threat):
-        parts = sharding.in_parts((images, targets, draws.delta, keys), config.accumulate_steps)
-        params = models.by_block(apply, params)
-        of_mine = functools.partial(of_part, params, draws, threat)
-        gradient, metrics = _mean_over_parts(of_mine, parts)
-        means = models.stacked(apply, gradient), metrics
-        return sharding.mean_over_devices(means, (specs, sharding.WHOLE))
+def loss_and_gradient(
+    step: Step, params: Any, masks: Draws, threat: Threat, part: Part
+) -> tuple[Any, dict[str, Array]]:
+    """Attacks some images and differentiates the loss on them: a plain per-device function.
 
-    split, whole = sharding.SPLIT, sharding.WHOLE
-    in_specs = (whole, split, split, Draws(split, whole, whole), split, whole)
-    mapped = sharding.map_shards(of_shard, mesh, in_specs, (specs, whole))
-    return mapped(params, images, targets, draws, keys, threat)
+    masks: the draws of the batch without their delta, which is in ``part``.
+
+    Returns:
+      (gradient by params, {name: scalar}): means over the images.
+    """
+    apply, objective, draws = step.apply, step.config.objective, masks._replace(delta=part.delta)
+    images, targets = part.images, part.targets
+
+    def loss(params):
+        clean = apply(params, images) if step.shares_clean else None
+        options = {"objective": objective, "threat": threat, "clean_logits": clean}
+        fixed = jax.lax.stop_gradient(params)
+        adversarial = perturb(apply, fixed, images, targets, draws, **options)
+        rngs = {"drop_path": part.keys}
+        options = {"beta": step.config.beta, "rngs": rngs, "clean_logits": clean}
+        return training_loss(objective, apply, params, images, adversarial, targets, **options)
+
+    (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return gradient, {"loss": value} | _batch_metrics(aux, targets)
 
 
 def _batch_metrics(aux, targets):
@@ -277,6 +223,12 @@ def _batch_metrics(aux, targets):
         if logits is not None:
             metrics[f"accuracy_{kind}"] = jnp.mean(jnp.argmax(logits, -1) == labels)
     return metrics
+
+
+def _collection(metrics):
+    """{name: scalar} as metrics whose merge is the mean over steps."""
+    one = jnp.ones((), jnp.int32)
+    return Collection.create_collection(**{n: Average(metrics[n], one) for n in sorted(metrics)})
 
 
 def _mean_over_parts(function, parts):

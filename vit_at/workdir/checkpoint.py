@@ -1,11 +1,11 @@
 """Checkpoints with orbax: asynchronous, atomic, and verified when they are read.
 
     WORKDIR/checkpoints/last/STEP/    the whole training state; the newest few are kept
-    WORKDIR/checkpoints/best/STEP/    the weights that did best on the validation examples
-    WORKDIR/checkpoints/corrupt/      what could not be read, moved aside
+    WORKDIR/checkpoints/best/STEP/    the weights with the best validation
+    WORKDIR/checkpoints/corrupt/      checkpoints that could not be read
 
-Orbax writes into a temporary directory and renames it, so a checkpoint is there whole or not at
-all. Every checkpoint also holds a fingerprint of each array, so that changed bits are found.
+Orbax writes into a temporary directory and renames it, so a checkpoint is complete or absent. Every
+checkpoint also holds a fingerprint of each array, which detects changed bits.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ _METADATA = 2**20  # bytes allowed for what orbax writes beside the arrays
 def fingerprint(tree: Any) -> list[jax.Array]:
     """One uint32 per array: sum_i (2 i + 1) bits_i mod 2^32, i running over its 32-bit words.
 
-    Any single changed word changes it, and as integer sums have no order, sharding does not.
+    Any single changed word changes it. It does not depend on sharding: integer sums have no order.
     """
 
     def of_array(x):
@@ -49,7 +49,7 @@ def _plain_fingerprint(tree: Any) -> list[int]:
 
 
 def _abstract(tree: Any, mesh: Mesh) -> Any:
-    """Shapes, each with the sharding that it is to have: the array's own, or whole."""
+    """Shapes with the shardings to restore to: an array's own, or whole on every device."""
 
     def of_array(x):
         own = getattr(x, "sharding", None)
@@ -65,7 +65,7 @@ class Series:
 
     def __init__(self, directory: epath.Path, keep: int | None, *, read_only: bool = False):
         self._directory = directory = directory.resolve()  # orbax takes no relative path
-        # Two series may write the same step at a time: their processes must not meet crosswise.
+        # Two series may write the same step at the same time, so their barriers need own names.
         apart = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name)
         self._manager = ocp.CheckpointManager(
             directory,
@@ -79,14 +79,14 @@ class Series:
         )
 
     def latest_step(self) -> int | None:
-        """The newest step that is there whole, or None."""
+        """The newest complete step, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, trees: dict[str, Any], values: dict[str, Any]) -> None:
         """Starts to write a checkpoint; the arrays may be donated as soon as this returns.
 
         Raises:
-          UserError: this or the save before it found the disk full or the directory not writable.
+          UserError: this or the previous save found the disk full or the directory not writable.
         """
         values = values | {"fingerprints": {n: _plain_fingerprint(t) for n, t in trees.items()}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
@@ -103,11 +103,11 @@ class Series:
     def restore(self, step: int, trees: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
         """The named trees of a checkpoint, on the devices as the given ones are.
 
-        trees: {name: tree of arrays or shapes}, which the stored ones must match; shapes stand for
-        arrays that are whole on every device of ``mesh``.
+        trees: {name: tree of arrays or shapes}, which the stored ones must match; where shapes are
+        given, the arrays come whole onto every device of ``mesh``.
 
         Raises:
-          ValueError: the stored arrays are not those that were saved, or are of another model.
+          ValueError: the stored arrays have changed on disk, or belong to another model.
         """
         items = {n: ocp.args.StandardRestore(_abstract(t, mesh)) for n, t in trees.items()}
         items["values"] = ocp.args.JsonRestore()
@@ -118,9 +118,9 @@ class Series:
         return {name: stored[name] for name in trees}
 
     def newest_intact(self, read: Callable[[int], Any]) -> Any | None:
-        """``read(step)`` of the newest checkpoint for which it works; None where there is none.
+        """``read(step)`` of the newest checkpoint that can be read; None if there is none.
 
-        Corrupt ones are moved aside, and said so.
+        Corrupt checkpoints are moved aside, with a warning.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             found, reason = None, "another process could not read it"
@@ -147,7 +147,7 @@ class Series:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Returns once everything is on disk; UserError where that failed."""
+        """Returns once everything is on disk; raises UserError if that failed."""
         with disk_errors(self._directory):
             self._manager.wait_until_finished()
 
@@ -177,10 +177,10 @@ class Checkpoints:
     def restore(
         self, trees: dict[str, Any], mesh: Mesh
     ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
-        """The newest intact (step, trees, values); None where nothing has been saved.
+        """The newest intact (step, trees, values); None if nothing has been saved.
 
         Raises:
-          UserError: something has been saved, and none of it can be read.
+          UserError: there are checkpoints, but none can be read.
         """
 
         def read(step):
@@ -196,12 +196,12 @@ class Checkpoints:
         return restored
 
     def save_best(self, params: Any, values: dict[str, Any]) -> None:
-        """Starts to save the weights that did best; a step saved before is left as it is."""
+        """Starts to save the best weights, unless their step has been saved before."""
         if values["step"] != self.best.latest_step():
             self.best.save(values["step"], {"params": params}, values)
 
     def restore_best(self, params: Any, mesh: Mesh) -> tuple[Any, int] | None:
-        """(weights, step) of the best checkpoint that is intact; None where there is none."""
+        """(weights, step) of the newest intact ``best`` checkpoint; None if there is none."""
         self.best.wait()
 
         def read(step):
@@ -223,7 +223,7 @@ class Checkpoints:
 class Trained(NamedTuple):
     """The weights of a work directory, ready to use.
 
-    values: what the checkpoint says of them: step, num_classes, class_names, ...
+    values: the plain values of the checkpoint: step, num_classes, class_names, ...
     """
 
     config: ConfigDict

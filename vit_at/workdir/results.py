@@ -1,7 +1,7 @@
-"""What was measured, with the protocol it was measured under.
+"""The results of a work directory, each with the protocol it was measured under.
 
 results.json      one record per evaluation: attack, accuracy, protocol
-per_example.npz   for each of them the images' places in their split, and which were still correct
+per_example.npz   for each record the images' places in their split, and which were correct
 """
 
 import io
@@ -17,7 +17,7 @@ from vit_at.data.sources import Examples
 from vit_at.workdir.files import read_json, write_atomically
 
 RESULTS_FILE, PER_EXAMPLE_FILE = "results.json", "per_example.npz"
-AUTOATTACK = "autoattack"  # loss of its entries, and name of the standard cascade
+AUTOATTACK = "autoattack"  # loss in the protocol of its records, and name of the standard cascade
 
 
 class Results:
@@ -31,28 +31,28 @@ class Results:
             self.records = read_json(self._json)
 
     def find(self, entry: dict[str, Any]) -> dict[str, Any] | None:
-        """The stored record of the same attack and protocol."""
+        """The stored record of the same attack and protocol; None: there is none."""
         same = [r for r in self.records if _identity(r) == _identity(entry)]
         return same[0] if same else None
 
     def add(self, entry: dict[str, Any], correct: np.ndarray, examples: Examples) -> None:
-        """Stores a record, in place of an earlier one of the same protocol, and its outcomes."""
+        """Stores a record and its outcomes; replaces an earlier record of the same protocol."""
         if jax.process_index():
             return
         self.records = [r for r in self.records if _identity(r) != _identity(entry)] + [entry]
-        table = {}
+        arrays = {}
         if self._npz.exists():
             with np.load(self._npz.open("rb")) as archive:
-                table = dict(archive)
+                arrays = dict(archive)
         key = _key(entry)
-        table |= {f"{key}/index": examples.indices, f"{key}/correct": correct}
+        arrays |= {f"{key}/index": examples.indices, f"{key}/correct": correct}
         content = io.BytesIO()
-        np.savez_compressed(content, **table)
+        np.savez_compressed(content, **arrays)
         write_atomically(self._npz, content.getvalue())
         write_atomically(self._json, json.dumps(self.records, indent=2) + "\n")
 
     def outcomes(self, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
-        """(places in the split [N], correct [N] bool) of a record; None where they aren't kept."""
+        """(places in the split [N], correct [N] bool) of a record; None if they are not stored."""
         if not self._npz.exists():
             return None
         with np.load(self._npz.open("rb")) as archive:
@@ -86,8 +86,8 @@ def _short(entry: dict[str, Any]) -> str:
     )
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Results as aligned text, one line each."""
+def as_text(records: Sequence[dict[str, Any]]) -> str:
+    """Records as aligned text, one line each."""
     lines = [f"{'attack':<10} {'accuracy':>9}   images  protocol"]
     for entry in records:
         protocol = entry["protocol"]

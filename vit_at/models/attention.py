@@ -1,0 +1,69 @@
+"""Multi-head self-attention over all tokens. Shapes: b batch, n tokens, d width, h heads."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_at.models import ops
+from vit_at.models.layers import KERNEL_INIT, dense, param_dtype
+
+
+def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+    """softmax(scale * q k) v for q, k, v [b, n, h, head_dim].
+
+    The softmax runs in float32, or in float64 for float64 inputs (jax.nn's own does not).
+    """
+    wide = param_dtype(q.dtype)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=wide) * scale
+    out = jnp.einsum("bhqk,bhkd->bhqd", ops.softmax(logits).astype(v.dtype), v)
+    return out.transpose(0, 2, 1, 3)
+
+
+class QueryKeyValue(nn.Module):
+    """The queries of the first tokens, and the keys and values of all tokens, by linear layers.
+
+    The features of the kernel [d, 3 d] are [q | k | v], as in timm.
+    """
+
+    use_bias: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, queries: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [b, n, d] -> q [b, queries, d], k [b, n, d], v [b, n, d]."""
+        d, weights, init = x.shape[-1], param_dtype(self.dtype), nn.initializers.zeros
+        kernel = self.param("kernel", KERNEL_INIT, (d, 3 * d), weights)
+        bias = self.param("bias", init, (3 * d,), weights) if self.use_bias else None
+
+        def linear(x, features):
+            out = ops.linear(x.astype(self.dtype), kernel[:, features].astype(self.dtype))
+            return out if bias is None else out + bias[features].astype(self.dtype)
+
+        if queries == x.shape[1]:
+            q, k, v = jnp.split(linear(x, slice(None)), 3, -1)
+        else:
+            q = linear(x[:, :queries], slice(d))
+            k, v = jnp.split(linear(x, slice(d, None)), 2, -1)
+        return q, k, v
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; the qkv features are [q | k | v], each heads x head_dim."""
+
+    num_heads: int
+    qkv_bias: bool
+    qk_scale: float  # of the attention logits; 0: head_dim ** -0.5
+    dtype: str
+    class_token_only: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, n, d] -> [b, n, d], or [b, 1, d] of the class token, which attends to all tokens."""
+        b, n, d = x.shape
+        head_dim, queries = d // self.num_heads, 1 if self.class_token_only else n
+        qkv = QueryKeyValue(self.qkv_bias, self.dtype, name="qkv")(x, queries)
+        q, k, v = (part.reshape(b, -1, self.num_heads, head_dim) for part in qkv)
+        out = dot_product_attention(q, k, v, self.qk_scale or head_dim**-0.5)
+        out = out.reshape(b, queries, d)
+        return dense(d, self.dtype, name="proj")(out)

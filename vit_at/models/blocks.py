@@ -1,0 +1,237 @@
+"""Transformer blocks: one of them, and many in a row.
+
+Transformer       what the architectures have in common
+Block             x + attention(norm(x)), then x + mlp(norm(x)), with any attention
+run_blocks        equal blocks in a row, scanned or one by one
+last_blocks       the same, and a last block that computes the class token alone
+stochastic_depth  which blocks drop their attention how often
+unstack, stack_blocks   parameters for blocks that run one by one, and back
+multiply_adds     cost of blocks
+"""
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_at.models.layers import LayerNorm, Mlp, drop_path, gate_gradient
+
+
+class Transformer(nn.Module, kw_only=True):
+    """What the architectures have in common.
+
+    qk_scale: of the attention logits; 0: head_dim ** -0.5. drop_path: rate of stochastic depth in
+    the last block. remat: see ``run_blocks``.
+    """
+
+    num_classes: int
+    image_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    norm_eps: float
+    in_channels: int = 3
+    qk_scale: float = 0.0
+    drop_path: float = 0.0
+    remat: bool = False
+    dtype: str = "float32"
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of attention blocks, in forward order: the length of ``attn_grad_keep``."""
+        return self.depth
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of patches."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def forward_flops(self) -> float:
+        """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
+        return 2.0 * sum(self._multiply_adds())
+
+    def attention_flops(self) -> float:
+        """The part of ``forward_flops`` that is products of two activations."""
+        return 2.0 * self._multiply_adds()[1]
+
+    def _multiply_adds(self) -> tuple[float, float]:
+        """(in linear layers, in products of two activations), for one image."""
+        raise NotImplementedError
+
+
+class Unstacked(flax.struct.PyTreeNode):
+    """The parameters of equal blocks as one tree per block, instead of stacked along axis 0."""
+
+    blocks: tuple[Any, ...]
+
+
+def unstack(params: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """``params`` with the stacks of these names as ``Unstacked``."""
+
+    def of_each(stack):
+        count = len(jax.tree.leaves(stack)[0])
+        return Unstacked(tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in range(count)))
+
+    return {name: of_each(tree) if name in names else tree for name, tree in params.items()}
+
+
+def stack_blocks(params: Any) -> Any:
+    """Parameters, or a gradient by them, with every ``Unstacked`` stacked along axis 0 again."""
+
+    def stack(tree):
+        if not isinstance(tree, Unstacked):
+            return tree
+        return jax.tree.map(lambda *rows: jnp.stack(rows), *tree.blocks)
+
+    return jax.tree.map(stack, params, is_leaf=lambda tree: isinstance(tree, Unstacked))
+
+
+def stochastic_depth(model: nn.Module, train: bool) -> tuple[jax.Array, jax.Array] | None:
+    """(keys [depth], rates [depth]) of ``drop_path``, the rates growing from 0; None: no drops.
+
+    Needs an rng 'drop_path'. The keys of all blocks are drawn here, so they do not depend on how
+    the blocks are run.
+    """
+    if not (train and model.drop_path and model.has_rng("drop_path")):
+        return None
+    keys = jax.random.split(model.make_rng("drop_path"), model.depth)
+    return keys, jnp.linspace(0.0, model.drop_path, model.depth)
+
+
+def attention_branch(
+    norm: nn.Module, attention: nn.Module, x: jax.Array, keep: jax.Array | None
+) -> jax.Array:
+    """attention(norm(x)), the residual branch whose gradient ARD drops.
+
+    norm, attention: bound submodules of the calling block, which owns their parameters.
+    keep: scalar bool, False stops the gradient through the branch; None: no gate.
+    """
+    if keep is None:
+        return attention(norm(x))
+    norm, norm_variables = norm.unbind()
+    attention, attention_variables = attention.unbind()
+
+    def branch(variables, x):
+        return attention.apply(variables[1], norm.apply(variables[0], x))
+
+    return gate_gradient(branch, (norm_variables, attention_variables), x, keep)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    attention: called as ``attention(name=...)``, returns the attention module. The block returns
+      only the tokens whose attention that module computes: all, or the first ones.
+    """
+
+    attention: Callable[..., nn.Module]
+    mlp_ratio: float
+    norm_eps: float
+    dtype: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        keep: jax.Array | None,
+        drop: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, None]:
+        """x [b, n, d]; keep: scalar bool (ARD); drop: (key, rate) of stochastic depth, or None."""
+        norm1 = LayerNorm(self.norm_eps, self.dtype, name="norm1")
+        a = attention_branch(norm1, self.attention(name="attn"), x, keep)
+        if drop is not None:
+            key, rate = drop
+            a = drop_path(key, a, rate)
+        x = x[:, : a.shape[1]] + a
+        hidden_dim = int(x.shape[-1] * self.mlp_ratio)
+        y = LayerNorm(self.norm_eps, self.dtype, name="norm2")(x)
+        return x + Mlp(hidden_dim, self.dtype, name="mlp")(y), None
+
+
+Switches = tuple[jax.Array | None, Any]  # (keep, drop), one row per block; None: off
+
+
+def rows(switches: Switches, which: slice | int) -> Switches:
+    """The switches of some of the blocks."""
+    return jax.tree.map(lambda of_all: of_all[which], switches)
+
+
+def run_blocks(
+    parent: nn.Module,
+    name: str,
+    count: int,
+    block: Callable[..., nn.Module],
+    x: jax.Array,
+    switches: Switches,
+    remat: bool,
+) -> jax.Array:
+    """x after ``count`` equal blocks in a row, the children ``name`` of ``parent``.
+
+    Where their parameters are stacked along axis 0, the blocks are scanned: the program holds one
+    block, so compile time does not grow with depth. Where they are ``Unstacked``, the program holds
+    every block: longer to compile, but nothing is copied from and to stacks.
+
+    block: a functools.partial of a module's class, called as (x, *its switches) -> (x, None).
+    remat: a gradient keeps only the input of each block, and computes the block once more.
+    """
+    params = None if parent.is_initializing() else parent.get_variable("params", name)
+    if isinstance(params, Unstacked):
+
+        @jax.jit  # so that the block is traced once, not ``count`` times
+        def run(params, x, switches):
+            return block(parent=None).apply({"params": params}, x, *switches)[0]
+
+        run = jax.checkpoint(run) if remat else run
+        for i, of_block in enumerate(params.blocks):
+            x = run(of_block, x, rows(switches, i))
+        return x
+    kind = nn.remat(block.func, prevent_cse=False) if remat else block.func
+    scanned = nn.scan(
+        kind,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=0,
+        length=count,
+    )
+    return scanned(*block.args, name=name)(x, *switches)[0]
+
+
+def last_blocks(
+    parent: nn.Module,
+    attention: Callable[..., nn.Module],
+    fields: tuple[float, float, str],
+    x: jax.Array,
+    count: int,
+    switches: Switches,
+    remat: bool,
+) -> jax.Array:
+    """x [b, n, d] -> the class token [b, d] after ``count`` blocks with these ``fields``.
+
+    The head reads only the class token, so the last block, ``last_block``, computes no other: this
+    saves nearly a twelfth of the work of twelve blocks. The others are the stack ``blocks``.
+    """
+    if count > 1:
+        block = functools.partial(Block, attention, *fields)
+        first = rows(switches, slice(count - 1))
+        x = run_blocks(parent, "blocks", count - 1, block, x, first, remat)
+    class_token = functools.partial(attention, class_token_only=True)
+    x, _ = Block(class_token, *fields, name="last_block")(x, *rows(switches, count - 1))
+    return x[:, 0]
+
+
+def multiply_adds(
+    blocks: Sequence[tuple[int, int, int]], d: int, mlp_ratio: float
+) -> tuple[float, float]:
+    """(in all linear layers, in all products of two activations) of the blocks, for one image.
+
+    blocks: (number of such blocks, tokens, queries) of each kind. Keys and values are computed for
+      all tokens, everything else for the queries alone.
+    """
+    linear = sum(n * d * d * (2 * t + q * (2 + 2 * mlp_ratio)) for n, t, q in blocks)
+    return linear, sum(n * 2.0 * q * t * d for n, t, q in blocks)

@@ -1,0 +1,50 @@
+"""Ending a run between two steps when a signal asks for it."""
+
+import os
+import signal
+from typing import Any
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end; its state is saved."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal_number)
+        self.exit_status = 128 + signal_number
+
+
+class Signals:
+    """Remembers SIGTERM and SIGINT, so that the loop can end between two steps.
+
+    With several processes, the one that receives a signal tells the others through JAX's preemption
+    service, which listens to SIGTERM itself and chooses a step that none of them has passed.
+    """
+
+    def __enter__(self) -> "Signals":
+        self.received: int | None = None
+        self._several = jax.process_count() > 1
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._remember) for number in numbers}
+        return self
+
+    def agree(self, step: int) -> None:
+        """Learns of a signal to another process; every process calls this after every step."""
+        if self._several and multihost_utils.reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM
+
+    def _remember(self, number: int, frame: Any) -> None:
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        if self.received is not None:  # the second signal ends the run at once
+            raise KeyboardInterrupt
+        self.received = number
+        logging.info("signal %d: saving, then ending; once more ends at once", number)
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
