@@ -93,7 +93,7 @@ def test_missing_tensorflow_is_one_sentence(tmp_path, monkeypatch, capsys):
 
 def test_unknown_name(tmp_path, capsys):
     assert prepare.main(["cifar1000", f"--data_dir={tmp_path}"]) == 2
-    assert "near: cifar100" in capsys.readouterr().err
+    assert "nearest: cifar100" in capsys.readouterr().err
 
 
 class FakeBuilder:

@@ -23,7 +23,7 @@ from ml_collections import FrozenConfigDict
 from vit_at import models
 from vit_at.attacks import pgd
 from vit_at.attacks.threat import Threat, random_start
-from vit_at.data import augment
+from vit_at.data import augment, mixing
 from vit_at.distributed import sharding
 from vit_at.training import masking as masks
 from vit_at.training import objectives
@@ -202,7 +202,7 @@ def _inputs(key, batch, config, num_classes):
     )
     targets = augment.one_hot(batch["label"], num_classes, config.label_smoothing)
     if config.mixing.probability:
-        images, targets = augment.mix(mix_key, images, targets, **config.mixing)
+        images, targets = mixing.mix(mix_key, images, targets, **config.mixing)
     return images, targets
 
 
