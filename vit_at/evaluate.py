@@ -123,10 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_logging()
     options = _parse_arguments(arguments)
     shares = max(1, options.num_processes)
-    devices.set_up(*([options.batch_size // shares] if options.batch_size else []))
+    devices.configure(*([options.batch_size // shares] if options.batch_size else []))
     with one_sentence_errors():
-        processes.start(options.coordinator, options.num_processes, options.process_id)
-        with processes.together():
+        processes.initialize(options.coordinator, options.num_processes, options.process_id)
+        with processes.shared_exit():
             processes.end_on_sigterm()  # there is nothing to save
             records = evaluate_workdir(options)
             if jax.process_index() == 0:

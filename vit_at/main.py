@@ -44,12 +44,12 @@ def main(arguments: Sequence[str]) -> int:
     quiet_logging()
     config, shares = _CONFIG.value, max(1, _NUM_PROCESSES.value)
     micro_batch = config.batch_size // (shares * max(1, config.accumulate_steps))
-    devices.set_up(micro_batch, config.eval.batch_size // shares, cache=_CACHE.value)
+    devices.configure(micro_batch, config.eval.batch_size // shares, cache=_CACHE.value)
     with one_sentence_errors():
-        processes.start(
+        processes.initialize(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, seconds=_WAIT.value
         )
-        with processes.together():
+        with processes.shared_exit():
             return _train()
 
 
