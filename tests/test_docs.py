@@ -1,4 +1,4 @@
-"""The documentation's examples run: Python blocks as they stand, commands as far as their flags."""
+"""The documentation's examples: Python blocks are run, commands are checked with their flags."""
 
 import contextlib
 import functools
@@ -22,6 +22,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SLOW = {"audit"}  # a whole AutoAttack
 LINKS = re.compile(r"\]\(([^)#\s]+)")
+# What ``vit-at COMMAND`` runs.
+PROGRAMS = {
+    "train": "-m vit_at.main",
+    "evaluate": "-m vit_at.evaluate",
+    "report": "-m vit_at.report",
+    "export": "-m vit_at.export",
+    "prepare": "-m vit_at.prepare",
+    "sweep": "launch/sweep.py",
+}
 
 
 def blocks(page: pathlib.Path, language: str) -> list[str]:
@@ -31,7 +40,7 @@ def blocks(page: pathlib.Path, language: str) -> list[str]:
 
 @functools.cache
 def given() -> dict:
-    """What blocks take as given: a model, images and their labels."""
+    """The names that blocks use without defining them: a model, images and their labels."""
     model = models.create(
         "deit_tiny_patch16_224",
         num_classes=4,
@@ -70,14 +79,24 @@ def test_python_blocks_run_in_the_order_of_their_page(page, tmp_path, monkeypatc
         exec(compile(block, str(page), "exec"), names)
 
 
+def as_python(command: str) -> str:
+    """``vit-at train RECIPE ...`` as ``python -m vit_at.main --config=FILE ...``, and others."""
+    if not command.startswith("vit-at "):
+        return command
+    name, _, rest = command.removeprefix("vit-at ").partition(" ")
+    if name == "train":
+        rest = re.sub(r"^\w+", r"--config=configs/\g<0>.py", rest)
+    return f"python {PROGRAMS[name]} {rest}"
+
+
 def commands() -> list[str]:
-    """Every command of a bash block that starts something of ours, on one line."""
+    """Every command of the bash blocks that runs a program of ours, on one line."""
     found = []
     for page in PAGES:
         for block in blocks(page, "bash"):
             text = re.sub(r"\s*\\\n\s*", " ", block)
             lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in text.splitlines()]
-            found += [part.strip() for line in lines for part in line.split("&&")]
+            found += [as_python(part.strip()) for line in lines for part in line.split("&&")]
     ours = re.compile(r"\S*python3? (-m vit_at\.|launch/|results/|benchmarks/)")
     return sorted({command for command in found if ours.match(command)})
 
@@ -95,7 +114,7 @@ def test_training_commands_give_a_valid_configuration(command, parse):
 
 @functools.cache
 def help_of(entry: str) -> str:
-    """What a module of ours, or a script, says to --help."""
+    """The output of --help of a module or a script."""
     if not entry.startswith("vit_at."):
         command = [sys.executable, ROOT / entry, "--help"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
