@@ -87,22 +87,7 @@ def apply_mixing(
 
 
 def mix(
-    key: jax.Array,
-    images: jax.Array,
-    targets: jax.Array,
-    *,
-    probability: float,
-    mixup_alpha: float,
-    cutmix_alpha: float,
-    cutmix_probability: float,
+    key: jax.Array, images: jax.Array, targets: jax.Array, **options: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws a mixing (see `draw_mixing`) and applies it to float images and soft targets."""
-    mixing = draw_mixing(
-        key,
-        images.shape[1],
-        probability=probability,
-        mixup_alpha=mixup_alpha,
-        cutmix_alpha=cutmix_alpha,
-        cutmix_probability=cutmix_probability,
-    )
-    return apply_mixing(images, targets, mixing)
+    """Draws a mixing with the options of `draw_mixing`; applies it to float images and targets."""
+    return apply_mixing(images, targets, draw_mixing(key, images.shape[1], **options))

@@ -33,6 +33,9 @@ _WAYS_ON = (
     "(--config.model.pretrained=runs/NAME), or train from scratch (--config.model.pretrained='')"
 )
 
+# What readers raise for damaged files; NotImplementedError is a RuntimeError.
+_BAD_VALUES = (OSError, ValueError, EOFError, RuntimeError, KeyError, TypeError)
+
 StateDict = dict[str, np.ndarray]
 
 
@@ -82,7 +85,7 @@ def _damaged(path: pathlib.Path, error: Exception) -> UserError:
 def _read_safetensors(path: pathlib.Path) -> StateDict:
     try:
         return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (*_BAD_VALUES, safetensors.SafetensorError) as error:
         raise _damaged(path, error) from error
 
 
@@ -90,9 +93,7 @@ def _read_npz(path: pathlib.Path) -> StateDict:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(path, error) from error
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError) as error:
+    except (*_BAD_VALUES, AttributeError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
         raise _damaged(path, error) from error
     prefix = "opt/target/" if "opt/target/embedding/kernel" in arrays else ""
     if f"{prefix}embedding/kernel" in arrays:
@@ -116,7 +117,7 @@ def _read_torch(path: pathlib.Path) -> StateDict:
             f"weight file '{path}' is damaged or a pickle with more than plain arrays, and "
             "nothing in it was run; choose a file that holds only a state_dict"
         ) from error
-    except (OSError, ValueError, EOFError, RuntimeError, KeyError, TypeError) as error:
+    except _BAD_VALUES as error:
         raise _damaged(path, error) from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -182,8 +182,5 @@ class RemoteFile:
 def write_atomically(path: epath.Path, content: str | bytes) -> None:
     """Writes a file under a temporary name and renames it."""
     partial = path.parent / f".{path.name}.partial"
-    if isinstance(content, bytes):
-        partial.write_bytes(content)
-    else:
-        partial.write_text(content)
+    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
     partial.replace(path)
