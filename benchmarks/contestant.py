@@ -118,7 +118,7 @@ def _ours(case: Any, request: dict[str, Any]) -> Prepared:
 
     from vit_at.distributed import devices
 
-    devices.set_up(case.batch, cache=request["cache"])
+    devices.configure(case.batch, cache=request["cache"])
     return imported, ours.runner(case), ours.memory_peak
 
 

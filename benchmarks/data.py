@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--attack_steps", type=int, default=10)
     parser.add_argument("--out", default="")
     options = parser.parse_args()
-    devices.set_up(options.batch)
+    devices.configure(options.batch)
     result: dict[str, Any] = {"machine": machine(), "pipeline": {}}
     rows = []
     for name, measure in {

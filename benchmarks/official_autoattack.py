@@ -32,7 +32,7 @@ def ours(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) ->
     from vit_at.attacks import autoattack
     from vit_at.distributed import devices
 
-    devices.set_up(options.batch, cache="")
+    devices.configure(options.batch, cache="")
     logits_fn = functools.partial(reference.apply(), reference.parameters())
     eps = reference.EPS[options.norm]
     result = autoattack.run(

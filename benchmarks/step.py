@@ -23,7 +23,7 @@ def main() -> None:
     options = _parse_arguments()
     from vit_at.distributed import devices
 
-    devices.set_up(*map(int, options.batch.split(",")))
+    devices.configure(*map(int, options.batch.split(",")))
     missing = _why_no_torch() if "torch" in options.against else "not asked for"
     if missing:
         print(f"PyTorch does not take part: {missing}")

@@ -1,4 +1,4 @@
-"""The documentation's examples run: Python blocks as they stand, commands as far as their flags."""
+"""The documentation's examples: Python blocks are run, commands are checked with their flags."""
 
 import contextlib
 import functools
@@ -24,6 +24,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SLOW = {"audit"}  # a whole AutoAttack
 LINKS = re.compile(r"\]\(([^)#\s]+)")
+# What ``vit-at COMMAND`` runs.
+PROGRAMS = {
+    "train": "-m vit_at.main",
+    "evaluate": "-m vit_at.evaluate",
+    "report": "-m vit_at.report",
+    "export": "-m vit_at.export",
+    "prepare": "-m vit_at.prepare",
+    "sweep": "launch/sweep.py",
+}
 
 
 def blocks(page: pathlib.Path, language: str) -> list[str]:
@@ -33,7 +42,7 @@ def blocks(page: pathlib.Path, language: str) -> list[str]:
 
 @functools.cache
 def given() -> dict:
-    """What blocks take as given: a model, images and their labels."""
+    """The names that blocks use without defining them: a model, images and their labels."""
     model = models.create(
         "deit_tiny_patch16_224",
         num_classes=4,
@@ -89,7 +98,7 @@ def words_of(command: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every command of a bash block that starts something of ours, on one line."""
+    """Every command of the bash blocks that runs a program of ours, on one line."""
     found = []
     for page in PAGES:
         for block in blocks(page, "bash"):
@@ -119,7 +128,7 @@ def test_training_commands_give_a_valid_configuration(command, parse):
 
 @functools.cache
 def help_of(entry: str) -> str:
-    """What a module of ours, or a script, says to --help."""
+    """The output of --help of a module or a script."""
     if not entry.startswith("vit_at."):
         command = [sys.executable, ROOT / entry, "--help"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -211,7 +211,7 @@ def test_an_unreadable_image_is_named(tmp_path, kind):
     path = tmp_path / "train" / "a" / f"x.{kind}"
     path.parent.mkdir(parents=True)
     path.write_bytes(encoded(kind))
-    with pytest.raises(UserError, match=rf"{path.name} cannot be decoded"):
+    with pytest.raises(UserError, match=rf"{path.name} can't be decoded"):
         read_all(tmp_path)
 
 

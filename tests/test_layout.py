@@ -1,71 +1,28 @@
-"""The order of the rooms: a file imports only from above its own room, within it one way."""
+"""The order of the packages, and the maps of the code in README and docs/architecture.md."""
 
 import ast
+import functools
 import graphlib
+import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
-PACKAGE = pathlib.Path(__file__).parent.parent / "vit_at"
-# From the top down; the files directly in vit_at/ that are no room's stand at their place.
-ORDER = [
-    "errors",
-    "config",
-    "console",
-    "distributed",
-    "data",
-    "models",
-    "weights",
-    "workdir",
-    "attacks",
-    "attacks.autoattack",
-    "evaluation",
-    "training",
-    "reporting",
-    "commands",
-]
-LIBRARY_FILES = {"errors", "config", "console"}
-
-
-def name_of(path: pathlib.Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-
-
-def room_of(module: str) -> str:
-    """The entry of ORDER that a module belongs to."""
-    package = module.rpartition(".")[0]
-    return package or (module if module in LIBRARY_FILES else "commands")
-
-
-def imported(path: pathlib.Path) -> set[str]:
-    """The package's modules that a file imports, wherever in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path.name} has a relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
-        else:
-            continue
-        found |= {name.removeprefix("vit_at.") for name in names if name.startswith("vit_at.")}
-    modules = {name for name in found if (PACKAGE / f"{name.replace('.', '/')}.py").exists()}
-    packages = {n for n in found if (PACKAGE / n.replace(".", "/") / "__init__.py").exists()}
-    return modules | {f"{name}.__init__" for name in packages}
-
-
-FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-IMPORTS = {name: imported(path) - {name} for name, path in FILES.items()}
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.append(str(ROOT / "docs"))
+import layout  # noqa: E402
+from layout import FILES, IMPORTS, ORDER, PACKAGE, room_of  # noqa: E402
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_imports_only_from_rooms_above_its_own(name):
     own = ORDER.index(room_of(name))
     below = {other for other in IMPORTS[name] if ORDER.index(room_of(other)) > own}
-    if name.endswith("__init__"):  # a package's front door may show what a room inside it has
+    if name.endswith("__init__"):  # a package may re-export what is inside it
         below = {o for o in below if not o.startswith(name.removesuffix("__init__"))}
     assert not below
 
@@ -88,25 +45,75 @@ def test_the_reader_of_imports_finds_those_there_are():
     assert "attacks.__init__" in IMPORTS["evaluate"]
 
 
-def loaded_by(entry: str, packages: set[str]) -> str:
-    """Those of the packages that importing an entry point loads, as text."""
-    code = f"import sys, vit_at.{entry}; print({packages} & sys.modules.keys())"
+# --- What importing a command loads -----------------------------------------------------------
+
+WATCHED = {"tensorflow", "torch", "matplotlib", "jinja2"}
+ENTRIES = ["main", *sorted({*layout.modules_of("commands")} - {"main", "__main__"})]
+
+
+@functools.cache
+def loaded() -> dict[str, set[str]]:
+    """{command: the watched packages loaded after importing it and those before it}."""
+    code = (
+        "import importlib, json, sys; found = {}\n"
+        f"for entry in {ENTRIES}:\n"
+        "    importlib.import_module(f'vit_at.{entry}')\n"
+        f"    found[entry] = list({WATCHED} & sys.modules.keys())\n"
+        "print(json.dumps(found))"
+    )
     ended = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=PACKAGE.parent,
+        cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
-    return ended.stdout.strip()
+    return {entry: set(names) for entry, names in json.loads(ended.stdout).items()}
 
 
-@pytest.mark.parametrize("entry", ["main", "evaluate", "export", "report"])
-def test_the_training_command_imports_neither_tensorflow_nor_torch(entry):
-    assert loaded_by(entry, {"tensorflow", "torch"}) == "set()"
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_commands_import_neither_tensorflow_nor_torch(entry):
+    assert {"main", "evaluate", "export", "report"} <= set(ENTRIES)
+    assert not loaded()[entry] & {"tensorflow", "torch"}
 
 
 def test_training_does_not_wait_for_what_only_the_report_needs():
-    assert loaded_by("main", {"matplotlib", "jinja2"}) == "set()"
+    assert not loaded()["main"] & {"matplotlib", "jinja2"}
+
+
+# --- Maps of the code -------------------------------------------------------------------------
+
+
+def names_in(path: pathlib.Path) -> set[str]:
+    """Functions, classes and methods that a file defines, and variables at its top level."""
+    tree = ast.parse(path.read_text())
+    defined = (ast.FunctionDef, ast.ClassDef)
+    names = {node.name for node in ast.walk(tree) if isinstance(node, defined)}
+    targets = [t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+    return names | {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+@pytest.mark.parametrize(("page", "at_least"), [("README.md", 15), ("docs/architecture.md", 30)])
+def test_every_function_on_the_map_exists(page, at_least):
+    found = set(re.findall(r"`([\w/]+\.py):(\w+)`", (ROOT / page).read_text()))
+    assert len(found) >= at_least
+    missing = {(f, n) for f, n in found if not (PACKAGE / f).exists()}
+    missing |= {(f, n) for f, n in found - missing if n not in names_in(PACKAGE / f)}
+    assert not missing
+
+
+def test_the_picture_and_table_of_the_packages_are_up_to_date():
+    assert layout.PAGE.read_text() == layout.page(), "run python docs/layout.py"
+    assert layout.PICTURE.read_text() == layout.picture(), "run python docs/layout.py"
+
+
+def test_the_picture_leaves_out_only_what_a_chain_of_arrows_implies():
+    edges = {room: [] for room in ORDER} | {
+        "config": ["errors"],
+        "data": ["errors", "config"],
+        "models": ["errors", "data"],
+    }
+    drawn = layout.reduced(edges)
+    assert (drawn["config"], drawn["data"], drawn["models"]) == (["errors"], ["config"], ["data"])

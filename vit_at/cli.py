@@ -108,4 +108,4 @@ def join_processes(options: argparse.Namespace) -> None:
     from vit_at.distributed import processes
 
     number = (options.coordinator, options.num_processes, options.process_id)
-    processes.start(*number, seconds=options.wait_seconds)
+    processes.initialize(*number, seconds=options.wait_seconds)

@@ -156,10 +156,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     shares = max(1, options.num_processes)
     batch_sizes = [options.batch_size // shares] if options.batch_size else []
-    devices.set_up(*batch_sizes, cache=options.compilation_cache)
+    devices.configure(*batch_sizes, cache=options.compilation_cache)
     with one_sentence_errors():
         join_processes(options)
-        with processes.together():
+        with processes.shared_exit():
             processes.end_on_sigterm()  # there is nothing to save
             names = inspect.signature(evaluate).parameters
             records = evaluate(**{name: getattr(options, name) for name in names})

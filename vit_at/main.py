@@ -54,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shares = max(1, options.num_processes)
     micro_batch = config.batch_size // (shares * max(1, config.accumulate_steps))
     cache = options.compilation_cache
-    devices.set_up(micro_batch, config.eval.batch_size // shares, cache=cache)
+    devices.configure(micro_batch, config.eval.batch_size // shares, cache=cache)
     with one_sentence_errors():
         join_processes(options)
-        with processes.together():
+        with processes.shared_exit():
             return _train(config, options)
 
 

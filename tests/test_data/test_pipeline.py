@@ -63,7 +63,7 @@ def test_epoch_order_is_pinned_and_differs_by_seed_and_epoch():
 def test_steps_per_epoch():
     assert pipeline.steps_per_epoch(1_281_167, 512) == 2502
     assert pipeline.steps_per_epoch(8, 8) == 1
-    with pytest.raises(UserError, match=r"batch_size=9 is more than the 8 training examples"):
+    with pytest.raises(UserError, match=r"batch_size is 9, more than the 8 training examples"):
         pipeline.steps_per_epoch(8, 9)
 
 
@@ -181,25 +181,25 @@ def test_evaluation_sees_every_example_once_in_order(n, part, processes):
 
 
 def test_batch_size_must_divide_among_processes():
-    with pytest.raises(UserError, match=r"^batch_size=10 must be a multiple of the 4 processes"):
+    with pytest.raises(UserError, match=r"^batch_size is 10; .* multiple of the 4 processes"):
         train_labels(100, 10, 0, 1, processes=4)
-    with pytest.raises(UserError, match=r"eval.batch_size=10 must be a multiple"):
+    with pytest.raises(UserError, match=r"eval.batch_size is 10; it must be a multiple"):
         pipeline.eval_batches(make_examples(5), batch_size=10, threads=1, process_count=4)
-    with pytest.raises(UserError, match=r"batch_size=101 is more than the 100"):
+    with pytest.raises(UserError, match=r"batch_size is 101, more than the 100"):
         train_labels(100, 101, 0, 1)
 
 
 def test_a_readers_error_surfaces_as_it_is():
     def read(rows):
         if 13 in rows:
-            raise UserError("Image 13 cannot be decoded.")
+            raise UserError("image 13 can't be decoded")
         return np.zeros((len(rows), 2, 2, 1), np.uint8), rows.astype(np.int32)
 
     batches = pipeline.eval_batches(make_examples(40, read), batch_size=5, threads=2)
     assert [next(batches)["index"][0] for _ in range(2)] == [0, 5]
     with pytest.raises(UserError) as caught:
         next(batches)
-    assert str(caught.value) == "Image 13 cannot be decoded."
+    assert str(caught.value) == "image 13 can't be decoded"
 
 
 def test_views_are_read_through_their_own_positions():

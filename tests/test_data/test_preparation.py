@@ -100,7 +100,7 @@ def test_missing_tensorflow_is_one_sentence(tmp_path, monkeypatch, capsys):
 
 def test_unknown_name(tmp_path, capsys):
     assert status_of("cifar1000", f"--data_dir={tmp_path}") == 2
-    assert "near: cifar100" in capsys.readouterr().err
+    assert "nearest: cifar100" in capsys.readouterr().err
 
 
 class FakeBuilder:

@@ -37,7 +37,7 @@ def printed(**environment):
     """What a fresh process says of its devices and cache."""
     code = (
         "from vit_at.distributed import devices, sharding; import jax;"
-        "devices.set_up(64, cache='/tmp/somewhere'); "
+        "devices.configure(64, cache='/tmp/somewhere'); "
         "print(sharding.make_mesh().size, jax.config.jax_compilation_cache_dir)"
     )
     names = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")

@@ -1,4 +1,4 @@
-"""Several processes: they meet or say who is missing, agree, and end together."""
+"""Several processes: they connect or name who is missing, agree, and end together."""
 
 import json
 import os
@@ -49,21 +49,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-# --- Meeting: threads stand in for processes --------------------------------------------------
+# --- Connecting: threads stand in for processes -----------------------------------------------
 
 
-def meet(count: int, who, seconds: float = 20.0, claims=None):
-    """{process: lines, or the error's sentence} of those that come; claims: counts they believe."""
+def connect(count: int, who, seconds: float = 20.0, claims=None):
+    """{process: connections, or the error's text} of processes ``who``; claims: their counts."""
     port, found = free_port(), {}
 
-    def come(process):
+    def attempt(process):
         believed = (claims or {}).get(process, count)
         try:
-            found[process] = rendezvous.meet("127.0.0.1", port, believed, process, seconds)
+            found[process] = rendezvous.connect("127.0.0.1", port, believed, process, seconds)
         except UserError as error:
             found[process] = str(error)
 
-    threads = [threading.Thread(target=come, args=(p,)) for p in reversed(who)]
+    threads = [threading.Thread(target=attempt, args=(p,)) for p in reversed(who)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -71,33 +71,33 @@ def meet(count: int, who, seconds: float = 20.0, claims=None):
     return found
 
 
-def test_all_come_and_each_has_a_line_to_process_0():
-    found = meet(3, [0, 1, 2])
-    assert sorted(line.process for line in found[0]) == [1, 2]
+def test_every_process_has_a_connection_to_process_0():
+    found = connect(3, [0, 1, 2])
+    assert sorted(connection.process for connection in found[0]) == [1, 2]
     for process in (1, 2):
-        (line,) = found[process]
-        line.send(hello=process)
+        (connection,) = found[process]
+        connection.send(hello=process)
         mine = next(other for other in found[0] if other.process == process)
         assert mine.receive(5) == {"hello": process}
 
 
-def test_who_is_missing_is_said_on_every_process_that_came_and_in_time():
+def test_every_process_names_the_missing_ones_in_time():
     begin = time.monotonic()
-    found = meet(4, [0, 2], seconds=1)
+    found = connect(4, [0, 2], seconds=1)
     assert time.monotonic() - begin < 5
-    assert "2 of 4 processes did not come within 1 s (process 1, 3)" in found[0]
+    assert "2 of 4 processes did not connect within 1 s (process 1, 3)" in found[0]
     assert found[2] == found[0]
 
 
 def test_a_process_without_process_0_says_what_it_could_not_reach():
-    found = meet(2, [1], seconds=1)
+    found = connect(2, [1], seconds=1)
     assert "process 1 of 2 could not reach process 0 at 127.0.0.1:" in found[1]
     assert "within 1 s" in found[1]
 
 
 def test_processes_that_disagree_on_their_number_are_refused():
-    found = meet(3, [0, 1], claims={1: 2})
-    assert "process 1 of 2 came to a run of 3 processes" in found[0]
+    found = connect(3, [0, 1], claims={1: 2})
+    assert "process 1 of 2 connected to a run of 3 processes" in found[0]
     assert found[1] == found[0]
 
 
@@ -105,7 +105,7 @@ def test_a_port_in_use_is_named():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"process 0 can't listen on port {port}"):
-            rendezvous.meet("127.0.0.1", port, 2, 0, 1)
+            rendezvous.connect("127.0.0.1", port, 2, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_port_in_use_is_named():
 )
 def test_flags_that_do_not_fit_are_refused(flags, said):
     with pytest.raises(UserError, match=said):
-        processes.start(**flags)
+        processes.initialize(**flags)
 
 
 def test_slurm_is_recognised(monkeypatch):
@@ -131,13 +131,13 @@ def test_slurm_is_recognised(monkeypatch):
     }
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
-    address, count, process, _ = processes._announced(1)
+    address, count, process, _ = processes._detected(1)
     assert (address.partition(":")[0], count, process) == ("node03", 2, 1)
     for name in slurm:
         monkeypatch.delenv(name)
-    assert processes._announced(1)[1] == 1
-    processes.start()  # nothing to do
-    processes.start(num_processes=1)
+    assert processes._detected(1)[1] == 1
+    processes.initialize()  # nothing to do
+    processes.initialize(num_processes=1)
 
 
 # --- Ending together --------------------------------------------------------------------------
@@ -147,9 +147,9 @@ import os, sys, time
 from vit_at.distributed import rendezvous, processes
 from vit_at.errors import UserError
 port, process, deed = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-lines = rendezvous.meet("127.0.0.1", port, 2, process, 20)
-processes._group = processes.Group(process, 2, lines)
-with processes.together():
+connections = rendezvous.connect("127.0.0.1", port, 2, process, 20)
+processes._peers = processes.Peers(process, 2, connections)
+with processes.shared_exit():
     if process == 1:
         if deed == "kill":
             os.kill(os.getpid(), 9)
@@ -165,7 +165,7 @@ with processes.together():
 @pytest.mark.parametrize(
     ("deed", "statuses", "said"),
     [
-        ("kill", [processes.EXIT_LOST, -9], "error: process 1 of 2 has ended without a word"),
+        ("kill", [processes.EXIT_LOST, -9], "error: process 1 of 2 is gone without a message"),
         ("mistake", [2, 2], "error: eps is 8"),
         ("terminate", [143, 143], "ended by signal 15"),
     ],

@@ -284,7 +284,7 @@ def test_exported_weights_are_evaluated_like_the_work_directory(workdir, tmp_pat
         (["--attacks=pdg-20"], "attack 'pdg-20' is unknown"),
         (["--num_examples=1000"], "1000 examples are asked for"),
         (["--num_examples=-1"], "-1 examples are asked for"),
-        (["--split=tset"], "cannot give split 'tset'"),
+        (["--split=tset"], "has no split 'tset'"),
         (["--eps=8"], "threat.eps is 8"),
         (["--eps=8/0"], "invalid fraction value: '8/0'"),
         (["--norm=l2"], "give --eps and --step_size too"),

@@ -95,7 +95,8 @@ def test_reference(tag, dtype):
         params = golden.params(model)
         assert sum(x.size for x in jax.tree.leaves(params)) == facts["num_parameters"]
         images = jnp.asarray(golden.images(facts["image_size"], facts["normalisation"]), dtype)
-        step = jax.jit(jax.value_and_grad(functools.partial(loss_and_logits, model), has_aux=True))
+        objective = functools.partial(loss_and_logits, model)
+        step = quick_jit(jax.value_and_grad(objective, has_aux=True))
         everywhere = jnp.ones(model.num_blocks, bool)
         (loss, logits), gradient = step(images, params, everywhere)
         _, masked = step(images, params, jnp.asarray(expected["keep"]))

@@ -243,7 +243,7 @@ def test_a_work_directory_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     ended = run(tmp_path / "file")
     assert ended.returncode == 2
-    assert "a file has its name: choose another --workdir" in ended.stderr.splitlines()[-1]
+    assert "its path is a file: choose another --workdir" in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
 
 

@@ -116,6 +116,7 @@ def values(metrics):
     return {name: float(value) for name, value in metrics.compute().items()}
 
 
+@functools.cache  # several tests compare with the same steps
 def take_steps(count, num_devices=1, **changes):
     """(metrics of each step, final state), on the host."""
     setup, state, batches = start(num_devices, **changes)
@@ -148,9 +149,9 @@ def test_results_do_not_depend_on_the_number_of_devices(objective, devices):
 def test_a_step_with_scanned_blocks_is_the_same(objective, monkeypatch):
     """As on an accelerator, where ``unstack_blocks`` changes nothing."""
     options = MASKED | {"threat__norm": "l2", "threat__eps": 0.5, "threat__step_size": 0.25}
-    laid_out, state = take_steps(2, 1, objective=objective, **options)
+    laid_out, state = take_steps(4, 1, objective=objective, **options)
     monkeypatch.setattr(models, "unstack_blocks", lambda apply, params, platform: params)
-    scanned, of_scanned = take_steps(2, 1, objective=objective, **options)
+    scanned, of_scanned = take_steps.__wrapped__(4, 1, objective=objective, **options)
     tolerance = 1e-2 if objective == "trades" else 1e-5  # as between numbers of devices
     for a, b in zip(laid_out, scanned, strict=True):
         assert a == pytest.approx(b, rel=tolerance, abs=2e-6)

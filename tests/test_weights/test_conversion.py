@@ -1,4 +1,4 @@
-"""Weights between timm's names and ours: round trips, adaptation, and what is refused."""
+"""Weights between timm's names and ours: round trips, adaptation, refusals."""
 
 import functools
 import hashlib

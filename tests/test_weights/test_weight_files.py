@@ -1,4 +1,4 @@
-"""Weight files: their formats, and that what is damaged or malicious is refused and never run."""
+"""Weight files: their formats; damaged or malicious files are refused and never run."""
 
 import io
 import os
@@ -37,7 +37,7 @@ def assert_same(got, wanted):
 
 
 def google_arrays(state_dict, depth, heads):
-    """The same weights as Google's ViT files hold them."""
+    """The same weights with Google's names and layouts."""
     d = state_dict["cls_token"].shape[-1]
     out = {"cls": state_dict["cls_token"]}
     out["Transformer/posembed_input/pos_embedding"] = state_dict["pos_embed"]
@@ -104,7 +104,7 @@ def test_export_directory(tmp_path):
 
 
 class Bomb:
-    """Unpickling it makes a file."""
+    """Unpickling it makes a directory."""
 
     def __init__(self, path):
         self.path = path
@@ -195,7 +195,7 @@ def test_pth(wrapper, tmp_path):
     torch.save({wrapper: tensors} if wrapper else tensors, tmp_path / "w.pth")
     assert_same(weights.load(tmp_path / "w.pth"), values)
     torch.save({"model": [1, 2]}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="something else than a state_dict"):
+    with pytest.raises(UserError, match="holds no state_dict"):
         weights.load(tmp_path / "w.pth")
     bomb = Bomb(tmp_path / "executed")
     torch.save({"model": {"a": bomb}}, tmp_path / "w.pth")

@@ -1,4 +1,4 @@
-"""Work directories: used by one process at a time, and a sentence where they can't be written."""
+"""Work directories: one process at a time, and an error if they can't be written."""
 
 import json
 import os
@@ -38,7 +38,7 @@ with locked(epath.Path(sys.argv[1]), "training"):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the work directory."""
+    """Another process that holds the lock of the work directory."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -57,7 +57,7 @@ def test_a_work_directory_is_refused_while_another_process_uses_it(tmp_path, hol
         pass
     for part in ("in use by another training", f"process {holder.pid} on ", "choose another"):
         assert part in str(caught.value)
-    with locked(epath.Path(tmp_path), "evaluation"):  # which does not disturb training
+    with locked(epath.Path(tmp_path), "evaluation"):  # a lock of its own
         pass
 
 
@@ -76,7 +76,7 @@ def test_a_second_run_in_a_work_directory_is_refused(tmp_path, holder):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", ".training.lock"}
 
 
-def test_a_run_from_before_a_field_existed_goes_on(tmp_path):
+def test_a_run_from_before_a_field_existed_is_resumed(tmp_path):
     config = runs.resolved(**runs.QUICK)
     write_config(epath.Path(tmp_path), config)
     path = tmp_path / "config.json"
@@ -91,24 +91,24 @@ def test_a_run_from_before_a_field_existed_goes_on(tmp_path):
 
 @pytest.fixture
 def read_only(tmp_path):
-    """A mounted file system that can't be written, where that is allowed."""
+    """A read-only file system, where mounting is allowed."""
     with runs.mounted(tmp_path, "ro,size=1m") as directory:
         yield directory
 
 
-def test_a_read_only_work_directory_is_one_sentence(read_only):
+def test_a_read_only_work_directory_is_one_error(read_only):
     with pytest.raises(UserError) as caught:
         train(runs.smoke(**runs.QUICK), read_only / "run")
-    assert "could not be written, as it may not be written: choose another" in str(caught.value)
+    assert "could not be written, as it is not writable: choose another" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-# --- Object stores: a stand-in, as no bucket is at hand ---------------------------------------
+# --- Object stores: a local stand-in for a bucket ---------------------------------------------
 
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """gs://bucket, kept below tmp_path; as of an object, nothing can be appended to a file."""
+    """gs://bucket, stored in tmp_path; as in an object store, files can't be appended to."""
 
     class Bucket(LocalFileSystem):
         cachable = False

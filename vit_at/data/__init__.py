@@ -1,4 +1,12 @@
-"""Images from disk to the device: backends and sources read, pipeline orders, augment alters.
+"""Images from disk to the device.
 
-Nothing here imports TensorFlow. Images stay uint8 until they are on the device.
+backends     open TFDS data sets, image folders and the packaged digits
+transforms   decode an image file, and resize it
+sources      labelled images that are read by position
+pipeline     the order of the images, batches, prefetching, each process's part of a batch
+augment      random crops and flips, on the device
+mixing       mixup and CutMix, on the device
+preparation  downloads and converts TFDS data sets
+
+Only downloading needs TensorFlow. Images stay uint8 until they are on the device.
 """

@@ -1,11 +1,10 @@
 """From step number to batch: order, prefetching, and each process's part of a global batch.
 
-The batch of step s is a pure function of (seed, s): epoch s // S shuffles the data set with a seed
-of its own and step s reads the (s mod S)-th slice, S being the steps of an epoch. So a run resumes
-exactly from its step number, and any number of processes sees the same global batches, of which
-each reads its own contiguous part. What the last full batch of an epoch leaves over is dropped, and
-is different examples every epoch. Evaluation instead goes through every example exactly once, and
-marks with a mask the rows that fill up the last batch.
+The batch of step s is a pure function of (seed, s). An epoch has S steps; epoch s // S permutes the
+data set with its own seed, and step s reads the (s mod S)-th slice. So a run resumes exactly from
+its step number. The global batches do not depend on the number of processes; each process reads
+its own contiguous part. The examples after the last full batch of an epoch are dropped; they differ
+every epoch. Evaluation reads every example exactly once, and masks the rows that pad a batch.
 """
 
 import functools
@@ -20,15 +19,15 @@ from vit_at.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
-# A batch is read in parts of about this many images, by as many threads: large enough that the cost
-# of a call vanishes, small enough that the threads share even the first batch.
+# Images that a thread reads at once: enough to hide the cost of a call, and few enough that the
+# threads share the first batch.
 PART = 32
 PREFETCHED_BATCHES = 2
 
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the permutation [n] by which an epoch goes through n examples; read-only."""
+    """The read-only permutation [n] in which an epoch reads n examples."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch))))
     order = rng.permutation(n)
     order.flags.writeable = False
@@ -36,10 +35,10 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
-    """Returns how many full batches n examples make; UserError if not even one."""
+    """Number of full batches in n examples; UserError if there is none."""
     if n < batch_size:
         raise UserError(
-            f"batch_size={batch_size} is more than the {n} training examples; make it smaller."
+            f"batch_size is {batch_size}, more than the {n} training examples; make it smaller"
         )
     return n // batch_size
 
@@ -55,20 +54,20 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Yields the batches of steps first_step to last_step - 1, read ahead by background threads.
+    """The batches of steps first_step to last_step - 1, read ahead by background threads.
 
     Args:
       batch_size: images of a global batch, over all processes.
       seed: of the order, see `epoch_order`.
-      threads: that read and decode; 0: one per core.
+      threads: number of threads that read and decode; 0 means one per core.
 
     Returns:
-      An iterator over {"image": [b, S, S, C] uint8, "label": [b] int32}, this process's contiguous
+      An iterator over {"image": [b, S, S, C] uint8, "label": [b] int32}: this process's contiguous
       part of each batch, b = batch_size // process_count.
 
     Raises:
-      UserError: a batch size that is too large or not a multiple of process_count; and, from the
-        iterator, an image that cannot be read.
+      UserError: the batch size is too large or no multiple of process_count; from the iterator, an
+        image can't be read.
     """
     steps = steps_per_epoch(len(examples), batch_size)
     mine = _process_part(batch_size, process_index, process_count, "batch_size")
@@ -90,17 +89,16 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Yields every example exactly once, in order; all processes yield equally many batches.
+    """Every example exactly once, in order; all processes get equally many batches.
 
     Returns:
       An iterator over {"image": [b, S, S, C] uint8, "label": [b] int32, "mask": [b] bool, "index":
       [b] int64}: this process's contiguous part of each global batch. index is the position in
-      `examples`; rows that fill up the last batch have mask False, index -1, label 0 and a black
-      image.
+      `examples`. Rows of padding have mask False, index -1, label 0 and a black image.
 
     Raises:
-      UserError: a batch size that is no multiple of process_count; and, from the iterator, an image
-        that cannot be read.
+      UserError: the batch size is no multiple of process_count; from the iterator, an image can't
+        be read.
     """
     mine = _process_part(batch_size, process_index, process_count, "eval.batch_size")
     batches = -(-len(examples) // batch_size)
@@ -115,7 +113,7 @@ def eval_batches(
 
 def _process_part(batch_size: int, index: int, count: int, field: str) -> slice:
     if batch_size < 1 or batch_size % count:
-        raise UserError(f"{field}={batch_size} must be a multiple of the {count} processes.")
+        raise UserError(f"{field} is {batch_size}; it must be a multiple of the {count} processes")
     size = batch_size // count
     return slice(index * size, (index + 1) * size)
 
@@ -128,8 +126,8 @@ def _prefetched(
     threads: int,
     size: int,
 ) -> Iterator[Batch]:
-    """Reads the batches first..last-1 of `indices(number)`, in order and a few ahead."""
-    parts = -(-size // PART)  # of a batch
+    """The batches first to last - 1, in order; batch i holds the examples `indices(i)`."""
+    parts = -(-size // PART)  # per batch
 
     def read(part: int) -> Batch:
         return _read(examples, np.array_split(indices(part // parts), parts)[part % parts])
@@ -142,7 +140,7 @@ def _prefetched(
 
 
 def _read(examples: Examples, index: np.ndarray) -> Batch:
-    """Reads these positions; -1 stands for padding."""
+    """The batch of these positions; -1 means padding."""
     present = index >= 0
     images = np.zeros((len(index), *examples.image_shape), np.uint8)
     labels = np.zeros(len(index), np.int32)

@@ -1,13 +1,12 @@
 """Prepares a TFDS data set for training: downloads it, and stores it as array_record.
 
-    python -m vit_at.prepare cifar10
-    python -m vit_at.prepare imagenette/320px-v2 --data_dir=/data/tfds
-    python -m vit_at.prepare imagenet2012 --manual_dir=/data/downloads
+    vit-at prepare cifar10
+    vit-at prepare imagenette/320px-v2 --data_dir=/data/tfds
+    vit-at prepare imagenet2012 --manual_dir=/data/downloads
 
-A data set that is already there in TFDS's other format, tfrecord, is converted beside the old files
-(same examples, same order); that needs neither TensorFlow nor a network. Downloading needs
-TensorFlow, which training does not: ``pip install 'vit_at[prepare]'``. A data set that TFDS may not
-download, such as ImageNet, is prepared from the archives in --manual_dir.
+Downloading needs TensorFlow: ``pip install 'vit_at[prepare]'``. ImageNet and other sets that TFDS
+can't download are prepared from the archives in --manual_dir. A data set in TFDS's older format,
+tfrecord, is converted in place (same examples, same order), without TensorFlow or a network.
 """
 
 import importlib.util
@@ -25,18 +24,19 @@ from vit_at.errors import UserError
 
 
 def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> epath.Path:
-    """Makes a data set readable by `vit_at.data.sources.load`; does nothing if it is already.
+    """Makes a data set readable by `vit_at.data.sources.load`; no-op if it is.
 
     Args:
       name: NAME[/CONFIG][:VERSION] as TFDS has it.
-      data_dir: TFDS directory; '': $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      manual_dir: where the archives lie that TFDS cannot download; '': TFDS's own choice.
+      data_dir: TFDS directory; '' means $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      manual_dir: directory of archives that TFDS can't download; '' means TFDS's default.
 
     Returns:
       The directory of the prepared data set.
 
     Raises:
-      UserError: unknown name, TensorFlow or archives missing, no network, or damaged files.
+      UserError: the name is unknown, TensorFlow or an archive is missing, there is no network, or a
+        file is damaged.
     """
     directory = backends.PACKAGED if name == "digits" else backends.tfds_directory(data_dir)
     prepared = backends.find_prepared(name, directory)
@@ -51,14 +51,14 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> epath.Path:
 def _download(name: str, directory: epath.Path, manual_dir: str) -> epath.Path:
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
-            f"Downloading {name} needs TensorFlow: run pip install 'vit_at[prepare]', or copy a "
-            f"prepared data set into {directory}."
+            f"downloading {name} needs TensorFlow; run pip install 'vit_at[prepare]', or copy a "
+            f"prepared data set into {directory}"
         )
     config = tfds.download.DownloadConfig(manual_dir=manual_dir or None)
     try:
         builder = tfds.builder(name, data_dir=directory, file_format="array_record")
         builder.download_and_prepare(download_config=config)
-    except Exception as error:  # whatever the data set's own script, the network and the disk raise
+    except Exception as error:  # of the data set's script, the network or the disk
         reason = " ".join(str(error).split())[:500]
         raise UserError(f"{name} could not be prepared in {directory}: {reason}") from error
     return builder.data_path
@@ -67,11 +67,13 @@ def _download(name: str, directory: epath.Path, manual_dir: str) -> epath.Path:
 def convert(prepared: epath.Path) -> None:
     """Copies every tfrecord file of a prepared data set to an array_record file beside it.
 
-    A record's bytes are the same in both formats, so no example is decoded.
+    A record's bytes are the same in both formats, so nothing is decoded.
     """
     info = tfds.builder_from_directory(prepared).info
     if info.file_format is not tfds.core.FileFormat.TFRECORD:
-        raise UserError(f"{prepared} is stored as {info.file_format.value}, not as tfrecord.")
+        raise UserError(
+            f"{prepared} is stored as {info.file_format.value}, not as tfrecord; prepare it again"
+        )
     for split in info.splits.values():
         for source, length in zip(split.filepaths, split.shard_lengths, strict=True):
             target = source.parent / source.name.replace(".tfrecord", ".array_record")
@@ -83,9 +85,9 @@ def convert(prepared: epath.Path) -> None:
                 copied += 1
             writer.close()
             if copied != length:
-                raise UserError(f"{source} has {copied} records, not {length}; download it again.")
+                raise UserError(f"{source} has {copied} records, not {length}; download it again")
             incomplete.replace(target)
-    # Only now that all files are complete does the data set say that it has them.
+    # The new format is announced only after all files are complete.
     description = prepared / "dataset_info.json"
     content = json.loads(description.read_text())
     content.setdefault("alternativeFileFormats", []).append("array_record")
@@ -93,11 +95,11 @@ def convert(prepared: epath.Path) -> None:
 
 
 def tfrecords(path: epath.Path) -> Iterator[bytes]:
-    """Reads the records of a tfrecord file: 8 bytes length, 4 bytes checksum, data, checksum."""
+    """The records of a tfrecord file: 8 bytes length, 4 bytes checksum, data, checksum."""
     with path.open("rb") as file:
         while header := file.read(12):
             length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else 0
             data, checksum = file.read(length), file.read(4)
             if len(header) < 12 or len(data) < length or len(checksum) < 4:
-                raise UserError(f"{path} ends in the middle of a record; download it again.")
+                raise UserError(f"{path} ends in the middle of a record; download it again")
             yield data

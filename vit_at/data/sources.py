@@ -1,15 +1,11 @@
 """Random-access labelled images: TFDS data sets, image folders, and the packaged digits.
 
-`load` turns a name into `Examples`, whose `read(indices)` decodes exactly the images asked for, as
-uint8 arrays of one size. That random access is what lets the order of training be a pure function
-of (seed, step): nothing has to be shuffled through a buffer, and resuming costs nothing.
-
-An image is converted to the wanted channels and then squashed to the square with PIL's antialiased
-bilinear filter, which is what torchvision's ``Resize((S, S))`` does to a PIL image.
+`load` opens a data set by its name. `Examples.read(indices)` decodes exactly the images asked for,
+to uint8 arrays of one size. Because any image can be read at any time, the order of training is a
+pure function of (seed, step): there is no shuffle buffer, and nothing to restore on resuming.
 """
 
 import dataclasses
-import io
 import math
 import os
 from collections.abc import Callable
@@ -19,9 +15,8 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from PIL import Image
 
-from vit_at.data import backends
+from vit_at.data import backends, transforms
 from vit_at.errors import UserError
 
 
@@ -31,17 +26,17 @@ class Examples:
 
     Attributes:
       name: data set, version and split, such as "cifar10/3.0.2 train[:90%]".
-      class_names: one name a class; a label indexes it.
+      class_names: by label.
       image_shape: (S, S, C).
-      indices: [n] position of each example in its split on disk, whatever slices, `take` or
-        `hold_out` have selected since: the number by which results name an image.
+      indices: [n] position of each example in its split on disk. Slices, `take` and `hold_out`
+        keep these numbers; results name an image by its number.
     """
 
     name: str
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     indices: np.ndarray
-    _rows: np.ndarray  # [n] positions that _read_rows understands
+    _rows: np.ndarray  # [n] arguments of _read_rows
     _read_rows: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
     def __len__(self) -> int:
@@ -53,38 +48,41 @@ class Examples:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all images, decoded."""
+        """Size of all decoded images in bytes."""
         return len(self) * math.prod(self.image_shape)
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns images [n, S, S, C] uint8 and labels [n] int32 of these positions, decoded.
+        """Images [n, S, S, C] uint8 and labels [n] int32 of these positions.
 
-        Raises UserError, naming the image, if one cannot be decoded or has no label.
+        Raises:
+          UserError: an image can't be decoded or has no label; the message names it.
         """
         return self._read_rows(self._rows[indices])
 
     def take(self, indices: np.ndarray) -> "Examples":
-        """Returns a view of these positions, in this order."""
+        """The examples at these positions, in this order; copies no images."""
         return dataclasses.replace(self, indices=self.indices[indices], _rows=self._rows[indices])
 
 
 def load(data: ConfigDict, split: str, *, threads: int = 0) -> Examples:
-    """Opens a split of the data set that `data` (config.data) names; cached if small enough.
+    """Opens a split of a data set; keeps it decoded in memory if it is small enough.
 
     Args:
-      data: reads name, dir, image_size, mean (its length is the number of channels), cache_gib.
-      split: such as "train", "train[:90%]" or "test[:48]" (TFDS's notation, for folders too).
-      threads: that decode when the set is cached; 0: one per core.
+      data: config.data; its fields name, dir, image_size, mean and cache_gib are used. The length
+        of mean is the number of channels.
+      split: in TFDS's notation, also for folders: "train", "train[:90%]", "test[:48]".
+      threads: number of threads that fill the cache; 0 means one per core.
 
     Raises:
-      UserError: unknown or unprepared data set, unknown or empty split, or no images and labels.
+      UserError: the data set is unknown or not prepared, it has no images or labels, or the split
+        is unknown or empty.
     """
     if data.name.startswith("folder:"):
         encoded = backends.open_folder(Path(data.name.removeprefix("folder:")).expanduser(), split)
     else:
         encoded = backends.open_tfds(data.name, data.dir, split)
     if not len(encoded.indices):
-        raise UserError(f"Split {split!r} of {encoded.name} selects no examples; widen its slice.")
+        raise UserError(f"split '{split}' of {encoded.name} selects no examples; widen its slice")
     shape = (data.image_size, data.image_size, len(data.mean))
     examples = Examples(
         name=encoded.name,
@@ -98,9 +96,9 @@ def load(data: ConfigDict, split: str, *, threads: int = 0) -> Examples:
 
 
 def cached(examples: Examples, threads: int = 0) -> Examples:
-    """Decodes everything once, in parallel, into one uint8 array that all later reads index."""
+    """The same examples, decoded once and in parallel into one uint8 array in memory."""
     n = len(examples)
-    logging.info("Decoding %d images of %s into memory.", n, examples.name)
+    logging.info("decoding %d images of %s into memory", n, examples.name)
     images = np.empty((n, *examples.image_shape), np.uint8)
     labels = np.empty(n, np.int32)
 
@@ -109,45 +107,23 @@ def cached(examples: Examples, threads: int = 0) -> Examples:
         images[rows], labels[rows] = examples.read(rows)
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        list(pool.map(fill, range(0, n, 256)))  # raises a reader's error and drops the rest
+        list(pool.map(fill, range(0, n, 256)))  # raises the first error of a thread
     return dataclasses.replace(
         examples, _rows=np.arange(n), _read_rows=lambda rows: (images[rows], labels[rows])
     )
 
 
 def hold_out(examples: Examples, n: int, seed: int) -> tuple[Examples, Examples | None]:
-    """Splits off n random examples, the same ones for a seed; n = 0 gives (examples, None)."""
+    """Splits n random examples off; the seed alone chooses which. n = 0: (examples, None)."""
     if not 0 <= n < len(examples):
         raise UserError(
-            f"data.validation_examples={n} must be at least 0 and less than the {len(examples)} "
-            f"examples of {examples.name}."
+            f"data.validation_examples is {n}; it must be at least 0 and less than the "
+            f"{len(examples)} examples of {examples.name}"
         )
     if n == 0:
         return examples, None
     shuffled = np.random.Generator(np.random.Philox(seed)).permutation(len(examples))
     return examples.take(np.sort(shuffled[n:])), examples.take(np.sort(shuffled[:n]))
-
-
-# --- Decoding ---------------------------------------------------------------------------------
-
-
-def decode(encoded: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Decodes one image file to uint8 [S, S, C]: converted to C channels, then squashed."""
-    size, _, channels = image_shape
-    with Image.open(io.BytesIO(encoded)) as opened:
-        image = _convert(opened, {1: "L", 3: "RGB"}[channels])
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).reshape(image_shape)
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255 instead of scaling
-        values = np.clip(np.asarray(image), 0, 65535)
-        image = Image.fromarray((values / 257).round().astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # PIL warns about the direct way
-    return image.convert(mode)
 
 
 def _decode_rows(
@@ -158,15 +134,15 @@ def _decode_rows(
     try:
         fetched = encoded.fetch(rows.tolist())
     except (OSError, RuntimeError) as error:  # RuntimeError: array_record's
-        raise UserError(f"{encoded.name} cannot be read ({error}); restore the file.") from error
+        raise UserError(f"{encoded.name} can't be read ({error}); restore the file") from error
     for i, (row, (content, label)) in enumerate(zip(rows, fetched, strict=True)):
         if not 0 <= label < len(encoded.class_names):
-            raise UserError(f"{encoded.where(row)} has no label ({label}); choose another split.")
+            raise UserError(f"{encoded.where(row)} has no label ({label}); choose another split")
         try:
-            images[i] = decode(content, image_shape)
-        except Exception as error:  # PIL raises many kinds, SyntaxError and struct.error among them
+            images[i] = transforms.decode(content, image_shape)
+        except Exception as error:  # PIL raises many, such as SyntaxError and struct.error
             raise UserError(
-                f"{encoded.where(row)} cannot be decoded ({error}); repair or remove it."
+                f"{encoded.where(row)} can't be decoded ({error}); repair or remove it"
             ) from error
         labels[i] = label
     return images, labels

@@ -1,13 +1,12 @@
-"""How JAX and XLA are set up, in one place; before JAX is first used.
+"""Configures JAX and XLA before JAX is first used.
 
-On a CPU, XLA spreads only some operations over its threads. So each core becomes a device of its
-own and takes its share of the batch, as on several accelerators (docs/performance.md: 1.2 to 1.3
-times faster on two cores). Compiled programs are kept on disk for the next start, and what memory
-the compiler has left in the process is given back. No other flag of XLA is set: those that were
-tried won nothing.
+XLA's CPU backend runs only some operations on several threads. So each core becomes a device with
+its own share of the batch (1.2 to 1.3 times faster on two cores, docs/performance.md). Compiled
+programs are cached on disk, and memory that the compiler has freed is given back to the system.
+Other flags of XLA were tried without gain.
 
-A user's own settings win: JAX_NUM_CPU_DEVICES or --xla_force_host_platform_device_count in
-XLA_FLAGS for the devices, JAX_COMPILATION_CACHE_DIR for the cache.
+The user's environment wins: JAX_NUM_CPU_DEVICES, or --xla_force_host_platform_device_count in
+XLA_FLAGS, for the devices, and JAX_COMPILATION_CACHE_DIR for the cache.
 """
 
 import contextlib
@@ -19,18 +18,18 @@ import jax
 
 CACHE = os.path.join("~", ".cache", "vit_at")
 _DEVICE_COUNT_FLAG = "xla_force_host_platform_device_count"
-# Fewer images than this on a core, and what splitting costs outweighs what it wins.
+# With fewer images per core, splitting costs more than it gains.
 _IMAGES_PER_CORE = 8
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
-_LONG_COMPILATION = 0.5  # seconds: worth a tenth of a second of giving memory back
+_LONG_COMPILATION = 0.5  # seconds; trimming takes a tenth of a second
 
 
-def set_up(*batch_sizes: int, cache: str = CACHE) -> None:
-    """One device per core, where the platform is a CPU, and a compilation cache.
+def configure(*batch_sizes: int, cache: str = CACHE) -> None:
+    """Makes each CPU core a device, and turns on the compilation cache.
 
     Args:
-      batch_sizes: every one must divide over the devices; so there may be fewer than cores.
-      cache: directory of compiled programs; '': none.
+      batch_sizes: the number of devices divides each of them, so it may be less than the cores.
+      cache: directory of compiled programs; '' means none.
     """
     chosen_by_user = (
         _DEVICE_COUNT_FLAG in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
@@ -42,22 +41,22 @@ def set_up(*batch_sizes: int, cache: str = CACHE) -> None:
 
 
 def _trim_after_compilation(event: str, duration: float, **_: object) -> None:
-    """Gives freed memory back to the system: else the first step comes on top of the compiler's."""
+    """Gives freed memory back; otherwise it counts towards the peak of the first step."""
     if event == _COMPILATION and duration > _LONG_COMPILATION:
-        with contextlib.suppress(AttributeError, OSError):  # glibc's alone
+        with contextlib.suppress(AttributeError, OSError):  # only glibc has it
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def use_compilation_cache(directory: str) -> None:
-    """Keeps compiled programs in ``directory``; '' or one that the user has set: no change."""
+    """Caches compiled programs in ``directory``; no-op for '' or if the environment sets one."""
     if directory and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
 
 
 def cpu_devices(cores: int, *batch_sizes: int) -> int:
-    """The most devices, up to one per core, over which all batches divide in parts worth it.
+    """The largest number of devices, up to ``cores``, that divides all batches into useful parts.
 
-    Without batch sizes: a power of two, which divides the usual ones.
+    Without batch sizes it is a power of two.
     """
     if not batch_sizes:
         return 1 << (cores.bit_length() - 1)
@@ -67,7 +66,7 @@ def cpu_devices(cores: int, *batch_sizes: int) -> int:
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -20,7 +20,7 @@ from etils import epath
 
 from vit_at.console import with_prefix
 from vit_at.training.objectives import OBJECTIVES
-from vit_at.workdir.files import Rewritten, is_object, write_atomically
+from vit_at.workdir.files import RemoteFile, is_remote, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -37,7 +37,7 @@ class Writer:
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) <= resumed_step]
             write_atomically(path, "".join(f"{line}\n" for line in kept))
-        self._file = Rewritten(path) if is_object(path) else path.open("a")
+        self._file = RemoteFile(path) if is_remote(path) else path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=resumed_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -22,7 +22,7 @@ from ml_collections import FrozenConfigDict
 
 from vit_at import models
 from vit_at.attacks.threat import Threat
-from vit_at.data import augment
+from vit_at.data import augment, mixing
 from vit_at.distributed import sharding
 from vit_at.distributed.sharding import SPLIT, WHOLE
 from vit_at.training.attack import Draws, Start, draw, perturb
@@ -149,7 +149,7 @@ def _inputs(step, key, batch):
     )
     targets = augment.one_hot(batch["label"], step.num_classes, config.label_smoothing)
     if config.mixing.probability:
-        images, targets = augment.mix(mix_key, images, targets, **config.mixing)
+        images, targets = mixing.mix(mix_key, images, targets, **config.mixing)
     return images, targets
 
 

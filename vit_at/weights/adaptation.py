@@ -1,11 +1,12 @@
-"""Pretrained weights for another patch size, resolution or window, in timm's names and layouts.
+"""Adapts pre-trained weights to another patch size, resolution or window.
 
 adapt_patches      a patch kernel, by summing cells
 adapt_positions    a position embedding, by bilinear interpolation
 adapt_bias_table   Swin's relative position bias, by leaving out the farthest offsets
-adapt              whichever of these an array's name asks for
+adapt              applies the rule that fits an array's name
 
-Plain NumPy, computed in float64 and rounded once. The first two are those of Mo et al. 2022.
+Arrays have timm's names and layouts. NumPy computes in float64 and rounds once. The first two rules
+are those of Mo et al. 2022.
 """
 
 import numpy as np
@@ -14,8 +15,8 @@ import numpy as np
 def adapt_patches(kernel: np.ndarray, size: int) -> np.ndarray:
     """A patch kernel [out, in, p, p] for patches of ``size`` pixels, a divisor of p.
 
-    Each cell of p / size pixels is summed, not averaged: a patch enlarged to p pixels gives
-    the token it gave before.
+    Cells of p / size pixels are summed, not averaged, so a patch that is enlarged to p pixels
+    keeps its token.
     """
     out, channels, p, _ = kernel.shape
     cells = kernel.astype(np.float64).reshape(out, channels, size, p // size, size, p // size)
@@ -23,7 +24,7 @@ def adapt_patches(kernel: np.ndarray, size: int) -> np.ndarray:
 
 
 def _bilinear(old: int, new: int) -> np.ndarray:
-    """[new, old]: interpolation with half-pixel centres and without antialiasing."""
+    """Interpolation matrix [new, old] with half-pixel centres, without antialiasing."""
     at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
     low = np.floor(at).astype(int)
     high = np.minimum(low + 1, old - 1)
@@ -47,7 +48,7 @@ def adapt_positions(positions: np.ndarray, num_tokens: int, num_extra: int) -> n
 
 
 def adapt_bias_table(table: np.ndarray, window: int) -> np.ndarray:
-    """Swin's bias table [(2 w - 1)², heads] for a smaller window: the offsets that remain."""
+    """Swin's bias table [(2 w - 1)², heads] for a smaller window; keeps the inner offsets."""
     old = round(len(table) ** 0.5)
     new = 2 * window - 1
     margin = (old - new) // 2
@@ -58,7 +59,7 @@ def adapt_bias_table(table: np.ndarray, window: int) -> np.ndarray:
 def adapt(
     name: str, value: np.ndarray, shape: tuple[int, ...], num_tokens: int
 ) -> tuple[np.ndarray, str] | None:
-    """The array ``name`` in another shape, and what was done; None where no rule applies.
+    """The array ``name`` in another shape and a description; None if no rule applies.
 
     num_tokens: number of patches of the model, without a class token.
     """

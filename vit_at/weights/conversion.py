@@ -1,17 +1,11 @@
-"""Parameters between timm's names and Flax's, so that weights move both ways.
+"""Converts parameters between timm's names and layouts and Flax's.
 
-from_timm   {timm name: array} -> Flax parameters, adapted to the model's patch, resolution, classes
-to_timm     Flax parameters -> {timm name: array}
-convert     from_timm with a report of what was loaded, adapted, dropped and newly initialised
-load        a file or a model hub's name -> {timm name: array}
+timm stores a linear weight as [out, in] and a convolution as [out, in, height, width]. Flax stores
+[in, out] and [height, width, in, out]. Our models stack the parameters of blocks along axis 0; the
+model's ``stacks`` lists the stacks.
 
-File formats are in vit_at/weight_files.py and changes of shape in vit_at/weight_adaptation.py: both
-are plain functions of arrays that know nothing about Flax or our models.
-
-timm stores a linear weight as [out, in] and a convolution as [out, in, height, width]; Flax stores
-[in, out] and [height, width, in, out], and the blocks' parameters are stacked along axis 0, as the
-model's ``stacks`` says. The names of timm 0.5 serve inside; those of timm 1.x differ for Swin only:
-``layers.i.downsample`` became ``layers.(i+1).downsample`` and ``head`` became ``head.fc``.
+Names are those of timm 0.5. The names of timm 1.x differ for Swin only: ``layers.i.downsample``
+became ``layers.(i+1).downsample``, and ``head`` became ``head.fc``.
 """
 
 import dataclasses
@@ -29,20 +23,17 @@ from vit_at import models
 from vit_at.errors import UserError
 from vit_at.models import swin
 from vit_at.weights.adaptation import adapt
-from vit_at.weights.files import HUB_PREFIX, load
-
-__all__ = ["HUB_PREFIX", "Report", "convert", "from_timm", "load", "timm_shapes", "to_timm"]
 
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight"}
 _MODULE_NAMES = {"patch_embed": "patch_embed.proj", "patch_norm": "patch_embed.norm"}
 _BUFFERS = ("relative_position_index", "attn_mask")
-_SHOWN = 20  # problems of a kind that an error names; the others are counted
+_SHOWN = 20  # arrays of each kind of problem that an error names
 
 StateDict = dict[str, np.ndarray]
 
 
 def _layout(path: tuple[str, ...], value: np.ndarray, *, to_timm: bool) -> np.ndarray:
-    """Between Flax's and PyTorch's order of a kernel's axes; other parameters stay."""
+    """Transposes a kernel between Flax's and PyTorch's axes; no-op for other parameters."""
     if path[-1] != "kernel":
         return value
     if value.ndim == 4:
@@ -51,7 +42,7 @@ def _layout(path: tuple[str, ...], value: np.ndarray, *, to_timm: bool) -> np.nd
 
 
 def _rows(path: tuple[str, ...], model: Any) -> tuple[list[str], bool]:
-    """timm's names of a Flax parameter, and whether they are rows along its axis 0."""
+    """timm's names of a Flax parameter, and whether axis 0 stacks one array for each name."""
     prefixes, rest = None, path
     for stack, names in model.stacks.items():
         parts = tuple(stack.split("/"))
@@ -67,7 +58,7 @@ def _rows(path: tuple[str, ...], model: Any) -> tuple[list[str], bool]:
 
 
 def _rename_1x(name: str, step: int) -> str:
-    """A Swin parameter's name from timm 0.5 to 1.x (step 1) or back (step -1)."""
+    """Renames a Swin parameter from timm 0.5 to 1.x (step 1) or back (step -1)."""
     name = re.sub(
         r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + step}.downsample", name
     )
@@ -76,7 +67,7 @@ def _rename_1x(name: str, step: int) -> str:
 
 
 def timm_shapes(params: Any, model: Any) -> dict[str, tuple[int, ...]]:
-    """{name of timm 0.5: PyTorch's shape} of Flax parameters, which may be abstract."""
+    """{timm 0.5 name: PyTorch shape} of Flax parameters, which may be abstract."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path, leaf in flax.traverse_util.flatten_dict(params).items():
         names, stacked = _rows(path, model)
@@ -90,8 +81,8 @@ def to_timm(params: Any, model: Any, *, names: str = "0.5", buffers: bool = Fals
 
     Args:
       names: '0.5' or '1.x', timm's version.
-      buffers: adds Swin's index tables and masks, which timm 0.5 wants in a strict
-        ``load_state_dict`` and timm 1.x refuses.
+      buffers: adds Swin's index tables and masks. A strict ``load_state_dict`` needs them in timm
+        0.5 and refuses them in timm 1.x.
     """
     state_dict = {}
     for path, leaf in flax.traverse_util.flatten_dict(params).items():
@@ -108,7 +99,7 @@ def to_timm(params: Any, model: Any, *, names: str = "0.5", buffers: bool = Fals
 
 
 def _swin_buffers(model: swin.SwinTransformer) -> StateDict:
-    """What timm 0.5 stores beside the parameters and computes from the architecture."""
+    """The buffers of timm 0.5: it stores them, though the architecture determines them."""
     buffers = {}
     stages = zip(model.depths, model.stage_windows(), strict=True)
     for i, (depth, (side, window, shift)) in enumerate(stages):
@@ -124,7 +115,7 @@ def _swin_buffers(model: swin.SwinTransformer) -> StateDict:
 
 @dataclasses.dataclass
 class Report:
-    """What became of each array: timm's names, with a word on those that were not just loaded."""
+    """What was done with each array, under timm's names; adapted and dropped say why."""
 
     loaded: list[str] = dataclasses.field(default_factory=list)
     adapted: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -132,7 +123,7 @@ class Report:
     initialised: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"loaded       {len(self.loaded)} arrays as they are"]
+        lines = [f"loaded       {len(self.loaded)} arrays unchanged"]
         for title, changes in (("adapted", self.adapted), ("dropped", self.dropped)):
             groups: dict[str, list[str]] = {}
             for name, what in changes.items():
@@ -146,15 +137,15 @@ class Report:
 
 
 def from_timm(state_dict: StateDict, model: Any) -> Any:
-    """Flax parameters from {timm name: array}, under the names of timm 0.5 or 1.x.
+    """Flax parameters from {timm name: array}, with names of timm 0.5 or 1.x.
 
-    The patch kernel, the position embedding and Swin's bias tables are adapted where their shapes
-    differ; the head is dropped and newly initialised where the number of classes does. If anything
-    was not just loaded, the report is printed to stderr.
+    The patch kernel, the position embedding and Swin's bias tables are adapted if their shapes
+    differ. The head is newly initialised if the number of classes differs. The report is printed to
+    stderr unless all arrays were loaded unchanged.
 
     Raises:
-      UserError: keys that are missing, unexpected, of another shape or no finite floating-point
-        numbers, each named.
+      UserError: an array is missing, unexpected, of another shape, not floating-point or not
+        finite; the message names each.
     """
     params, report = convert(state_dict, model)
     if report.adapted or report.dropped or report.initialised:
@@ -163,7 +154,7 @@ def from_timm(state_dict: StateDict, model: Any) -> Any:
 
 
 def convert(state_dict: StateDict, model: Any, key: jax.Array | None = None) -> tuple[Any, Report]:
-    """from_timm, with a report; ``key``: of a newly initialised head, by default jax.random.key(0).
+    """from_timm with a report; ``key`` initialises a new head, by default jax.random.key(0).
 
     Raises:
       UserError: as from_timm.
@@ -193,14 +184,14 @@ def convert(state_dict: StateDict, model: Any, key: jax.Array | None = None) -> 
 
 
 def _has_new_names(state_dict: StateDict, model: Any) -> bool:
-    """Whether these are a Swin's arrays under the names of timm 1.x."""
+    """Whether these are the arrays of a Swin with names of timm 1.x."""
     only_there = ("head.fc.", f"layers.{swin.STAGES - 1}.downsample.")
     named = any(name.startswith(only_there) for name in state_dict)
     return named and isinstance(model, swin.SwinTransformer)
 
 
 def _canonical(state_dict: StateDict, model: Any, new_names: bool) -> StateDict:
-    """The arrays under timm 0.5's names, without buffers of a plausible shape."""
+    """The arrays under timm 0.5's names, without Swin's buffers."""
     if not isinstance(model, swin.SwinTransformer):
         return state_dict
     if new_names:
@@ -218,7 +209,7 @@ def _canonical(state_dict: StateDict, model: Any, new_names: bool) -> StateDict:
 
 
 def _drop_head(values: StateDict, shapes: dict[str, tuple[int, ...]], report: Report) -> None:
-    """Drops a head for another number of classes, and a representation layer below it."""
+    """Drops a head with another number of classes, and the representation layer before it."""
     weight, shape = values.get("head.weight"), shapes["head.weight"]
     if weight is None or weight.ndim != 2 or weight.shape == shape:
         return
@@ -249,7 +240,7 @@ def _is_float(value: np.ndarray) -> bool:
 def _check(
     values: StateDict, shapes: dict[str, tuple[int, ...]], report: Report, new_names: bool
 ) -> None:
-    """Raises a UserError that names every array which does not fit, as its file does."""
+    """Raises a UserError that names every array that does not fit, under its name in the file."""
     if new_names:
         values = {_rename_1x(name, 1): value for name, value in values.items()}
         shapes = {_rename_1x(name, 1): shape for name, shape in shapes.items()}
@@ -277,12 +268,12 @@ def _check(
             parts.append(f"{kind}: {', '.join(names[:_SHOWN])}{more}")
     if parts:
         raise UserError(
-            f"the weights do not fit the model ({'; '.join(parts)}); choose the weights of the "
+            f"the weights do not fit the model ({'; '.join(parts)}); choose weights of the "
             "architecture in model.name"
         )
 
 
 def _fresh_head(model: Any, key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
-    """Only the head of newly initialised parameters, so that nothing else is computed."""
+    """The head of newly initialised parameters; under jit, no other parameter is computed."""
     head: Callable = jax.jit(lambda k: models.init_params(model, k)["head"])
     return {("head", leaf): value for leaf, value in head(key).items()}

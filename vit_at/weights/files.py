@@ -1,11 +1,11 @@
-"""Weight files -> {timm name: array}, without executing anything that is in them.
+"""Reads weight files to {timm name: array}; never executes code from a file.
 
 .safetensors         plain arrays
-.npz                 plain arrays, under timm's names or Google's (the original ViT and AugReg)
+.npz                 plain arrays, with timm's names or Google's (the original ViT and AugReg)
 .pth .pt .bin        pickles, only through ``torch.load(weights_only=True)``, if torch is installed
-hf:owner/name        model.safetensors of a model hub's repository, through huggingface_hub
+hf:owner/name        model.safetensors of a repository on the Hugging Face hub
 
-Files are recognised by their suffix alone: what a file holds never chooses how it is read.
+The suffix alone chooses the reader, never the content.
 """
 
 import contextlib
@@ -27,11 +27,14 @@ from vit_at.errors import UserError
 
 HUB_PREFIX = "hf:"
 HUB_FILE = "model.safetensors"
-_HUB_TIMEOUT = 5.0  # seconds for the hub's first answer
+_HUB_TIMEOUT = 5.0  # seconds
 _WAYS_ON = (
-    "give a file (--config.model.pretrained=PATH.safetensors), a work directory of ours "
+    "give a file (--config.model.pretrained=PATH.safetensors), a work directory of vit_at "
     "(--config.model.pretrained=runs/NAME), or train from scratch (--config.model.pretrained='')"
 )
+
+# What readers raise for damaged files; NotImplementedError is a RuntimeError.
+_BAD_VALUES = (OSError, ValueError, EOFError, RuntimeError, KeyError, TypeError)
 
 StateDict = dict[str, np.ndarray]
 
@@ -40,15 +43,16 @@ def load(source: str | os.PathLike) -> StateDict:
     """Reads weights.
 
     Args:
-      source: a .safetensors, .npz, .pth, .pt or .bin file; a directory that holds a
-        model.safetensors; or a model hub's name such as 'hf:timm/deit_tiny_patch16_224.fb_in1k',
-        with '@revision' at its end if wanted. Once fetched, a hub's file is read from the cache.
+      source: a .safetensors, .npz, .pth, .pt or .bin file; a directory with a model.safetensors;
+        or a name on the Hugging Face hub such as 'hf:timm/deit_tiny_patch16_224.fb_in1k',
+        optionally with '@revision'. A file from the hub is downloaded once and cached.
 
     Returns:
       {name: array} under timm's names.
 
     Raises:
-      UserError: the file is missing, damaged, of an unknown kind, or holds more than plain arrays.
+      UserError: the file is missing, damaged or of an unknown format, or holds more than plain
+        arrays.
     """
     source = os.fspath(source)
     if source.startswith(HUB_PREFIX):
@@ -74,14 +78,14 @@ def load(source: str | os.PathLike) -> StateDict:
 def _damaged(path: pathlib.Path, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:120] or type(error).__name__
     return UserError(
-        f"weight file '{path}' is damaged or no {path.suffix} file ({reason}); fetch it again"
+        f"weight file '{path}' is damaged or no {path.suffix} file ({reason}); download it again"
     )
 
 
 def _read_safetensors(path: pathlib.Path) -> StateDict:
     try:
         return safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (*_BAD_VALUES, safetensors.SafetensorError) as error:
         raise _damaged(path, error) from error
 
 
@@ -89,9 +93,7 @@ def _read_npz(path: pathlib.Path) -> StateDict:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(path, error) from error
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError) as error:
+    except (*_BAD_VALUES, AttributeError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
         raise _damaged(path, error) from error
     prefix = "opt/target/" if "opt/target/embedding/kernel" in arrays else ""
     if f"{prefix}embedding/kernel" in arrays:
@@ -106,16 +108,16 @@ def _read_torch(path: pathlib.Path) -> StateDict:
     except ImportError as error:
         raise UserError(
             f"reading '{path}' needs PyTorch, which is not installed; pip install torch, or "
-            "convert the file to .safetensors where it is"
+            "convert the file to .safetensors elsewhere"
         ) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"weight file '{path}' is damaged or a pickle that holds more than plain arrays, and "
+            f"weight file '{path}' is damaged or a pickle with more than plain arrays, and "
             "nothing in it was run; choose a file that holds only a state_dict"
         ) from error
-    except (OSError, ValueError, EOFError, RuntimeError, KeyError, TypeError) as error:
+    except _BAD_VALUES as error:
         raise _damaged(path, error) from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -125,15 +127,15 @@ def _read_torch(path: pathlib.Path) -> StateDict:
     )
     if not tensors:
         raise UserError(
-            f"weight file '{path}' holds something else than a state_dict; choose a file of named "
-            "tensors, at its top or under 'model' or 'state_dict'"
+            f"weight file '{path}' holds no state_dict; choose a file of named tensors, at the top "
+            "level or under 'model' or 'state_dict'"
         )
     return {name: _to_numpy(value) for name, value in content.items()}
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
     tensor = tensor.detach()
-    if str(tensor.dtype) == "torch.bfloat16":  # NumPy has no such type
+    if str(tensor.dtype) == "torch.bfloat16":  # not in NumPy
         tensor = tensor.float()
     return tensor.numpy()
 
@@ -148,7 +150,7 @@ _READERS: dict[str, Callable[[pathlib.Path], StateDict]] = {
 
 
 def _fetch(name: str) -> pathlib.Path:
-    """The hub's file in the local cache, downloaded if it is not there."""
+    """The hub's file in the local cache; downloads it if necessary."""
     try:
         import huggingface_hub as hub
     except ImportError as error:
@@ -158,7 +160,7 @@ def _fetch(name: str) -> pathlib.Path:
         ) from error
     repository, _, revision = name.partition("@")
     wanted = {"repo_id": repository, "filename": HUB_FILE, "revision": revision or None}
-    with contextlib.suppress(Exception):  # that it is not cached, in any of the hub's versions
+    with contextlib.suppress(Exception):  # not cached; the type depends on the hub's version
         return pathlib.Path(hub.hf_hub_download(**wanted, local_files_only=True))
     try:
         _check_reachable(hub.constants.ENDPOINT)
@@ -166,29 +168,29 @@ def _fetch(name: str) -> pathlib.Path:
     except Exception as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
-            f"'{HUB_PREFIX}{name}' is not in the cache and cannot be fetched ({reason}); {_WAYS_ON}"
+            f"'{HUB_PREFIX}{name}' is not cached and can't be downloaded ({reason}); {_WAYS_ON}"
         ) from error
 
 
 def _check_reachable(address: str) -> None:
-    """Raises OSError where nothing answers: the hub library would retry for half a minute."""
+    """Raises OSError if the hub does not answer; its library would retry for half a minute."""
     request = urllib.request.Request(address, method="HEAD")
-    # An answer of any kind, such as a proxy's refusal of HEAD, is for the library to judge.
+    # Any HTTP answer will do, such as a proxy that refuses HEAD.
     with contextlib.suppress(urllib.error.HTTPError):
         urllib.request.urlopen(request, timeout=_HUB_TIMEOUT).close()
 
 
 def _from_google(arrays: StateDict, path: pathlib.Path) -> StateDict:
-    """Google's names and layouts (the original ViT and AugReg) -> timm's.
+    """Converts Google's names and layouts (the original ViT and AugReg) to timm's.
 
-    There, query, key and value are apart, with kernels [d, heads, head_dim], and the output's
-    kernel is [heads, head_dim, d].
+    Google stores query, key and value separately, with kernels [d, heads, head_dim], and the output
+    kernel as [heads, head_dim, d].
     """
     left = dict(arrays)
     out: StateDict = {}
 
     def move(timm: str, google: str) -> None:
-        """A dense or convolution layer, or a LayerNorm."""
+        """Moves a dense layer, a convolution or a LayerNorm."""
         weight = left.pop(f"{google}/scale", None)
         if weight is None:
             kernel = left.pop(f"{google}/kernel")
@@ -225,7 +227,7 @@ def _from_google(arrays: StateDict, path: pathlib.Path) -> StateDict:
             move("head", "head")
     except KeyError as error:
         raise UserError(
-            f"weight file '{path}' has Google's ViT names but lacks {error}; fetch it again"
+            f"weight file '{path}' has Google's ViT names but lacks {error}; download it again"
         ) from error
     except ValueError as error:
         raise _damaged(path, error) from error

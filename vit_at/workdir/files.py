@@ -1,11 +1,11 @@
-"""The files of a work directory: read with clear errors, written whole or not at all.
+"""The files of a work directory: clear errors on reading, atomic writing.
 
-WORKDIR/config.json         the configuration the run was started with, resolved
+WORKDIR/config.json         the resolved configuration of the run
 WORKDIR/parameters.txt      the parameter overview
 WORKDIR/checkpoints/        see vit_at.workdir.checkpoint
 WORKDIR/metrics.jsonl       and TensorBoard events: see vit_at.training.metrics
 WORKDIR/results.json        and per_example.npz: see vit_at.workdir.results
-WORKDIR/.training.lock      and .evaluation.lock: held while a process works in it
+WORKDIR/.training.lock      and .evaluation.lock: held while a process writes to it
 """
 
 import contextlib
@@ -30,34 +30,34 @@ CONFIG_FILE = "config.json"
 _REMEDIES = {
     "no space left": "the disk is full: free some space",
     "quota exceeded": "the disk quota is used up: free some space",
-    "permission denied": "it may not be written: choose another --workdir",
-    "read-only file system": "it may not be written: choose another --workdir",
-    "file exists": "a file has its name: choose another --workdir",
-    "not a directory": "a file has its name: choose another --workdir",
+    "permission denied": "it is not writable: choose another --workdir",
+    "read-only file system": "it is not writable: choose another --workdir",
+    "file exists": "its path is a file: choose another --workdir",
+    "not a directory": "its path is a file: choose another --workdir",
 }
 
 
 @contextlib.contextmanager
 def disk_errors(directory: epath.Path) -> Iterator[None]:
-    """Turns a full or read-only disk into one sentence."""
+    """Turns the error of a full or read-only disk into a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        for sign, remedy in _REMEDIES.items():
-            if sign in str(error).lower():
+        for symptom, remedy in _REMEDIES.items():
+            if symptom in str(error).lower():
                 raise UserError(
                     f"{directory} could not be written, as {remedy} and run the same command "
-                    "again; it goes on from the last whole checkpoint"
+                    "again to resume from the last checkpoint"
                 ) from error
         raise
 
 
 def check_space(directory: epath.Path, needed: int) -> None:
-    """Raises UserError where the disk of a local directory has no room for this many bytes.
+    """Raises UserError if the disk of a local directory has fewer free bytes than ``needed``.
 
-    Asked before a checkpoint is begun, so that a full disk holds no half of one.
+    Called before a checkpoint is written, so that a full disk never holds a partial one.
     """
     try:
         free = shutil.disk_usage(directory).free
@@ -67,21 +67,21 @@ def check_space(directory: epath.Path, needed: int) -> None:
         raise UserError(
             f"{directory} could not be written, as the disk is full ({free / 2**20:.1f} MiB are "
             f"free, a checkpoint takes {needed / 2**20:.1f}): free some space and run the same "
-            "command again; it goes on from the last whole checkpoint"
+            "command again to resume from the last checkpoint"
         )
 
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path, use: str) -> Iterator[None]:
-    """Holds a work directory for one use, 'training' or 'evaluation', so that no two disturb it.
+    """Locks a work directory for one use, 'training' or 'evaluation'.
 
-    The lock is the operating system's on ``.<use>.lock``: it ends with the process that holds it,
-    however that ends. Object stores have no such locks; there this does nothing.
+    The operating system locks ``.<use>.lock`` and releases it when the process ends, however it
+    ends. No-op in an object store, which has no locks.
 
     Raises:
-      UserError: another process holds it; the sentence says which.
+      UserError: another process holds the lock; the message names it.
     """
-    if jax.process_index() or is_object(workdir):
+    if jax.process_index() or is_remote(workdir):
         yield
         return
     with open(workdir / f".{use}.lock", "a+") as file:
@@ -91,10 +91,10 @@ def locked(workdir: epath.Path, use: str) -> Iterator[None]:
             file.seek(0)
             raise UserError(
                 f"{workdir} is in use by another {use} ({file.read().strip() or 'unknown'}); wait "
-                "for its end, or choose another work directory"
+                "until it ends, or choose another work directory"
             ) from error
         except OSError as error:  # a file system without locks
-            logging.warning("%s can't be locked (%s): start it only once", workdir, error.strerror)
+            logging.warning("%s can't be locked (%s): run it only once", workdir, error.strerror)
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -103,10 +103,10 @@ def locked(workdir: epath.Path, use: str) -> Iterator[None]:
 
 
 def write_config(workdir: epath.Path, config: ConfigDict) -> None:
-    """Writes ``config.json``, or checks that the one there is the same.
+    """Writes ``config.json``; if there is one, checks that it is the same.
 
     Raises:
-      UserError: the work directory belongs to another configuration.
+      UserError: the work directory holds another configuration.
     """
     path, text = workdir / CONFIG_FILE, configuration.to_json(config)
     if path.exists():
@@ -124,23 +124,23 @@ def write_config(workdir: epath.Path, config: ConfigDict) -> None:
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
-    """The configuration of a work directory; UserError where there is none."""
+    """The configuration of a work directory; UserError if there is none."""
     path = workdir / CONFIG_FILE
     if not path.exists():
         raise UserError(
             f"{workdir} is no work directory: it has no {CONFIG_FILE}; give one that "
-            "'python -m vit_at.main --workdir=...' has written"
+            "'vit-at train --workdir=...' has written"
         )
     return as_config(read_json(path))
 
 
 def as_config(values: dict[str, Any]) -> ConfigDict:
-    """The locked configuration that JSON values were written from."""
+    """The locked configuration of these JSON values."""
     return ConfigDict(_with_tuples(configuration.with_added(values))).lock()
 
 
 def _with_tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were."""
+    """Turns JSON's lists back into tuples."""
     if isinstance(value, dict):
         return {name: _with_tuples(inner) for name, inner in value.items()}
     return tuple(value) if isinstance(value, list) else value
@@ -153,13 +153,13 @@ def read_json(path: epath.Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from error
 
 
-def is_object(path: epath.Path) -> bool:
-    """Whether it lies in an object store, such as gs://, which knows no appending and no locks."""
+def is_remote(path: epath.Path) -> bool:
+    """Whether a path is in an object store such as gs://, without appending and locks."""
     return "://" in str(path)
 
 
-class Rewritten:
-    """A text file of an object store: kept in memory, and written whole now and then."""
+class RemoteFile:
+    """A text file in an object store: kept in memory, and rewritten every ``seconds``."""
 
     def __init__(self, path: epath.Path, seconds: float = 30.0):
         self._path, self._seconds, self._written = path, seconds, time.monotonic()
@@ -169,21 +169,18 @@ class Rewritten:
         self._text += text
 
     def flush(self) -> None:
-        """Writes it if that was last done ``seconds`` ago."""
+        """Writes the file if the last write is ``seconds`` ago."""
         if time.monotonic() - self._written >= self._seconds:
             self.close()
 
     def close(self) -> None:
-        """Writes it."""
+        """Writes the file."""
         self._path.write_text(self._text)
         self._written = time.monotonic()
 
 
 def write_atomically(path: epath.Path, content: str | bytes) -> None:
-    """Writes a file so that it is there whole or not at all."""
+    """Writes a file under a temporary name and renames it."""
     partial = path.parent / f".{path.name}.partial"
-    if isinstance(content, bytes):
-        partial.write_bytes(content)
-    else:
-        partial.write_text(content)
+    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
     partial.replace(path)
