@@ -24,15 +24,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SLOW = {"audit"}  # a whole AutoAttack
 LINKS = re.compile(r"\]\(([^)#\s]+)")
-# What ``vit-at COMMAND`` runs.
-PROGRAMS = {
-    "train": "-m vit_at.main",
-    "evaluate": "-m vit_at.evaluate",
-    "report": "-m vit_at.report",
-    "export": "-m vit_at.export",
-    "prepare": "-m vit_at.prepare",
-    "sweep": "launch/sweep.py",
-}
 
 
 def blocks(page: pathlib.Path, language: str) -> list[str]:
