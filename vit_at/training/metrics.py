@@ -101,7 +101,7 @@ class Collapse:
     """Notices a run that has stopped learning; see ``check``."""
 
     def __init__(self, num_classes: int, windows: int = 20):
-        self._chance = 1 / num_classes
+        self._chance, self._windows = 1 / num_classes, windows
         self._losses: collections.deque[float] = collections.deque(maxlen=windows)
         self._accuracies: collections.deque[float] = collections.deque(maxlen=windows)
         self._said = False
@@ -114,7 +114,7 @@ class Collapse:
         """
         self._losses.append(means["loss"])
         self._accuracies.append(max(means[n] for n in means if n.startswith("accuracy")))
-        if self._said or len(self._losses) < self._losses.maxlen:
+        if self._said or len(self._losses) < self._windows:
             return None
         half = len(self._losses) // 2
         older, newer = np.mean(list(self._losses)[:half]), np.mean(list(self._losses)[half:])

@@ -44,8 +44,8 @@ class Objective:
     """
 
     label: str
-    attack: Callable[[Array, Array, Array | None], Array] | None
-    terms: Callable[[Array | None, Array | None, Array, float], Terms]
+    attack: Callable[..., Array] | None
+    terms: Callable[..., Terms]
     images: tuple[str, ...]
     start: str = "uniform"
     zero_start: bool = True
@@ -129,7 +129,7 @@ def training_loss(
     beta: float = 6.0,
     rngs: dict[str, Array] | None = None,
     clean_logits: Array | None = None,
-) -> tuple[Array, dict[str, Array | None]]:
+) -> tuple[Array, dict[str, Any]]:
     """The loss to minimise, and its terms.
 
     Args:
@@ -147,16 +147,15 @@ def training_loss(
       (scalar, aux): aux has 'logits_clean' and 'logits_adv', None where the objective does not
       compute them, and the terms by name, among 'natural', 'ce_adv', 'margin' and 'robust'.
     """
-    row, clean, adv = OBJECTIVES[objective], None, None
-    if CLEAN in row.images:
-        clean = clean_logits
-        if clean is None:
-            clean = apply(params, images, train=True, rngs=rngs)
+    row, adv = OBJECTIVES[objective], None
+    clean = clean_logits if CLEAN in row.images else None
+    if CLEAN in row.images and clean is None:
+        clean = apply(params, images, train=True, rngs=rngs)
     if ADVERSARIAL in row.images:
         adv = apply(params, jax.lax.stop_gradient(adversarial), train=True, rngs=rngs)
     weighted = row.terms(clean, adv, targets, beta)
-    loss = sum(term * weight for term, weight in weighted.values())
-    terms = {name: term for name, (term, _) in weighted.items()}
+    loss: Any = sum(term * weight for term, weight in weighted.values())
+    terms: dict[str, Any] = {name: term for name, (term, _) in weighted.items()}
     return loss, terms | {"logits_clean": clean, "logits_adv": adv}
 
 

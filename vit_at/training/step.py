@@ -125,7 +125,8 @@ def train_step(
 
     params = _laid_out(step, state.params, "replicated")  # gathered once, for all that follows
     part = Part(images, targets, draws.delta, keys)
-    gradient, metrics = _mean_gradient(step, params, part, draws._replace(delta=None), threat)
+    masks = draws.attn_keep, draws.patch_keep
+    gradient, metrics = _mean_gradient(step, params, part, masks, threat)
     metrics |= {
         "gradient_norm": optax.tree.norm(gradient),
         "learning_rate": learning_rate(config, step.steps_per_epoch)(state.step),
@@ -190,17 +191,17 @@ def _mean_gradient(step, params, part, masks, threat):
 
 
 def loss_and_gradient(
-    step: Step, params: Any, masks: Draws, threat: Threat, part: Part
+    step: Step, params: Any, masks: tuple[Array | None, Array | None], threat: Threat, part: Part
 ) -> tuple[Any, dict[str, Array]]:
     """Attacks some images and differentiates the loss on them: a plain per-device function.
 
-    masks: the draws of the batch without their delta, which is in ``part``.
+    masks: (attn_keep, patch_keep) of ``Draws``, which the whole batch shares.
 
     Returns:
       (gradient by params, {name: scalar}): means over the images.
     """
-    apply, objective, draws = step.apply, step.config.objective, masks._replace(delta=part.delta)
-    images, targets = part.images, part.targets
+    apply, objective = step.apply, step.config.objective
+    images, targets, draws = part.images, part.targets, Draws(part.delta, *masks)
 
     def loss(params):
         clean = apply(params, images) if step.shares_clean else None
