@@ -120,7 +120,7 @@ def random_directions(keys: Array, shape: tuple[int, ...], norm: str) -> Array:
 def sizes(delta: np.ndarray, norm: str) -> np.ndarray:
     """The norm of each of [n, ...], [n], computed on the host in float64."""
     flat = delta.reshape(len(delta), -1).astype(np.float64)
-    return NORMS[norm].size(flat, np)[:, 0]
+    return np.asarray(NORMS[norm].size(flat, np))[:, 0]
 
 
 def largest_size(eps: float, count: int, norm: str) -> float:
