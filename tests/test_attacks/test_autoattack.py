@@ -352,7 +352,7 @@ def test_kill_9(tmp_path):
     """A process killed at three moments, and the same command, end bit for bit the same."""
     script = textwrap.dedent(f"""
         import sys
-        sys.path.insert(0, {str(os.path.dirname(os.path.dirname(__file__)))!r})
+        sys.path.insert(0, {str(os.path.dirname(__file__))!r})
         import numpy as np, test_autoattack as t
         params, images, labels = t.problem(48)
         eps = t.median_eps(params, images, labels, "linf")

@@ -69,11 +69,6 @@ class Result:
             out[places] = points
         return out
 
-    @property
-    def robust_accuracy(self) -> float:
-        """The share of images that withstand all attacks."""
-        return float(list(self.robust.values())[-1].mean())
-
     def summary(self) -> str:
         """The accuracy after each attack, with notes and failures; one line each."""
         count = len(next(iter(self.robust.values())))
@@ -126,34 +121,32 @@ def run(
     Raises:
       UserError: the input, the model's output or the ledger is not usable.
     """
-    began, mesh = time.monotonic(), mesh or sharding.make_mesh()
+    mesh = mesh or sharding.make_mesh()
     settings = Settings(norm, float(eps), attacks, batch_size, seed, budget, mesh)
-    names = parse(attacks)
+    with jax.default_matmul_precision("highest"):
+        return _run(logits_fn, images, labels, settings, workdir, _reporter(progress))
+
+
+def _run(logits_fn, images, labels, settings, workdir, report) -> Result:
+    began, names = time.monotonic(), parse(settings.attacks)
     images, labels = checks.check_shapes(images, labels)
     checks.check_settings(settings, int(np.prod(images.shape[1:])))
-    model = sharding.replicate(_as_tree(logits_fn), mesh)
-    with jax.default_matmul_precision("highest"):
-        classify = checks.Classifier(model, settings, images.shape[1:])
-        clean = checks.survey(classify, images, labels, batch_size, 1 + TARGETS)
-        num_classes = clean.probe.shape[1]
-        names, notes = for_classes(names, num_classes)
-        directory = None if workdir is None else epath.Path(workdir)
-        store = Store(directory, _protocol(settings, names, clean.digest), clean.probe[:64])
-        ledger = Ledger(names, len(labels))
-        if not store.load(ledger):
-            ledger.clean = clean.ranking[:, 0] == labels
-        cascade = Cascade(
-            [methods.make(name, settings, num_classes) for name in names],
-            Source(images, labels, clean.ranking),
-            classify,
-            ledger,
-            store,
-            settings,
-            _reporter(progress),
-        )
-        cascade.run()
-        failures = cascade.verify()
-        store.save_per_example(ledger)
+    model = sharding.replicate(_as_tree(logits_fn), settings.mesh)
+    classify = checks.Classifier(model, settings, images.shape[1:])
+    clean = checks.survey(classify, images, labels, settings.batch_size, 1 + TARGETS)
+    num_classes = clean.probe.shape[1]
+    names, notes = for_classes(names, num_classes)
+    directory = None if workdir is None else epath.Path(workdir)
+    store = Store(directory, _protocol(settings, names, clean.digest), clean.probe[:64])
+    ledger = Ledger(names, len(labels))
+    if not store.load(ledger):
+        ledger.clean = clean.ranking[:, 0] == labels
+    source = Source(images, labels, clean.ranking)
+    attacks = [methods.make(name, settings, num_classes) for name in names]
+    cascade = Cascade(attacks, source, classify, ledger, store, settings, report)
+    cascade.run()
+    failures = cascade.verify()
+    store.save_per_example(ledger)
     return Result(
         settings=settings,
         robust=ledger.robust_after(),
