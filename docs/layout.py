@@ -9,6 +9,7 @@ of the packages with the same reader, and that the picture and the table are up 
 
 import ast
 import pathlib
+import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vit_at"
@@ -72,8 +73,8 @@ IMPORTS = {name: imported(path) - {name} for name, path in FILES.items()}
 
 
 def modules_of(room: str) -> list[str]:
-    """The modules of a room, without its __init__."""
-    return [name for name in FILES if room_of(name) == room and not name.endswith("__init__")]
+    """The modules of a room, without __init__ and __main__."""
+    return [name for name in FILES if room_of(name) == room and not name.endswith("__")]
 
 
 def room_imports() -> dict[str, list[str]]:
@@ -158,12 +159,16 @@ def ports(edges: dict[str, list[str]]) -> dict[tuple[str, str], tuple[float, flo
 def bar(room: str, top: float) -> str:
     """A room's bar, with its name and its modules."""
     modules = " ".join(name.rpartition(".")[2] for name in modules_of(room) if name != room)
+    lines = textwrap.wrap(modules, 84)
     middle = top + HEIGHT / 2 + 5
-    return (
-        f'<rect class="bar" x="1" y="{top:g}" width="{BAR}" height="{HEIGHT}" rx="5"/>'
-        f'<text class="name" x="14" y="{middle:g}">{path_of(room)}</text>'
-        f'<text x="{14 + TITLE}" y="{middle:g}">{modules}</text>'
-    )
+    parts = [
+        f'<rect class="bar" x="1" y="{top:g}" width="{BAR}" height="{HEIGHT}" rx="5"/>',
+        f'<text class="name" x="14" y="{middle:g}">{path_of(room)}</text>',
+    ]
+    for i, line in enumerate(lines):
+        y = middle + 14 * (i - (len(lines) - 1) / 2)
+        parts.append(f'<text x="{14 + TITLE}" y="{y:g}">{line}</text>')
+    return "".join(parts)
 
 
 def arrow(start: float, end: float) -> str:

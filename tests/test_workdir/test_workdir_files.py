@@ -76,7 +76,7 @@ def test_a_second_run_in_a_work_directory_is_refused(tmp_path, holder):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", ".training.lock"}
 
 
-def test_a_run_from_before_a_field_existed_is_resumed(tmp_path):
+def test_a_run_from_before_a_field_existed_goes_on(tmp_path):
     config = runs.resolved(**runs.QUICK)
     write_config(epath.Path(tmp_path), config)
     path = tmp_path / "config.json"

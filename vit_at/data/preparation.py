@@ -1,9 +1,5 @@
 """Prepares a TFDS data set for training: downloads it, and stores it as array_record.
 
-    vit-at prepare cifar10
-    vit-at prepare imagenette/320px-v2 --data_dir=/data/tfds
-    vit-at prepare imagenet2012 --manual_dir=/data/downloads
-
 Downloading needs TensorFlow: ``pip install 'vit_at[prepare]'``. ImageNet and other sets that TFDS
 can't download are prepared from the archives in --manual_dir. A data set in TFDS's older format,
 tfrecord, is converted in place (same examples, same order), without TensorFlow or a network.

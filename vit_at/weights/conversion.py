@@ -30,6 +30,7 @@ _BUFFERS = ("relative_position_index", "attn_mask")
 _SHOWN = 20  # arrays of each kind of problem that an error names
 
 StateDict = dict[str, np.ndarray]
+_init = jax.jit(models.init_params, static_argnums=0)  # traced once for each model
 
 
 def _layout(path: tuple[str, ...], value: np.ndarray, *, to_timm: bool) -> np.ndarray:
@@ -160,7 +161,7 @@ def convert(state_dict: StateDict, model: Any, key: jax.Array | None = None) -> 
       UserError: as from_timm.
     """
     key = jax.random.key(0) if key is None else key
-    abstract = jax.eval_shape(lambda k: models.init_params(model, k), key)
+    abstract = _init.eval_shape(model, key)
     shapes = timm_shapes(abstract, model)
     report = Report()
     values = {name: np.asarray(value) for name, value in state_dict.items()}
