@@ -10,13 +10,71 @@ Cost: operations of the training of a run, a multiplication and addition counted
 import argparse
 import types
 from collections.abc import Sequence
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
 
 from vit_at import configs
 from vit_at.configs import common
 from vit_at.configs.study import base
 from vit_at.console import with_prefix
-from vit_at.errors import Parser, one_sentence_errors
-from vit_at.reporting.scaling import cost_of
+from vit_at.errors import Parser, UserError, one_sentence_errors
+from vit_at.models.build import build
+from vit_at.reporting.list_models import count_parameters
+from vit_at.training.metrics import step_flops
+
+
+class Dataset(NamedTuple):
+    """Numbers of training images, test images and classes."""
+
+    train: int
+    test: int
+    classes: int
+
+
+_DATASETS = {
+    "cifar10": Dataset(50_000, 10_000, 10),
+    "cifar100": Dataset(50_000, 10_000, 100),
+    "imagenette/full-size": Dataset(12_894, 500, 10),
+    "imagenet2012": Dataset(1_281_167, 50_000, 1000),
+    "digits": Dataset(1438, 359, 10),
+}
+
+
+class Cost(NamedTuple):
+    """A recipe's parameters, updates, and operations of an update."""
+
+    parameters: int
+    steps: int
+    step_flops: float
+
+    @property
+    def training_flops(self) -> float:
+        """Operations of the training of a run."""
+        return self.steps * self.step_flops
+
+
+def dataset_of(config: ConfigDict) -> Dataset:
+    """The size of a recipe's data set.
+
+    Raises:
+      UserError: it is not known here.
+    """
+    name = config.data.name
+    if name not in _DATASETS:
+        known = ", ".join(_DATASETS)
+        raise UserError(f"the size of data set '{name}' is not known; known are {known}")
+    return _DATASETS[name]
+
+
+def cost_of(config: ConfigDict) -> Cost:
+    """The cost of training a recipe; raises as ``dataset_of``."""
+    dataset = dataset_of(config)
+    model = build(config, dataset.classes, "float32")
+    batch_size, attack_steps = config.batch_size, config.threat.steps
+    steps = config.epochs * ((dataset.train - config.data.validation_examples) // batch_size)
+    flops = step_flops(config.objective, model.forward_flops(), batch_size, attack_steps)
+    return Cost(count_parameters(model), steps, flops)
 
 
 def summary(name: str) -> str:
