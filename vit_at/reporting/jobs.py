@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_at import configs
-from vit_at.config import differences, field_names, with_added
+from vit_at.config import differences, flatten, with_added
 from vit_at.errors import UserError, nearest
 from vit_at.training import objectives
 from vit_at.workdir.files import CONFIG_FILE, read_json
@@ -105,7 +105,7 @@ def _job(
     # The common variants come last: smoke makes any variant small.
     recipe = f"{source}:{','.join(filter(None, (own, common)))}".removesuffix(":")
     config = configs.load(recipe)
-    known = list(field_names(config))
+    known = list(flatten(config))
     for field in fields:
         if field not in known:
             raise UserError(
