@@ -55,7 +55,7 @@ class Exhibits:
 
     def __init__(self, trained: Trained, examples: Examples):
         self._trained, config = trained, trained.config
-        self._examples = examples
+        self._examples, self.class_names = examples, examples.class_names
         self._params = jax.device_put(trained.params, jax.devices()[0])  # one is enough
         self.threat = dataclasses.replace(Threat.of(config.threat), steps=STEPS)
         apply = models.classifier(trained.model, config.data.mean, config.data.std)
@@ -79,26 +79,14 @@ class Exhibits:
         data.cache_gib = 0.0  # decode only what is shown
         return cls(trained, sources.load(data, data.test_split, threads=data.threads))
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The name of each class."""
-        return self._examples.class_names
-
     def _first(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         images, labels = self._examples.read(np.arange(min(count, len(self._examples))))
         return images.astype(np.float32) / 255, labels
 
     def _perturb(self, images: np.ndarray, labels: np.ndarray, threat: Threat) -> np.ndarray:
+        numbers = jnp.float32(threat.eps), jnp.float32(threat.step_size), jnp.int32(threat.steps)
         with jax.default_matmul_precision("highest"):
-            adversarial = self._attack(
-                self._params,
-                images,
-                labels,
-                jnp.float32(threat.eps),
-                jnp.float32(threat.step_size),
-                jnp.int32(threat.steps),
-            )
-        return np.asarray(adversarial)
+            return np.asarray(self._attack(self._params, images, labels, *numbers))
 
     def _predict(self, images: np.ndarray) -> np.ndarray:
         with jax.default_matmul_precision("highest"):
@@ -179,10 +167,10 @@ class Exhibits:
         for part in np.array_split(rows, -(-len(rows) // 512)):
             of_part = self._examples.read(part)[1]
             labels |= dict(zip(self._examples.indices[part], of_part, strict=True))
-        found: dict[str, dict[str, float]] = {name: {} for name in self._examples.class_names}
+        found: dict[str, dict[str, float]] = {name: {} for name in self.class_names}
         for attack, (index, correct) in outcomes.items():
             of_image = np.array([labels.get(place, -1) for place in index])
-            for label, name in enumerate(self._examples.class_names):
+            for label, name in enumerate(self.class_names):
                 if (of_image == label).any():
                     found[name][attack] = float(correct[of_image == label].mean())
         return found

@@ -6,6 +6,7 @@ which the page sets to a palette for colour-blind readers). Lines also differ in
 """
 
 import base64
+import html
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -73,15 +74,10 @@ def line_chart(
         for i, (name, xs, ys) in shown.items():
             xs, ys = thin(xs, ys, _MOST_POINTS)
             scaled = 100 * np.asarray(ys) if percent else ys
-            few = marked or len(xs) <= 25
-            axes.plot(
-                xs,
-                scaled,
-                color=colour(i),
-                linestyle=_DASHES[i % len(_DASHES)],
-                marker="osD^vP"[i % 6] if few else None,
-                label=name,
-            )
+            look = {"color": colour(i), "linestyle": _DASHES[i % len(_DASHES)]}
+            if marked or len(xs) <= 25:
+                look["marker"] = "osD^vP"[i % 6]
+            axes.plot(xs, scaled, label=name, **look)
         axes.set(xlabel=x, ylabel="%" if percent else "")
         if percent:
             axes.set_ylim(0, max(5.0, 1.04 * axes.dataLim.y1))
@@ -157,14 +153,9 @@ def _svg(title: str, draw: Any, height: float = 2.9) -> str:
         draw(axes)
         axes.set_title(title)
         file = io.StringIO()
-        figure.savefig(
-            file,
-            format="svg",
-            transparent=True,
-            bbox_inches="tight",
-            pad_inches=0.04,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        look = {"transparent": True, "bbox_inches": "tight", "pad_inches": 0.04}
+        figure.savefig(file, format="svg", metadata=nothing, **look)
     return _for_page(file.getvalue(), title)
 
 
@@ -174,13 +165,12 @@ def _for_page(svg: str, title: str) -> str:
     svg = re.sub(r' id="[a-z]\w*_\d+"', "", svg)  # of groups: not used, and not unique in a page
     head, _, rest = svg.partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     variables = {_INK: "var(--ink)", _GRID: "var(--grid)"}
     variables |= {stand_in: f"var(--c{i})" for i, stand_in in enumerate(_STAND_INS)}
     for stand_in, variable in variables.items():
         rest = rest.replace(stand_in, variable)
     rest = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", rest)
-    return f'{head} role="img" aria-label="{label}">{rest}'
+    return f'{head} role="img" aria-label="{html.escape(title)}">{rest}'
 
 
 def png(pixels: np.ndarray, scale: int = 1) -> str:

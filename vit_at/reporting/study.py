@@ -22,21 +22,10 @@ from vit_at.workdir.files import CONFIG_FILE
 from vit_at.workdir.results import AUTOATTACK, in_255ths
 
 # Fields that do not change what is trained: names, places, and how often the run is measured.
-_IRRELEVANT = frozenset(
-    {
-        "name",
-        "seed",
-        "data.dir",
-        "data.cache_gib",
-        "data.threads",
-        "eval.attacks",
-        "eval.batch_size",
-        "eval.num_examples",
-        "checkpoint.every_minutes",
-        "checkpoint.keep",
-        "log_every_steps",
-    }
-)
+_IRRELEVANT = frozenset({"name", "seed", "log_every_steps"})
+_IRRELEVANT |= {"data.dir", "data.cache_gib", "data.threads"}
+_IRRELEVANT |= {"eval.attacks", "eval.batch_size", "eval.num_examples"}
+_IRRELEVANT |= {"checkpoint.every_minutes", "checkpoint.keep"}
 # Fields that training without masks, and natural training, do not use.
 _OF_THE_MASKS = frozenset({"masking.keep_max", "masking.patch_size", "masking.warmup_epochs"})
 _OF_THE_ATTACK = frozenset({"beta", "threat.eps_warmup_epochs", "threat.start", "threat.steps"})
@@ -131,6 +120,38 @@ def method(config: dict[str, Any]) -> str:
     return " + ".join([label, *masks])
 
 
+def facts(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """(label, text) of what a configuration, as nested dicts, says of the training."""
+    model, data, threat, optimizer = (config[n] for n in ("model", "data", "threat", "optimizer"))
+    sizes = [
+        f"{name} {model[name]:g}" for name in ("embed_dim", "depth", "num_heads") if model[name]
+    ]
+    if model["patch_size"]:
+        sizes.append(f"patch {model['patch_size']}")
+    attack = "none"
+    if OBJECTIVES[config["objective"]].attack:
+        attack = (
+            f"{threat['norm']}, eps {in_255ths(threat['eps'])}, {threat['steps']} steps of "
+            f"{in_255ths(threat['step_size'])}"
+        )
+        if threat["eps_warmup_epochs"]:
+            attack += f", eps warm-up over {threat['eps_warmup_epochs']:g} epochs"
+    update = [optimizer["name"], f"learning rate {optimizer['learning_rate']:g}"]
+    update += [f"{optimizer['schedule']} schedule", f"weight decay {optimizer['weight_decay']:g}"]
+    update += [f"gradient clipped at {optimizer['clip_norm']:g}"] if optimizer["clip_norm"] else []
+    return [
+        ("training", method(flatten(config))),
+        ("model", ", ".join([model["name"], *sizes])),
+        ("started from", model["pretrained"] or "scratch"),
+        ("data", f"{data['name']} at {data['image_size']} px, {data['train_split']}"),
+        ("training attack", attack),
+        ("optimiser", ", ".join(update)),
+        ("length", f"{config['epochs']} epochs, batch {config['batch_size']}"),
+        ("training dtype", config["dtype"]),
+        ("seed", str(config["seed"])),
+    ]
+
+
 def describe(field: str, value: Any) -> str:
     """A field and its value in words: 'schedule cosine', 'no weight_decay', 'from scratch'."""
     if field == "model.pretrained":
@@ -168,17 +189,9 @@ class Column:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Column":
-        protocol = record["protocol"]
-        eps, step = protocol.get("eps"), protocol.get("step_size")
-        return cls(
-            record["attack"],
-            protocol["data"],
-            protocol["num_examples"],
-            protocol.get("norm"),
-            eps and round(eps, 9),
-            step and round(step, 9),
-            protocol.get("restarts"),
-        )
+        names = [field.name for field in dataclasses.fields(cls)]
+        values = map((record | record["protocol"]).get, names)
+        return cls(*(round(v, 9) if isinstance(v, float) else v for v in values))
 
     def heading(self, others: Sequence["Column"]) -> str:
         """The attack, with what of its protocol differs from the same attack in other columns."""
@@ -215,9 +228,7 @@ class Table:
 def compare(members: Sequence[Group]) -> Table:
     """Accuracies in per cent: mean ± standard deviation over the seeds of each group."""
     measured = [accuracies(group) for group in members]
-    columns = sorted(
-        dict.fromkeys(column for accuracies in measured for column in accuracies), key=_order
-    )
+    columns = sorted({column: None for found in measured for column in found}, key=_order)
     headings = tuple(column.heading(columns) for column in columns)
     rows = [
         (group.name, len(group.runs), tuple(_cell(found.get(c, []), group) for c in columns))
