@@ -4,7 +4,6 @@
 one sentence with the field, its value, the allowed values and the remedy.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -172,11 +171,6 @@ def check_tokens(config: ConfigDict, num_tokens: int) -> None:
             "image, and with fewer than 16 a transformer hardly learns; choose a smaller patch, "
             "or set model.allow_few_tokens=True"
         )
-
-
-def to_json(config: ConfigDict) -> str:
-    """The configuration as text for ``config.json``."""
-    return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from vit_at import models
 from vit_at.attacks import Threat, curves, pgd_attack
 from vit_at.data import sources
-from vit_at.data.sources import Examples
 from vit_at.reporting import rollout
 from vit_at.training.attack import Draws, draw
 from vit_at.training.masking import Masking
@@ -51,11 +50,18 @@ class Attacked:
 
 
 class Exhibits:
-    """Computes what a report shows of the weights of one run."""
+    """Computes what a report shows of one run's weights, on the test split of its configuration.
 
-    def __init__(self, trained: Trained, examples: Examples):
+    Raises:
+      UserError: the data set can't be read here.
+    """
+
+    def __init__(self, trained: Trained):
         self._trained, config = trained, trained.config
-        self._examples, self.class_names = examples, examples.class_names
+        data = ConfigDict(config.data).unlock()
+        data.cache_gib = 0.0  # decode only what is shown
+        self._examples = sources.load(data, data.test_split, threads=data.threads)
+        self.class_names = self._examples.class_names
         self._params = jax.device_put(trained.params, jax.devices()[0])  # one is enough
         self.threat = dataclasses.replace(Threat.of(config.threat), steps=STEPS)
         apply = models.classifier(trained.model, config.data.mean, config.data.std)
@@ -67,17 +73,6 @@ class Exhibits:
             return pgd_attack(logits_fn, images, labels, jax.random.key(config.seed), threat)
 
         self._attack = jax.jit(attack)
-
-    @classmethod
-    def of(cls, trained: Trained) -> "Exhibits":
-        """On the test split of the run's configuration.
-
-        Raises:
-          UserError: the data set can't be read here.
-        """
-        data = ConfigDict(trained.config.data).unlock()
-        data.cache_gib = 0.0  # decode only what is shown
-        return cls(trained, sources.load(data, data.test_split, threads=data.threads))
 
     def _first(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         images, labels = self._examples.read(np.arange(min(count, len(self._examples))))

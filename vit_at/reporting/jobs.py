@@ -31,36 +31,29 @@ _FIELD_FLAG = re.compile(r"--?config\.([^=]+)")
 class Job(NamedTuple):
     """One run of a sweep, to be started or finished.
 
-    variants and fields: as given to ``add``. arguments: of vit_at.main. free: fields that flags
-    set; a finished run may differ from ``config`` in these.
+    variants: as given to ``add``. arguments: of vit_at.main. free: fields that flags set; a
+    finished run may differ from ``config`` in these.
     """
 
     name: str
     variants: str
-    fields: dict[str, Any]
     config: ConfigDict
     workdir: epath.Path
     arguments: list[str]
     free: frozenset[str]
 
     @property
-    def accuracies(self) -> dict[str, float]:
-        """{attack: accuracy} of what has been measured."""
-        path = self.workdir / RESULTS_FILE
-        records = read_json(path) if path.exists() else []
-        return {record["attack"]: record["accuracy"] for record in records}
-
-    @property
     def finished(self) -> bool:
         """Whether every attack has been measured under this configuration."""
-        path = self.workdir / CONFIG_FILE
-        if not path.exists():
+        path, results = self.workdir / CONFIG_FILE, self.workdir / RESULTS_FILE
+        if not (path.exists() and results.exists()):
             return False
         stored = read_json(path)
         changes = differences(with_added(stored), json.loads(json.dumps(self.config.to_dict())))
         changed = {change.partition(" ")[0] for change in changes}
         wanted = {attack.strip() for attack in stored["eval"]["attacks"].split(",")}
-        return changed <= self.free and wanted <= self.accuracies.keys()
+        measured = {record["attack"] for record in read_json(results)}
+        return changed <= self.free and wanted <= measured
 
 
 def jobs_of(recipe: str, root: epath.Path | None = None, flags: Sequence[str] = ()) -> list[Job]:
@@ -116,9 +109,8 @@ def _job(
         try:
             config.update_from_flattened_dict(fields)
         except TypeError as error:
-            raise UserError(
-                f"the sweep of {source} sets a value of a wrong kind ({error})"
-            ) from error
+            sentence = f"the sweep of {source} sets a value of a wrong kind ({error})"
+            raise UserError(sentence) from error
     objectives.check(config)
     parts = [own] + [f"{field.rpartition('.')[2]}={v}" for field, v in fields.items()]
     name = re.sub(r"[^\w.=+-]+", "_", "-".join(filter(None, parts))).strip("_") or "default"
@@ -126,4 +118,4 @@ def _job(
     arguments += [f"--config.{field}={value}" for field, value in fields.items()]
     arguments += [f"--workdir={root / name}", *flags]
     free = {match[1] for match in map(_FIELD_FLAG.match, flags) if match} | {"dtype"}
-    return Job(name, own, fields, config, root / name, arguments, frozenset(free))
+    return Job(name, own, config, root / name, arguments, frozenset(free))

@@ -8,7 +8,6 @@ Cost: operations of the training of a run, a multiplication and addition counted
 """
 
 import argparse
-import types
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -78,27 +77,20 @@ def cost_of(config: ConfigDict) -> Cost:
 
 
 def summary(name: str) -> str:
-    """A recipe's first line, cost and variants; a study's cost is that of its smallest size."""
+    """A recipe's first line, cost and variants; a study's cost is that of its smallest size.
+
+    The variants are those that not all recipes have.
+    """
     module, cost = configs.find(name), cost_of(configs.load(name))
-    about = [
-        f"{with_prefix(cost.training_flops)}FLOP a run, {with_prefix(cost.parameters)} weights"
-    ]
-    if own := own_variants(name, module):
-        about.append(f"variants {', '.join(own)}")
+    flops, weights = with_prefix(cost.training_flops), with_prefix(cost.parameters)
+    about = [f"{flops}FLOP a run, {weights} weights"]
+    sizes = base.SIZES if name.startswith("study/") else ()
+    if variants := [*sizes, *getattr(module, "OWN", ())]:
+        about.append(f"variants {', '.join(variants)}")
     if hasattr(module, "sweep"):
         about.append("has a sweep")
-    return f"{name:<20} {headline(module)}\n{'':<20} {'; '.join(about)}"
-
-
-def headline(module: types.ModuleType) -> str:
-    """The first line of a recipe's docstring."""
-    return (module.__doc__ or "no docstring").splitlines()[0]
-
-
-def own_variants(name: str, module: types.ModuleType) -> list[str]:
-    """The variants that a recipe has besides those of all recipes; the sizes of a study first."""
-    sizes = base.SIZES if name.startswith("study/") else ()
-    return [*sizes, *getattr(module, "OWN", ())]
+    headline = (module.__doc__ or "no docstring").splitlines()[0]
+    return f"{name:<20} {headline}\n{'':<20} {'; '.join(about)}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

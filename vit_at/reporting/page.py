@@ -120,7 +120,7 @@ def _exhibits(run: Run) -> Exhibits:
         )
     which = run.config["eval"]["checkpoint"]
     there = (run.workdir / "checkpoints" / which).exists()
-    return Exhibits.of(load_trained(run.workdir, which if there else "last"))
+    return Exhibits(load_trained(run.workdir, which if there else "last"))
 
 
 def comparison(runs: Sequence[Run]) -> str:
@@ -148,6 +148,7 @@ def _render(
     missing: Sequence[str],
 ) -> str:
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template.filters |= {"attack_name": study.attack_name, "in_255ths": in_255ths}
     source = (_PACKAGED / "report.html").read_text()
     return template.from_string(source).render(
         title=title,
@@ -155,7 +156,7 @@ def _render(
         sections=sections,
         missing=missing,
         protocol=protocol(runs),
-        results=[_result(record) for record in runs[0].tested] if len(runs) == 1 else [],
+        results=runs[0].tested if len(runs) == 1 else [],
         audits=[found for run in runs for found in audits(run)],
         published=published(runs[0].config),
     )
@@ -182,23 +183,6 @@ def _protocol(run: Run) -> list[tuple[str, str]]:
             ("versions", ", ".join(f"{name} {version}" for name, version in packages.items())),
         ]
     return rows
-
-
-def _result(record: dict[str, Any]) -> dict[str, str]:
-    """A record as the cells of its row."""
-    measured = record["protocol"]
-    threat = []
-    if "eps" in measured:
-        threat.append(f"{measured['norm']} {in_255ths(measured['eps'])}")
-    if "step_size" in measured:
-        threat.append(f"step {in_255ths(measured['step_size'])}, {measured['restarts']} restart(s)")
-    return {
-        "attack": study.attack_name(record["attack"]),
-        "accuracy": f"{100 * record['accuracy']:.2f}",
-        "error": f"{100 * record['standard_error']:.2f}",
-        "images": str(measured["num_examples"]),
-        "threat": ", ".join(threat),
-    }
 
 
 def published(config: dict[str, Any]) -> list[dict[str, Any]]:

@@ -19,11 +19,11 @@ from PIL import Image
 
 from vit_at.reporting.run import Curve, thin
 
-SERIES = 6  # colours; a seventh line has the first colour again, with other dashes
+_SERIES = 6  # colours; a seventh line has the first colour again, with other dashes
 _DASHES = ("-", "--", ":", "-.")
 # Stand-ins for the page's variables: colours that are not used otherwise.
 _INK, _GRID = "#010203", "#040506"
-_STAND_INS = [f"#0a0b{i:02x}" for i in range(SERIES)]
+_STAND_INS = [f"#0a0b{i:02x}" for i in range(_SERIES)]
 _STYLE = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "font.size": 10,
@@ -48,11 +48,6 @@ _STYLE = {
 _MOST_POINTS = 160  # of one line; more are averaged
 
 
-def colour(index: int) -> str:
-    """The stand-in for the page's colour ``--c<index>``."""
-    return _STAND_INS[index % SERIES]
-
-
 def line_chart(
     title: str,
     lines: Mapping[str, Curve],
@@ -74,7 +69,7 @@ def line_chart(
         for i, (name, xs, ys) in shown.items():
             xs, ys = thin(xs, ys, _MOST_POINTS)
             scaled = 100 * np.asarray(ys) if percent else ys
-            look = {"color": colour(i), "linestyle": _DASHES[i % len(_DASHES)]}
+            look = {"color": _STAND_INS[i % _SERIES], "linestyle": _DASHES[i % len(_DASHES)]}
             if marked or len(xs) <= 25:
                 look["marker"] = "osD^vP"[i % 6]
             axes.plot(xs, scaled, label=name, **look)
@@ -119,7 +114,8 @@ def bar_chart(title: str, bars: Mapping[str, Mapping[str, Sequence[float]]]) -> 
 def _bars(axes, index, name, thick, offset, bars) -> None:
     """The bars of one series, with its own colour and hatch, and the means beside them."""
     hatch = ("", "///", "...")[index % 3]
-    look = {"facecolor": "none" if hatch else colour(index), "edgecolor": colour(index)}
+    colour = _STAND_INS[index % _SERIES]
+    look = {"facecolor": "none" if hatch else colour, "edgecolor": colour}
     label = name
     for place, row in enumerate(bars.values()):
         if name not in row:

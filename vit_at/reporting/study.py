@@ -189,9 +189,11 @@ class Column:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Column":
-        names = [field.name for field in dataclasses.fields(cls)]
-        values = map((record | record["protocol"]).get, names)
-        return cls(*(round(v, 9) if isinstance(v, float) else v for v in values))
+        fields = {"attack": record["attack"]} | record["protocol"]
+        own: dict[str, Any] = {f.name: fields.get(f.name) for f in dataclasses.fields(cls)}
+        for name in ("eps", "step_size"):
+            own[name] = own[name] and round(own[name], 9)
+        return cls(**own)
 
     def heading(self, others: Sequence["Column"]) -> str:
         """The attack, with what of its protocol differs from the same attack in other columns."""
@@ -217,9 +219,9 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, int, tuple[str, ...]], ...]
 
-    def markdown(self, first: str = "training") -> str:
+    def markdown(self) -> str:
         """As a GitHub table."""
-        lines = [[first, "seeds", *(f"{heading} %" for heading in self.headings)]]
+        lines = [["training", "seeds", *(f"{heading} %" for heading in self.headings)]]
         lines += [["---"] * len(lines[0])]
         lines += [[name, str(seeds), *cells] for name, seeds, cells in self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
