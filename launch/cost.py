@@ -25,11 +25,17 @@ from vit_at.attacks import Threat
 from vit_at.console import with_prefix
 from vit_at.errors import Parser, one_sentence_errors
 from vit_at.evaluation.protocol import parse_attacks
-from vit_at.models.build import build
-from vit_at.reporting.list_recipes import Cost, cost_of, dataset_of
+from vit_at.reporting.list_recipes import Cost, cost_of
 
 FLOAT32 = 4  # bytes
 _FULL_PRECISION_PASSES = 6  # bfloat16 products that make one of float32
+TEST_IMAGES = {
+    "cifar10": 10_000,
+    "cifar100": 10_000,
+    "imagenette/full-size": 500,
+    "imagenet2012": 50_000,
+    "digits": 359,
+}
 
 
 class Chip(NamedTuple):
@@ -51,19 +57,14 @@ class Chip(NamedTuple):
 CHIPS = {"v5e": Chip(197e12, 200e9, 256), "v6e": Chip(918e12, 400e9, 256)}
 
 
-def evaluation_flops(config: ConfigDict) -> float:
-    """Operations of all evaluations of a run; a float32 product counts as six bfloat16 products.
-
-    Raises:
-      UserError: the size of the data set is not known here.
-    """
-    dataset, validation = dataset_of(config), config.data.validation_examples
-    images = dataset.test * _passes(config, config.eval.attacks)
+def evaluation_flops(config: ConfigDict, forward_flops: float) -> float:
+    """Operations of all evaluations of a run; a float32 product counts as six bfloat16 products."""
+    validation = config.data.validation_examples
+    images = TEST_IMAGES[config.data.name] * _passes(config, config.eval.attacks)
     if config.eval.every_epochs:
         often = config.epochs // config.eval.every_epochs
         images += often * validation * _passes(config, f"clean,{config.eval.validation_attack}")
-    forward = build(config, dataset.classes, "float32").forward_flops()
-    return images * forward * _FULL_PRECISION_PASSES
+    return images * forward_flops * _FULL_PRECISION_PASSES
 
 
 def _passes(config: ConfigDict, attacks: str) -> int:
@@ -91,8 +92,8 @@ def chip_hours(flops: float, chip: Chip, utilisation: float) -> float:
 def report(config: ConfigDict, chip_name: str, utilisation: float) -> str:
     """A recipe's cost, and its efficiency on slices of 8, 64 and 256 chips, as text."""
     chip, cost, batch_size = CHIPS[chip_name], cost_of(config), config.batch_size
-    training = chip_hours(cost.training_flops, chip, utilisation)
-    evaluation = chip_hours(evaluation_flops(config), chip, utilisation)
+    training = chip_hours(cost.steps * cost.step_flops, chip, utilisation)
+    evaluation = chip_hours(evaluation_flops(config, cost.forward_flops), chip, utilisation)
     lines = [
         f"{config.name}: {cost.parameters:,} parameters, {cost.steps:,} updates of "
         f"{with_prefix(cost.step_flops)}FLOP, batch {batch_size}",

@@ -40,14 +40,16 @@ def test_imagenets_cost_is_that_counted_by_hand():
     forward = 2 * (17.56e9 - unread)  # 17.56 G multiply-adds in the paper
     assert training.step_flops == pytest.approx(512 * (2 * 5 + 3) * forward, rel=0.01)
     passes = 50_000 * (1 + 41 + 41 + 201) + 10 * 10_000 * (1 + 11)
-    assert cost.evaluation_flops(config) == pytest.approx(6 * passes * forward, rel=0.01)
+    assert cost.evaluation_flops(config, training.forward_flops) == pytest.approx(
+        6 * passes * forward, rel=0.01
+    )
 
 
 def test_bytes_and_efficiency():
     assert cost.sent_bytes(100, 4) == 2 * 0.75 * 400
     assert cost.sent_bytes(100, 1) == 0
     chip = cost.Chip(flops=100.0, link=10.0, torus=4)
-    training = Cost(parameters=10, steps=1, step_flops=8000.0)
+    training = Cost(parameters=10, steps=1, forward_flops=0.0, step_flops=8000.0)
     # compute 8000 / (4 * 0.5 * 100) = 40 s; 60 bytes at 10 a second: 6 s
     assert cost.efficiency(training, 4, chip, utilisation=0.5) == pytest.approx(40 / 46)
     assert chip.bandwidth(2) == 5.0

@@ -22,58 +22,41 @@ from vit_at.models.build import build
 from vit_at.reporting.list_models import count_parameters
 from vit_at.training.metrics import step_flops
 
-
-class Dataset(NamedTuple):
-    """Numbers of training images, test images and classes."""
-
-    train: int
-    test: int
-    classes: int
-
-
+# Training images and classes of the recipes' data sets.
 _DATASETS = {
-    "cifar10": Dataset(50_000, 10_000, 10),
-    "cifar100": Dataset(50_000, 10_000, 100),
-    "imagenette/full-size": Dataset(12_894, 500, 10),
-    "imagenet2012": Dataset(1_281_167, 50_000, 1000),
-    "digits": Dataset(1438, 359, 10),
+    "cifar10": (50_000, 10),
+    "cifar100": (50_000, 100),
+    "imagenette/full-size": (12_894, 10),
+    "imagenet2012": (1_281_167, 1000),
+    "digits": (1438, 10),
 }
 
 
 class Cost(NamedTuple):
-    """A recipe's parameters, updates, and operations of an update."""
+    """A recipe's parameters, updates, operations of one image's forward pass and of an update."""
 
     parameters: int
     steps: int
+    forward_flops: float
     step_flops: float
-
-    @property
-    def training_flops(self) -> float:
-        """Operations of the training of a run."""
-        return self.steps * self.step_flops
-
-
-def dataset_of(config: ConfigDict) -> Dataset:
-    """The size of a recipe's data set.
-
-    Raises:
-      UserError: it is not known here.
-    """
-    name = config.data.name
-    if name not in _DATASETS:
-        known = ", ".join(_DATASETS)
-        raise UserError(f"the size of data set '{name}' is not known; known are {known}")
-    return _DATASETS[name]
 
 
 def cost_of(config: ConfigDict) -> Cost:
-    """The cost of training a recipe; raises as ``dataset_of``."""
-    dataset = dataset_of(config)
-    model = build(config, dataset.classes, "float32")
-    batch_size, attack_steps = config.batch_size, config.threat.steps
-    steps = config.epochs * ((dataset.train - config.data.validation_examples) // batch_size)
-    flops = step_flops(config.objective, model.forward_flops(), batch_size, attack_steps)
-    return Cost(count_parameters(model), steps, flops)
+    """The cost of training a recipe.
+
+    Raises:
+      UserError: the size of the data set is not known here.
+    """
+    name, batch_size = config.data.name, config.batch_size
+    if name not in _DATASETS:
+        known = ", ".join(_DATASETS)
+        raise UserError(f"the size of data set '{name}' is not known; known are {known}")
+    examples, classes = _DATASETS[name]
+    model = build(config, classes, "float32")
+    forward = model.forward_flops()
+    steps = config.epochs * ((examples - config.data.validation_examples) // batch_size)
+    step = step_flops(config.objective, forward, batch_size, config.threat.steps)
+    return Cost(count_parameters(model), steps, forward, step)
 
 
 def summary(name: str) -> str:
@@ -82,7 +65,7 @@ def summary(name: str) -> str:
     The variants are those that not all recipes have.
     """
     module, cost = configs.find(name), cost_of(configs.load(name))
-    flops, weights = with_prefix(cost.training_flops), with_prefix(cost.parameters)
+    flops, weights = with_prefix(cost.steps * cost.step_flops), with_prefix(cost.parameters)
     about = [f"{flops}FLOP a run, {weights} weights"]
     sizes = base.SIZES if name.startswith("study/") else ()
     if variants := [*sizes, *getattr(module, "OWN", ())]:
