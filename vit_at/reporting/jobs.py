@@ -71,14 +71,15 @@ def jobs_of(recipe: str, root: epath.Path | None = None, flags: Sequence[str] = 
     module = configs.find(source)
     if not hasattr(module, "sweep"):
         raise UserError(f"{source} declares no sweep; add a function sweep(add) beside get_config")
-    entries: list[tuple[str, dict[str, Any]]] = []
+    runs = root or epath.Path("runs") / f"{configs.load(recipe).name}-sweep"
+    jobs: list[Job] = []
 
     def add(variants: str = "", fields: dict[str, Any] | None = None) -> None:
-        entries.append((variants, dict(fields or {})))
+        # The common variants come last: smoke makes any variant small.
+        both = ",".join(filter(None, (variants, common)))
+        jobs.append(_job(f"{source}:{both}".removesuffix(":"), variants, fields or {}, runs, flags))
 
     module.sweep(add)
-    root = root or epath.Path("runs") / f"{configs.load(recipe).name}-sweep"
-    jobs = [_job(source, common, *entry, root, flags) for entry in entries]
     names = [job.name for job in jobs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -87,17 +88,10 @@ def jobs_of(recipe: str, root: epath.Path | None = None, flags: Sequence[str] = 
 
 
 def _job(
-    source: str,
-    common: str,
-    own: str,
-    fields: dict[str, Any],
-    root: epath.Path,
-    flags: Sequence[str],
+    recipe: str, own: str, fields: dict[str, Any], root: epath.Path, flags: Sequence[str]
 ) -> Job:
     """The job of one ``add(own, fields)``."""
-    # The common variants come last: smoke makes any variant small.
-    recipe = f"{source}:{','.join(filter(None, (own, common)))}".removesuffix(":")
-    config = configs.load(recipe)
+    source, config = recipe.partition(":")[0], configs.load(recipe)
     known = list(flatten(config))
     for field in fields:
         if field not in known:

@@ -164,12 +164,8 @@ def _render(
 
 def protocol(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """(label, text) of the runs' configuration and tests; for several, what all share."""
-    described = [dict(_protocol(run)) for run in runs]
-    return [
-        (what, how)
-        for what, how in described[0].items()
-        if all(other.get(what) == how for other in described)
-    ]
+    described = [_protocol(run) for run in runs]
+    return [row for row in described[0] if all(row in other for other in described)]
 
 
 def _protocol(run: Run) -> list[tuple[str, str]]:

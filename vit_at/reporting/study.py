@@ -43,16 +43,10 @@ def find(places: Sequence[str | epath.Path]) -> list[Run]:
         if place.suffix == ".json":
             runs += study_file.read(place)
             continue
-        inner = [place] if (place / CONFIG_FILE).exists() else _inside(place)
-        runs += [Run.read(workdir) for workdir in inner or [place]]
+        own = (place / CONFIG_FILE).exists()
+        inner = [] if own else [path.parent for path in place.glob(f"*/{CONFIG_FILE}")]
+        runs += [Run.read(workdir) for workdir in sorted(inner, key=_by_numbers) or [place]]
     return runs
-
-
-def _inside(place: epath.Path) -> list[epath.Path]:
-    if not place.is_dir():
-        return []
-    runs = (path for path in place.iterdir() if (path / CONFIG_FILE).exists())
-    return sorted(runs, key=_by_numbers)
 
 
 def _by_numbers(path: epath.Path) -> list[str | float]:
