@@ -15,7 +15,7 @@ import types
 
 from ml_collections import ConfigDict
 
-from vit_at.config import field_names
+from vit_at.config import flatten
 from vit_at.configs import default
 from vit_at.errors import UserError, nearest
 
@@ -49,8 +49,8 @@ def load(recipe: str) -> ConfigDict:
         raise UserError(
             f"the recipe '{recipe}' can't be loaded ({_last_line(error)}); correct its get_config"
         ) from error
-    given = set(field_names(config)) if isinstance(config, ConfigDict) else set()
-    if missing := set(field_names(default.get_config())) - given:
+    given = set(flatten(config)) if isinstance(config, ConfigDict) else set()
+    if missing := set(flatten(default.get_config())) - given:
         raise UserError(
             f"the recipe '{recipe}' gives no value for {', '.join(sorted(missing)[:3])}; its "
             "get_config must change and return vit_at.configs.default.get_config()"

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from vit_at.config import field_names, get
+from vit_at.config import flatten
 from vit_at.configs import default
 from vit_at.errors import UserError, nearest
 
@@ -45,7 +45,7 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     Raises:
       UserError: an unknown field, or a value of another type.
     """
-    known = list(field_names(config))
+    known = list(flatten(config))
     for argument in arguments:
         field = argument.removeprefix(FLAG).partition("=")[0]
         if field not in known:
@@ -78,7 +78,7 @@ def _illegal_value(message: str, config: ConfigDict) -> str:
     if not match:
         return message.strip().splitlines()[-1]
     field, value = match[1], match[2]
-    current = get(config, field)
+    current = flatten(config)[field]
     kind = {"bool": "True or False", "int": "a whole number", "float": "a number"}.get(
         type(current).__name__, f"a {type(current).__name__}"
     )
@@ -88,11 +88,12 @@ def _illegal_value(message: str, config: ConfigDict) -> str:
 def describe(config: ConfigDict) -> str:
     """The help text: every field of a configuration with its value and meaning, one a line."""
     lines = ["fields (--config.FIELD=VALUE) with their values here:"]
+    flat = flatten(config)
     for name, meaning in meanings().items():
-        value = get(config, name)
-        if isinstance(value, ConfigDict):
+        if name not in flat:
             lines.append(f"\n  {name}: {meaning}")
             continue
+        value = flat[name]
         shown = f"{value:.4g}" if isinstance(value, float) else repr(value)
         lines.append(f"  {f'{name}={shown}':<42}  {meaning}")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import pytest
 
 import vit_at
 from vit_at import cli, configs
-from vit_at.config import field_names
+from vit_at.config import flatten
 from vit_at.configs import default, fields
 
 RECIPE = "--config=configs/digits_sgd.py"
@@ -209,7 +209,7 @@ def test_what_the_package_exports_is_what_its_home_has():
 def test_every_field_has_a_meaning_and_no_meaning_is_left_over():
     config = default.get_config()
     groups = [name for name, value in config.items() if hasattr(value, "keys")]
-    assert sorted(fields.meanings()) == sorted([*field_names(config), *groups])
+    assert sorted(fields.meanings()) == sorted([*flatten(config), *groups])
     for name, meaning in fields.meanings().items():
         assert len(meaning) > 5, name
         assert not re.match("likewise", meaning), name  # a line of the help stands alone
@@ -218,7 +218,7 @@ def test_every_field_has_a_meaning_and_no_meaning_is_left_over():
 def test_help_of_a_recipe_lists_every_field_with_the_recipes_value(capsys):
     lines = lines_of(capsys, "train", "digits_sgd:ard_prm", "--config.seed=7", "--help")
     text = "\n".join(lines)
-    for field in field_names(default.get_config()):
+    for field in flatten(default.get_config()):
         assert f"  {field}=" in text
     assert "  threat.eps=0.15  " in text
     assert "  seed=7  " in text

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from vit_at import config as configuration
 from vit_at import configs
-from vit_at.config import field_names
+from vit_at.config import flatten
 from vit_at.configs import common, default, digits_sgd
 from vit_at.errors import UserError
 from vit_at.models.build import build
@@ -47,7 +47,7 @@ def test_every_recipe_is_valid_locked_and_builds_its_model(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_adds_no_field_to_the_default(name):
-    assert set(field_names(recipe(name))) == set(field_names(default.get_config()))
+    assert set(flatten(recipe(name))) == set(flatten(default.get_config()))
 
 
 def test_every_field_is_read_by_the_package():
@@ -60,7 +60,7 @@ def test_every_field_is_read_by_the_package():
     validation = (ROOT / "vit_at" / "config.py").read_text()
     whole_groups = set(re.findall(r"\*\*config\.(\w+)", source))
     dead = []
-    for field in field_names(default.get_config()):
+    for field in flatten(default.get_config()):
         group, _, name = field.rpartition(".")
         read = rf"\.{name}\b|[\"']{name}[\"']"
         alive = group in whole_groups or re.search(read, source)

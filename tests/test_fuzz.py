@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vit_at import main, weights
-from vit_at.config import field_names
+from vit_at.config import flatten
 from vit_at.configs import digits_sgd
 from vit_at.data import backends, sources
 from vit_at.errors import UserError, one_sentence_errors
@@ -26,7 +26,7 @@ from vit_at.models.build import build
 from vit_at.training import objectives
 
 ROOT = pathlib.Path(__file__).parent.parent
-FIELDS = list(field_names(digits_sgd.get_config()))
+FIELDS = list(flatten(digits_sgd.get_config()))
 FUZZ = settings(
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60
 )

@@ -11,32 +11,21 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import vit_at
 from vit_at.errors import Parser, nearest
 
-
-class Command(NamedTuple):
-    """The module of a command, and what the help says of it.
-
-    The module has ``main(arguments) -> exit status``, and ``add_arguments(parser)`` for completion.
-    """
-
-    module: str
-    help: str
-
-
-# By module names, so that a command loads what it needs and nothing else.
+# {command: (its module, what the help says)}. A module has ``main(arguments) -> exit status``, and
+# ``add_arguments(parser)`` for completion. By names, so that a command loads only what it needs.
 COMMANDS = {
-    "train": Command("vit_at.main", "train the model of a recipe, or resume its run"),
-    "evaluate": Command("vit_at.evaluate", "measure clean, PGD, CW and AutoAttack accuracy"),
-    "report": Command("vit_at.report", "write runs as one HTML page, or as a table"),
-    "export": Command("vit_at.export", "write the weights of a run for PyTorch"),
-    "prepare": Command("vit_at.prepare", "download and store a data set"),
-    "sweep": Command("vit_at.reporting.sweep", "start the runs of a recipe's sweep"),
-    "recipes": Command("vit_at.reporting.list_recipes", "list the recipes: cost and variants"),
-    "models": Command("vit_at.reporting.list_models", "list the models: size and cost"),
+    "train": ("vit_at.main", "train the model of a recipe, or resume its run"),
+    "evaluate": ("vit_at.evaluate", "measure clean, PGD, CW and AutoAttack accuracy"),
+    "report": ("vit_at.report", "write runs as one HTML page, or as a table"),
+    "export": ("vit_at.export", "write the weights of a run for PyTorch"),
+    "prepare": ("vit_at.prepare", "download and store a data set"),
+    "sweep": ("vit_at.reporting.sweep", "start the runs of a recipe's sweep"),
+    "recipes": ("vit_at.reporting.list_recipes", "list the recipes: cost and variants"),
+    "models": ("vit_at.reporting.list_models", "list the models: size and cost"),
 }
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -45,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status, 2 for a mistake of the user's."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in COMMANDS:
-        return importlib.import_module(COMMANDS[arguments[0]].module).main(arguments[1:])
+        return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
     parser, _ = _parsers()
     if arguments and not arguments[0].startswith("-"):
         near = nearest(arguments[0], COMMANDS)
@@ -65,7 +54,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         "--print-completion", choices=SHELLS, help="print a completion script for this shell"
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    return parser, {name: commands.add_parser(name, help=c.help) for name, c in COMMANDS.items()}
+    subparsers = {name: commands.add_parser(name, help=h) for name, (_, h) in COMMANDS.items()}
+    return parser, subparsers
 
 
 def completion(shell: str) -> str:
@@ -80,9 +70,7 @@ def completion(shell: str) -> str:
     words = {"RECIPE": configs.names(), "MODEL": models.NAMES}
     parser, subparsers = _parsers()
     for name, subparser in subparsers.items():
-        module = importlib.import_module(COMMANDS[name].module)
-        if hasattr(module, "add_arguments"):
-            module.add_arguments(subparser)
+        importlib.import_module(COMMANDS[name][0]).add_arguments(subparser)
         for action in subparser._actions:
             action.choices = words.get(str(action.metavar), action.choices)
             if action.metavar == "WORKDIR":

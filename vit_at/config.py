@@ -4,8 +4,7 @@
 one sentence with the field, its value, the allowed values and the remedy.
 """
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,94 +22,44 @@ CHOICES = {
     "eval.checkpoint": ("best", "last"),
 }
 
-_COUNTS = "a whole number, 1 or more"
-_INDEXES = "a whole number, 0 or more"
-_RATES = "0 or more"
-_SHARES = "from 0 to 1"
-_RANGES: dict[str, tuple[str, ...]] = {
-    _COUNTS: (
-        "epochs",
-        "batch_size",
-        "accumulate_steps",
-        "data.image_size",
-        "threat.steps",
-        "eval.batch_size",
-        "checkpoint.keep",
-        "log_every_steps",
+# {allowed numbers in words: (their test, the fields)}
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "a whole number, 1 or more": (
+        lambda v: v >= 1,
+        "epochs batch_size accumulate_steps log_every_steps "
+        "data.image_size threat.steps eval.batch_size checkpoint.keep",
     ),
-    _INDEXES: (
-        "seed",
-        "model.patch_size",
-        "model.embed_dim",
-        "model.depth",
-        "model.num_heads",
-        "data.validation_examples",
-        "data.crop_padding",
-        "data.threads",
-        "masking.patch_size",
-        "eval.every_epochs",
-        "eval.num_examples",
-        "checkpoint.every_steps",
+    "a whole number, 0 or more": (
+        lambda v: v >= 0,
+        "seed model.patch_size model.embed_dim model.depth model.num_heads "
+        "data.validation_examples data.crop_padding data.threads masking.patch_size "
+        "eval.every_epochs eval.num_examples checkpoint.every_steps",
     ),
-    _RATES: (
-        "beta",
-        "model.mlp_ratio",
-        "model.qk_scale",
-        "data.cache_gib",
-        "mixing.mixup_alpha",
-        "mixing.cutmix_alpha",
-        "threat.eps_warmup_epochs",
-        "masking.warmup_epochs",
-        "optimizer.learning_rate",
-        "optimizer.weight_decay",
-        "optimizer.clip_norm",
-        "optimizer.warmup_epochs",
+    "0 or more": (
+        lambda v: v >= 0 and np.isfinite(v),
+        "beta model.mlp_ratio model.qk_scale data.cache_gib mixing.mixup_alpha mixing.cutmix_alpha "
+        "threat.eps_warmup_epochs masking.warmup_epochs optimizer.learning_rate "
+        "optimizer.weight_decay optimizer.clip_norm optimizer.warmup_epochs "
         "checkpoint.every_minutes",
     ),
-    _SHARES: (
-        "mixing.probability",
-        "mixing.cutmix_probability",
-        "masking.keep_max",
-        "optimizer.drop_factor",
+    "from 0 to 1": (
+        lambda v: 0 <= v <= 1,
+        "mixing.probability mixing.cutmix_probability masking.keep_max optimizer.drop_factor",
     ),
     "from 0 up to but not including 1": (
-        "label_smoothing",
-        "ema_decay",
-        "model.drop_path",
-        "optimizer.momentum",
-        "optimizer.b1",
-        "optimizer.b2",
+        lambda v: 0 <= v < 1,
+        "label_smoothing ema_decay model.drop_path optimizer.momentum optimizer.b1 optimizer.b2",
     ),
 }
-_TESTS: dict[str, Callable[[float], bool]] = {
-    _COUNTS: lambda v: v >= 1,
-    _INDEXES: lambda v: v >= 0,
-    _RATES: lambda v: v >= 0 and np.isfinite(v),
-    _SHARES: lambda v: 0 <= v <= 1,
-    "from 0 up to but not including 1": lambda v: 0 <= v < 1,
-}
-
 
 # Fields that older ``config.json`` files lack, with the value that describes those runs.
 ADDED = {"sharding": "replicated", "model.remat": False, "checkpoint.every_steps": 0}
 
 
 def with_added(stored: dict[str, Any]) -> dict[str, Any]:
-    """Adds the fields of ADDED that a stored configuration lacks, in place."""
-    for field, value in ADDED.items():
-        *groups, name = field.split(".")
-        group = stored
-        for part in groups:
-            group = group.setdefault(part, {})
-        group.setdefault(name, value)
-    return stored
-
-
-def get(config: ConfigDict, field: str) -> Any:
-    """The value of a dotted field."""
-    for part in field.split("."):
-        config = config[part]
-    return config
+    """A stored configuration with the fields of ADDED that it lacks."""
+    flat = flatten(stored)
+    return nested(flat | {field: v for field, v in ADDED.items() if field not in flat})
 
 
 def validate(config: ConfigDict) -> None:
@@ -118,18 +67,18 @@ def validate(config: ConfigDict) -> None:
 
     ``training.objectives.check`` also checks the objective, and what depends on it.
     """
+    flat = flatten(config)
     for field, choices in CHOICES.items():
-        value = get(config, field)
+        value = flat[field]
         if value not in choices:
             raise UserError(
                 f"{field} is '{value}', which is unknown; allowed are {', '.join(choices)} "
                 f"(nearest: {nearest(str(value), choices, 1)})"
             )
-    for allowed, fields in _RANGES.items():
-        for field in fields:
-            value = get(config, field)
-            if not _TESTS[allowed](value):
-                raise UserError(f"{field} is {value}; it must be {allowed}")
+    for allowed, (fits, fields) in _RANGES.items():
+        for field in fields.split():
+            if not fits(flat[field]):
+                raise UserError(f"{field} is {flat[field]}; it must be {allowed}")
     _validate_threat(config)
     _validate_data(config)
     _validate_schedule(config)
@@ -224,11 +173,6 @@ def check_tokens(config: ConfigDict, num_tokens: int) -> None:
         )
 
 
-def to_json(config: ConfigDict) -> str:
-    """The configuration as text for ``config.json``."""
-    return json.dumps(config.to_dict(), indent=2) + "\n"
-
-
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Dotted fields in which two JSON configurations differ, as 'field old -> new'."""
     old, new = flatten(old), flatten(new)
@@ -239,20 +183,24 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{dotted field: value} of nested dicts, with the groups left out."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, (dict, ConfigDict)):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
 
 
-def field_names(config: ConfigDict) -> Iterator[str]:
-    """Every dotted field of a configuration, with the groups left out."""
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from (f"{name}.{inner}" for inner in field_names(value))
-        else:
-            yield name
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of ``flatten``."""
+    tree: dict[str, Any] = {}
+    for field, value in flat.items():
+        *groups, name = field.split(".")
+        group = tree
+        for part in groups:
+            group = group.setdefault(part, {})
+        group[name] = value
+    return tree

@@ -47,8 +47,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, more_options: Iterable[str] = (), **options: Any):
-        options = {"formatter_class": argparse.RawDescriptionHelpFormatter} | options
-        super().__init__(allow_abbrev=False, **options)
+        as_written = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=as_written, **options)
         self._more_options = tuple(more_options)
 
     def parse_args(  # type: ignore[override]

@@ -28,7 +28,7 @@ from vit_at.errors import Parser, UserError, one_sentence_errors
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store, select
 from vit_at.evaluation.protocol import parse_attacks
 from vit_at.reporting.exported import DESCRIPTION_FILE, load_exported
-from vit_at.workdir.checkpoint import Trained, load_trained
+from vit_at.workdir.checkpoint import load_trained
 from vit_at.workdir.files import disk_errors, locked
 from vit_at.workdir.results import Results, as_text
 
@@ -40,13 +40,6 @@ def fraction(text: str) -> float:
         return float(top) / float(bottom or 1)
     except ZeroDivisionError as error:
         raise ValueError(f"'{text}' divides by 0") from error
-
-
-def _load(directory: epath.Path, checkpoint: str) -> tuple[Trained, str]:
-    """The weights of a work directory or of an export, and which they are."""
-    if (directory / DESCRIPTION_FILE).exists():
-        return load_exported(directory), "export"
-    return load_trained(directory, checkpoint), checkpoint
 
 
 def evaluate(
@@ -88,7 +81,8 @@ def evaluate(
       UserError: a directory, data set or option that can't be used.
     """
     workdir = epath.Path(source)
-    trained, which = _load(workdir, checkpoint)
+    exported = (workdir / DESCRIPTION_FILE).exists()
+    trained = load_exported(workdir) if exported else load_trained(workdir, checkpoint)
     config = ConfigDict(trained.config).unlock()
     _set_threat(config.threat, norm, eps, step_size)
     config.data.dir = data_dir or config.data.dir
@@ -102,15 +96,10 @@ def evaluate(
     threads = config.data.threads
     examples = sources.load(config.data, split or config.data.test_split, threads=threads)
     examples = select(examples, num_examples)
-    evaluator = Evaluator(
-        models.classifier(trained.model, config.data.mean, config.data.std),
-        examples,
-        parsed,
-        mesh,
-        batch_size=config.eval.batch_size,
-        seed=seed,
-        threads=threads,
-    )
+    apply = models.classifier(trained.model, config.data.mean, config.data.std)
+    options = {"batch_size": config.eval.batch_size, "seed": seed, "threads": threads}
+    evaluator = Evaluator(apply, examples, parsed, mesh, **options)
+    which = "export" if exported else checkpoint
     weights = {"checkpoint": which, "step": trained.values["step"]}
     with disk_errors(workdir), locked(workdir, "evaluation"):
         return evaluate_and_store(

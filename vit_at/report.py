@@ -1,10 +1,11 @@
 """Writes runs as one HTML page that needs no network, no scripts and no other files.
 
-    vit-at report runs/NAME                         # writes runs/NAME/report/index.html
+    vit-at report runs/NAME                                 # writes runs/NAME/report/index.html
     vit-at report runs/A runs/B --out=page.html
-    vit-at report runs/A runs/B --out=table.md      # only the table, as Markdown
+    vit-at report results/digits_sgd.json --out=table.md    # only the table, as Markdown
+    vit-at report runs/NAME-sweep --out=study.json          # a study file
 
-A directory that holds work directories stands for all of them.
+Each WORKDIR is a work directory, a directory of work directories, or a study file.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from vit_at.reporting.page import write
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
-    parser.add_argument("--out", default="", metavar="FILE", help=".html, or .md: only the table")
+    parser.add_argument("--out", default="", metavar="FILE", help=".html, .md or .json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

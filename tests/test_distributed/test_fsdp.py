@@ -1,5 +1,8 @@
 """A training state that is split over the devices: the same numbers in a fraction of the memory."""
 
+import pathlib
+import sys
+
 import hlo
 import jax
 import numpy as np
@@ -11,10 +14,12 @@ from jax.sharding import PartitionSpec
 from vit_at import models
 from vit_at.distributed import sharding
 from vit_at.models.build import build
-from vit_at.reporting import scaling
 from vit_at.training.setup import initial_state
 from vit_at.training.step import TrainState
 from vit_at.workdir.checkpoint import Checkpoints
+
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "launch"))
+from cost import FLOAT32, sent_bytes
 
 OPTIONS = {"model__embed_dim": 16, "ema_decay": 0.75}
 
@@ -111,7 +116,7 @@ def test_the_compiled_step_sends_what_the_formula_says(both, kind):
     """The gradient once, whatever the micro-batches; and with fsdp the parameters, once."""
     _, state, step = both[kind]
     sent = hlo.collective_bytes(step.as_text())
-    gradient = scaling.FLOAT32 * sum(x.size for x in jax.tree.leaves(state.params))
+    gradient = FLOAT32 * sum(x.size for x in jax.tree.leaves(state.params))
     scattered = 4 * sent.get("reduce-scatter", 0)
     assert gradient <= sent["all-reduce"] + scattered < 1.02 * gradient + 400  # and metrics
     leaves = jax.tree.leaves(both["fsdp"][1].params)
@@ -119,7 +124,7 @@ def test_the_compiled_step_sends_what_the_formula_says(both, kind):
     assert scattered == sent.get("all-gather", 0) == (split if kind == "fsdp" else 0)
     # 2 (N-1)/N of what is reduced, (N-1)/N of what is scattered or gathered
     by_program = 0.75 * (2 * sent["all-reduce"] + scattered + sent.get("all-gather", 0))
-    assert by_program == pytest.approx(scaling.sent_bytes(gradient // 4, 4), rel=0.05)
+    assert by_program == pytest.approx(sent_bytes(gradient // 4, 4), rel=0.05)
 
 
 SLOW = pytest.mark.slow

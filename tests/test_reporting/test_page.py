@@ -97,7 +97,7 @@ def test_charts_take_their_colours_from_the_page(shown):
 
 def test_attacked_images_are_within_eps_and_the_first_of_the_split(trained):
     weights = load_trained(trained, "best")
-    shown = exhibits.Exhibits.of(weights)
+    shown = exhibits.Exhibits(weights)
     found = shown.attacked(4)
     assert np.abs(found.adversarial - found.images).max() <= weights.config.threat.eps + 1e-6
     images, labels = shown._examples.read(np.arange(4))
@@ -108,7 +108,7 @@ def test_attacked_images_are_within_eps_and_the_first_of_the_split(trained):
 
 
 def test_curves_begin_with_clean_accuracy_and_steps_make_the_attack_stronger(trained):
-    shown = exhibits.Exhibits.of(load_trained(trained, "best"))
+    shown = exhibits.Exhibits(load_trained(trained, "best"))
     by_eps, by_steps, count = shown.curves()
     assert count == 48
     (clean,) = [r["accuracy"] for r in Results(trained).records if r["attack"] == "clean"]
@@ -120,7 +120,7 @@ def test_curves_begin_with_clean_accuracy_and_steps_make_the_attack_stronger(tra
 
 
 def test_a_model_too_large_for_the_machine_has_no_curves(trained, monkeypatch):
-    shown = exhibits.Exhibits.of(load_trained(trained, "best"))
+    shown = exhibits.Exhibits(load_trained(trained, "best"))
     assert shown.affordable == 128
     monkeypatch.setitem(exhibits._BUDGET, "cpu", 1e9)
     assert shown.affordable == 0
@@ -128,7 +128,7 @@ def test_a_model_too_large_for_the_machine_has_no_curves(trained, monkeypatch):
 
 
 def test_accuracy_by_class_adds_up_to_the_whole(trained):
-    shown = exhibits.Exhibits.of(load_trained(trained, "best"))
+    shown = exhibits.Exhibits(load_trained(trained, "best"))
     results = Results(trained)
     found = shown.by_class(results, results.records)
     _, labels = shown._examples.read(np.arange(48))
@@ -139,7 +139,7 @@ def test_accuracy_by_class_adds_up_to_the_whole(trained):
 
 
 def test_the_masks_shown_are_those_of_half_the_warm_up(trained):
-    image, draws, epoch = exhibits.Exhibits.of(load_trained(trained, "best")).masks()
+    image, draws, epoch = exhibits.Exhibits(load_trained(trained, "best")).masks()
     assert epoch == 0.5
     assert draws.patch_keep.shape == (2, 4, 4)
     assert (draws.patch_keep.sum((1, 2)) == 8).all()

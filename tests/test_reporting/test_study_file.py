@@ -9,8 +9,9 @@ from test_page import Page
 from test_study import make_run, pgd, record
 
 from vit_at import report
+from vit_at.config import nested
 from vit_at.errors import UserError
-from vit_at.reporting import page, study, study_file
+from vit_at.reporting import page, study
 from vit_at.reporting.run import Run, thin
 
 METRICS = "".join(
@@ -125,7 +126,7 @@ def test_a_foreign_file_is_not_overwritten(runs, tmp_path):
 
 def test_nested_inverts_flatten():
     tree = {"a": 1, "b": {"c": [1, 2], "d": {"e": "f"}}}
-    assert study_file._nested({"a": 1, "b.c": [1, 2], "b.d.e": "f"}) == tree
+    assert nested({"a": 1, "b.c": [1, 2], "b.d.e": "f"}) == tree
 
 
 def test_many_points_are_averaged_and_few_left_alone():

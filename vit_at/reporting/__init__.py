@@ -9,5 +9,5 @@ exhibits    computes what a report shows of a trained model: attacked images, cu
 rollout     attention rollout: where a model looks
 page        the report, one HTML page
 exported    weights for PyTorch, with a model_card
-scaling     estimates what a recipe costs on a TPU slice
+list_recipes, list_models    the recipes and models, with size and cost
 """

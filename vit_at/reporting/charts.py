@@ -48,12 +48,16 @@ def training(runs: Mapping[str, Run]) -> Section:
     for metric, title in _CURVES:
         lines = {name: run.series(metric) for name, run in runs.items()}
         if metric == "eps":
-            lines = {n: line if _attacks(runs[n]) else ([], []) for n, line in lines.items()}
+            for name, run in runs.items():
+                if not OBJECTIVES[run.config["objective"]].attack:
+                    lines[name] = ([], [])
             if all(len(set(values)) <= 1 for _, values in lines.values()):
                 continue
         charts += _over_epochs(title, lines)
     note = "Each point of a long curve is the mean of its neighbours. "
-    return Section("Training", note + _validation_note(runs), tuple(charts))
+    if any(_validation_attack(run) for run in runs.values()):
+        note += "Validation is on held-out training images."
+    return Section("Training", note, tuple(charts))
 
 
 def _over_epochs(title: str, lines: Mapping[str, Curve], percent: bool = False) -> list[str]:
@@ -73,16 +77,6 @@ def with_drawn_curves(runs: Sequence[Run]) -> list[Run]:
         return {name: run.curves[name] for name in kept} if run in drawn else {}
 
     return [dataclasses.replace(run, curves=curves(run)) for run in runs]
-
-
-def _attacks(run: Run) -> bool:
-    return OBJECTIVES[run.config["objective"]].attack is not None
-
-
-def _validation_note(runs: Mapping[str, Run]) -> str:
-    if not any(_validation_attack(run) for run in runs.values()):
-        return ""
-    return "Validation is on held-out training images."
 
 
 def _validation_attack(run: Run) -> str | None:
@@ -166,16 +160,10 @@ def curves(exhibits: Exhibits) -> Section:
 def _curves(title, note, by_eps, by_steps) -> Section:
     eps = {"": (list(by_eps), list(by_eps.values()))}
     steps = {"": (list(by_steps), list(by_steps.values()))}
-    return Section(
-        title,
-        note,
-        (
-            pictures.line_chart("Over eps", eps, x="eps", percent=True, marked=True),
-            pictures.line_chart(
-                "Over attack steps", steps, x="steps", percent=True, marked=True, log=True
-            ),
-        ),
-    )
+    look = {"percent": True, "marked": True}
+    over_eps = pictures.line_chart("Over eps", eps, x="eps", **look)
+    over_steps = pictures.line_chart("Over attack steps", steps, x="steps", log=True, **look)
+    return Section(title, note, (over_eps, over_steps))
 
 
 def by_class(found: Mapping[str, Mapping[str, float]]) -> Section:
@@ -214,12 +202,9 @@ def attacked(shown: Attacked, class_names: Sequence[str], exhibits: Exhibits) ->
             (f"perturbation, {factor:.0f} times", 0.5 + factor * (adversarial - clean)),
         ]
         if shown.rollout is not None:
-            looks = zip(("attention, clean", "attention, attacked"), shown.rollout, strict=True)
-            points = (clean, adversarial)
-            images += [
-                (text, pictures.heat(weights[i], point))
-                for (text, weights), point in zip(looks, points, strict=True)
-            ]
+            before, after = shown.rollout
+            images.append(("attention, clean", pictures.heat(before[i], clean)))
+            images.append(("attention, attacked", pictures.heat(after[i], adversarial)))
         uris = tuple((caption, pictures.png(pixels, scale)) for caption, pixels in images)
         cards.append((f"labelled “{class_names[label]}”", uris))
     threat = exhibits.threat

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from vit_at import models
 from vit_at.attacks import Threat, curves, pgd_attack
 from vit_at.data import sources
-from vit_at.data.sources import Examples
 from vit_at.reporting import rollout
 from vit_at.training.attack import Draws, draw
 from vit_at.training.masking import Masking
@@ -51,11 +50,18 @@ class Attacked:
 
 
 class Exhibits:
-    """Computes what a report shows of the weights of one run."""
+    """Computes what a report shows of one run's weights, on the test split of its configuration.
 
-    def __init__(self, trained: Trained, examples: Examples):
+    Raises:
+      UserError: the data set can't be read here.
+    """
+
+    def __init__(self, trained: Trained):
         self._trained, config = trained, trained.config
-        self._examples = examples
+        data = ConfigDict(config.data).unlock()
+        data.cache_gib = 0.0  # decode only what is shown
+        self._examples = sources.load(data, data.test_split, threads=data.threads)
+        self.class_names = self._examples.class_names
         self._params = jax.device_put(trained.params, jax.devices()[0])  # one is enough
         self.threat = dataclasses.replace(Threat.of(config.threat), steps=STEPS)
         apply = models.classifier(trained.model, config.data.mean, config.data.std)
@@ -68,37 +74,14 @@ class Exhibits:
 
         self._attack = jax.jit(attack)
 
-    @classmethod
-    def of(cls, trained: Trained) -> "Exhibits":
-        """On the test split of the run's configuration.
-
-        Raises:
-          UserError: the data set can't be read here.
-        """
-        data = ConfigDict(trained.config.data).unlock()
-        data.cache_gib = 0.0  # decode only what is shown
-        return cls(trained, sources.load(data, data.test_split, threads=data.threads))
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The name of each class."""
-        return self._examples.class_names
-
     def _first(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         images, labels = self._examples.read(np.arange(min(count, len(self._examples))))
         return images.astype(np.float32) / 255, labels
 
     def _perturb(self, images: np.ndarray, labels: np.ndarray, threat: Threat) -> np.ndarray:
+        numbers = jnp.float32(threat.eps), jnp.float32(threat.step_size), jnp.int32(threat.steps)
         with jax.default_matmul_precision("highest"):
-            adversarial = self._attack(
-                self._params,
-                images,
-                labels,
-                jnp.float32(threat.eps),
-                jnp.float32(threat.step_size),
-                jnp.int32(threat.steps),
-            )
-        return np.asarray(adversarial)
+            return np.asarray(self._attack(self._params, images, labels, *numbers))
 
     def _predict(self, images: np.ndarray) -> np.ndarray:
         with jax.default_matmul_precision("highest"):
@@ -179,10 +162,10 @@ class Exhibits:
         for part in np.array_split(rows, -(-len(rows) // 512)):
             of_part = self._examples.read(part)[1]
             labels |= dict(zip(self._examples.indices[part], of_part, strict=True))
-        found: dict[str, dict[str, float]] = {name: {} for name in self._examples.class_names}
+        found: dict[str, dict[str, float]] = {name: {} for name in self.class_names}
         for attack, (index, correct) in outcomes.items():
             of_image = np.array([labels.get(place, -1) for place in index])
-            for label, name in enumerate(self._examples.class_names):
+            for label, name in enumerate(self.class_names):
                 if (of_image == label).any():
                     found[name][attack] = float(correct[of_image == label].mean())
         return found

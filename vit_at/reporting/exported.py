@@ -1,21 +1,10 @@
 """Exports a run's weights for PyTorch, with a description for leaderboards.
 
-    vit-at export runs/NAME [--checkpoint=best|last] [--output=DIR]
-
-writes ``model.safetensors`` with the names of timm 1.x, for a strict ``load_state_dict``;
-``model.json`` with the arguments of timm's ``create_model``, the normalisation, the training
-configuration, and the results in the fields of RobustBench's ``model_info``; and ``README.md``, a
-model card. In PyTorch:
-
-    about = json.load(open("model.json"))
-    model = timm.create_model(**about["timm"]["create_model"])
-    for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.eps = about["timm"]["layer_norm_eps"]
-    model.load_state_dict(safetensors.torch.load_file("model.safetensors"))
-
-Images in [0, 1] must first be normalised by ``about["normalisation"]``. ``load_exported`` reads
-such a directory back for ``vit_at.evaluate``.
+``export`` writes ``model.safetensors`` with the names of timm 1.x, for a strict
+``load_state_dict``; ``model.json`` with the arguments of timm's ``create_model``, the
+normalisation, the training configuration, and the results in the fields of RobustBench's
+``model_info``; and ``README.md``, a model card with the PyTorch code that loads them.
+``load_exported`` reads such a directory back for ``vit_at.evaluate``.
 """
 
 import hashlib

@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_at import configs
-from vit_at.config import differences, field_names, with_added
+from vit_at.config import differences, flatten, with_added
 from vit_at.errors import UserError, nearest
 from vit_at.training import objectives
 from vit_at.workdir.files import CONFIG_FILE, read_json
@@ -31,36 +31,29 @@ _FIELD_FLAG = re.compile(r"--?config\.([^=]+)")
 class Job(NamedTuple):
     """One run of a sweep, to be started or finished.
 
-    variants and fields: as given to ``add``. arguments: of vit_at.main. free: fields that flags
-    set; a finished run may differ from ``config`` in these.
+    variants: as given to ``add``. arguments: of vit_at.main. free: fields that flags set; a
+    finished run may differ from ``config`` in these.
     """
 
     name: str
     variants: str
-    fields: dict[str, Any]
     config: ConfigDict
     workdir: epath.Path
     arguments: list[str]
     free: frozenset[str]
 
     @property
-    def accuracies(self) -> dict[str, float]:
-        """{attack: accuracy} of what has been measured."""
-        path = self.workdir / RESULTS_FILE
-        records = read_json(path) if path.exists() else []
-        return {record["attack"]: record["accuracy"] for record in records}
-
-    @property
     def finished(self) -> bool:
         """Whether every attack has been measured under this configuration."""
-        path = self.workdir / CONFIG_FILE
-        if not path.exists():
+        path, results = self.workdir / CONFIG_FILE, self.workdir / RESULTS_FILE
+        if not (path.exists() and results.exists()):
             return False
         stored = read_json(path)
         changes = differences(with_added(stored), json.loads(json.dumps(self.config.to_dict())))
         changed = {change.partition(" ")[0] for change in changes}
         wanted = {attack.strip() for attack in stored["eval"]["attacks"].split(",")}
-        return changed <= self.free and wanted <= self.accuracies.keys()
+        measured = {record["attack"] for record in read_json(results)}
+        return changed <= self.free and wanted <= measured
 
 
 def jobs_of(recipe: str, root: epath.Path | None = None, flags: Sequence[str] = ()) -> list[Job]:
@@ -78,14 +71,15 @@ def jobs_of(recipe: str, root: epath.Path | None = None, flags: Sequence[str] = 
     module = configs.find(source)
     if not hasattr(module, "sweep"):
         raise UserError(f"{source} declares no sweep; add a function sweep(add) beside get_config")
-    entries: list[tuple[str, dict[str, Any]]] = []
+    runs = root or epath.Path("runs") / f"{configs.load(recipe).name}-sweep"
+    jobs: list[Job] = []
 
     def add(variants: str = "", fields: dict[str, Any] | None = None) -> None:
-        entries.append((variants, dict(fields or {})))
+        # The common variants come last: smoke makes any variant small.
+        both = ",".join(filter(None, (variants, common)))
+        jobs.append(_job(f"{source}:{both}".removesuffix(":"), variants, fields or {}, runs, flags))
 
     module.sweep(add)
-    root = root or epath.Path("runs") / f"{configs.load(recipe).name}-sweep"
-    jobs = [_job(source, common, *entry, root, flags) for entry in entries]
     names = [job.name for job in jobs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -94,18 +88,11 @@ def jobs_of(recipe: str, root: epath.Path | None = None, flags: Sequence[str] = 
 
 
 def _job(
-    source: str,
-    common: str,
-    own: str,
-    fields: dict[str, Any],
-    root: epath.Path,
-    flags: Sequence[str],
+    recipe: str, own: str, fields: dict[str, Any], root: epath.Path, flags: Sequence[str]
 ) -> Job:
     """The job of one ``add(own, fields)``."""
-    # The common variants come last: smoke makes any variant small.
-    recipe = f"{source}:{','.join(filter(None, (own, common)))}".removesuffix(":")
-    config = configs.load(recipe)
-    known = list(field_names(config))
+    source, config = recipe.partition(":")[0], configs.load(recipe)
+    known = list(flatten(config))
     for field in fields:
         if field not in known:
             raise UserError(
@@ -116,9 +103,8 @@ def _job(
         try:
             config.update_from_flattened_dict(fields)
         except TypeError as error:
-            raise UserError(
-                f"the sweep of {source} sets a value of a wrong kind ({error})"
-            ) from error
+            sentence = f"the sweep of {source} sets a value of a wrong kind ({error})"
+            raise UserError(sentence) from error
     objectives.check(config)
     parts = [own] + [f"{field.rpartition('.')[2]}={v}" for field, v in fields.items()]
     name = re.sub(r"[^\w.=+-]+", "_", "-".join(filter(None, parts))).strip("_") or "default"
@@ -126,4 +112,4 @@ def _job(
     arguments += [f"--config.{field}={value}" for field, value in fields.items()]
     arguments += [f"--workdir={root / name}", *flags]
     free = {match[1] for match in map(_FIELD_FLAG.match, flags) if match} | {"dtype"}
-    return Job(name, own, fields, config, root / name, arguments, frozenset(free))
+    return Job(name, own, config, root / name, arguments, frozenset(free))

@@ -10,6 +10,7 @@ addition; parameters: with a head for 1000 classes.
 import argparse
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -17,17 +18,22 @@ from vit_at import models
 from vit_at.errors import Parser, one_sentence_errors
 
 
+def count_parameters(model: Any) -> int:
+    """The number of a model's parameters; nothing is allocated."""
+    shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
 def describe(name: str) -> str:
-    """The line of one model; nothing is allocated.
+    """The line of one model.
 
     Raises:
       UserError: an unknown name.
     """
     model = models.create(name, num_classes=1000)
-    shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    millions = count_parameters(model) / 1e6
     return (
-        f"{name:<36} {parameters / 1e6:>7.1f} M  {model.forward_flops() / 1e9:>6.1f} GFLOP  "
+        f"{name:<36} {millions:>7.1f} M  {model.forward_flops() / 1e9:>6.1f} GFLOP  "
         f"{model.image_size} px, patch {model.patch_size}"
     )
 

@@ -8,39 +8,72 @@ Cost: operations of the training of a run, a multiplication and addition counted
 """
 
 import argparse
-import types
 from collections.abc import Sequence
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
 
 from vit_at import configs
 from vit_at.configs import common
 from vit_at.configs.study import base
 from vit_at.console import with_prefix
-from vit_at.errors import Parser, one_sentence_errors
-from vit_at.reporting.scaling import cost_of
+from vit_at.errors import Parser, UserError, one_sentence_errors
+from vit_at.models.build import build
+from vit_at.reporting.list_models import count_parameters
+from vit_at.training.metrics import step_flops
+
+# Training images and classes of the recipes' data sets.
+_DATASETS = {
+    "cifar10": (50_000, 10),
+    "cifar100": (50_000, 100),
+    "imagenette/full-size": (12_894, 10),
+    "imagenet2012": (1_281_167, 1000),
+    "digits": (1438, 10),
+}
+
+
+class Cost(NamedTuple):
+    """A recipe's parameters, updates, operations of one image's forward pass and of an update."""
+
+    parameters: int
+    steps: int
+    forward_flops: float
+    step_flops: float
+
+
+def cost_of(config: ConfigDict) -> Cost:
+    """The cost of training a recipe.
+
+    Raises:
+      UserError: the size of the data set is not known here.
+    """
+    name, batch_size = config.data.name, config.batch_size
+    if name not in _DATASETS:
+        known = ", ".join(_DATASETS)
+        raise UserError(f"the size of data set '{name}' is not known; known are {known}")
+    examples, classes = _DATASETS[name]
+    model = build(config, classes, "float32")
+    forward = model.forward_flops()
+    steps = config.epochs * ((examples - config.data.validation_examples) // batch_size)
+    step = step_flops(config.objective, forward, batch_size, config.threat.steps)
+    return Cost(count_parameters(model), steps, forward, step)
 
 
 def summary(name: str) -> str:
-    """A recipe's first line, cost and variants; a study's cost is that of its smallest size."""
+    """A recipe's first line, cost and variants; a study's cost is that of its smallest size.
+
+    The variants are those that not all recipes have.
+    """
     module, cost = configs.find(name), cost_of(configs.load(name))
-    about = [
-        f"{with_prefix(cost.training_flops)}FLOP a run, {with_prefix(cost.parameters)} weights"
-    ]
-    if own := own_variants(name, module):
-        about.append(f"variants {', '.join(own)}")
+    flops, weights = with_prefix(cost.steps * cost.step_flops), with_prefix(cost.parameters)
+    about = [f"{flops}FLOP a run, {weights} weights"]
+    sizes = base.SIZES if name.startswith("study/") else ()
+    if variants := [*sizes, *getattr(module, "OWN", ())]:
+        about.append(f"variants {', '.join(variants)}")
     if hasattr(module, "sweep"):
         about.append("has a sweep")
-    return f"{name:<20} {headline(module)}\n{'':<20} {'; '.join(about)}"
-
-
-def headline(module: types.ModuleType) -> str:
-    """The first line of a recipe's docstring."""
-    return (module.__doc__ or "no docstring").splitlines()[0]
-
-
-def own_variants(name: str, module: types.ModuleType) -> list[str]:
-    """The variants that a recipe has besides those of all recipes; the sizes of a study first."""
-    sizes = base.SIZES if name.startswith("study/") else ()
-    return [*sizes, *getattr(module, "OWN", ())]
+    headline = (module.__doc__ or "no docstring").splitlines()[0]
+    return f"{name:<20} {headline}\n{'':<20} {'; '.join(about)}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vit_at.config import flatten
-from vit_at.reporting.study import method
+from vit_at.reporting.study import facts, method
 from vit_at.training.objectives import OBJECTIVES
 from vit_at.workdir.results import as_text
 
@@ -42,7 +42,7 @@ def model_card(about: dict[str, Any]) -> str:
         _results(about.get("results") or ()),
     ]
     if training:
-        parts += ["## Training", _training(training)]
+        parts += ["## Training", "\n".join(f"- {what} {how}" for what, how in facts(training))]
     parts += ["## Limits", _limits(about, training)]
     return "\n\n".join(parts) + "\n"
 
@@ -71,22 +71,6 @@ def _results(records: Sequence[dict[str, Any]]) -> str:
         return "These weights have not been evaluated."
     said = "Accuracy and the main fields of its protocol; the whole protocol is in `model.json`."
     return f"{said}\n\n```\n{as_text(records)}\n```"
-
-
-def _training(training: dict[str, Any]) -> str:
-    threat, optimizer = training["threat"], training["optimizer"]
-    lines = [
-        f"- {training['epochs']} epochs, batch {training['batch_size']}, seed {training['seed']}",
-        f"- {optimizer['name']}, learning rate {optimizer['learning_rate']:g} "
-        f"({optimizer['schedule']}), weight decay {optimizer['weight_decay']:g}",
-        f"- started from {training['model']['pretrained'] or 'scratch'}",
-    ]
-    if OBJECTIVES[training["objective"]].attack:
-        lines.append(
-            f"- attack: {threat['norm']}, eps {threat['eps']:.4g}, {threat['steps']} steps of "
-            f"{threat['step_size']:.4g}, in pixel units"
-        )
-    return "\n".join(lines)
 
 
 def _limits(about: dict[str, Any], training: dict[str, Any] | None) -> str:

@@ -1,14 +1,8 @@
 """The report: one HTML page that needs no network, scripts or other files.
 
-    vit-at report runs/NAME                                 # writes runs/NAME/report/index.html
-    vit-at report runs/A runs/B --out=page.html
-    vit-at report results/digits_sgd.json --out=table.md    # only the table, as Markdown
-    vit-at report runs/NAME-sweep --out=study.json          # a study file
-
-A place is a work directory, a directory of work directories, or a study file. A single run gets
-its protocol, curves, results beside published ones, and attacked images. Several runs are
-compared: their curves in the same charts, and a table of mean and standard deviation over the
-seeds. The page names what it can't show, such as the images of a run without a checkpoint.
+A single run gets its protocol, curves, results beside published ones, and attacked images. Several
+runs are compared: their curves in the same charts, and a table of mean and standard deviation over
+the seeds. The page names what it can't show, such as the images of a run without a checkpoint.
 """
 
 import html
@@ -23,12 +17,10 @@ from absl import logging
 from etils import epath
 
 from vit_at.attacks.autoattack.audit import MEANING
-from vit_at.config import flatten
 from vit_at.errors import UserError
 from vit_at.reporting import charts, study, study_file
 from vit_at.reporting.exhibits import Exhibits
 from vit_at.reporting.run import Run
-from vit_at.training.objectives import OBJECTIVES
 from vit_at.workdir.checkpoint import load_trained
 from vit_at.workdir.files import write_atomically
 from vit_at.workdir.results import RESULTS_FILE, Results, in_255ths
@@ -110,13 +102,7 @@ def single(run: Run) -> str:
                 "Accuracy over eps and over attack steps would take too long on this machine; the "
                 "audit of an AutoAttack evaluation has both."
             )
-    return _render(
-        title=run.config["name"],
-        runs=[run],
-        table=None,
-        sections=sections,
-        missing=missing,
-    )
+    return _render(run.config["name"], [run], None, sections, missing)
 
 
 def _exhibits(run: Run) -> Exhibits:
@@ -134,7 +120,7 @@ def _exhibits(run: Run) -> Exhibits:
         )
     which = run.config["eval"]["checkpoint"]
     there = (run.workdir / "checkpoints" / which).exists()
-    return Exhibits.of(load_trained(run.workdir, which if there else "last"))
+    return Exhibits(load_trained(run.workdir, which if there else "last"))
 
 
 def comparison(runs: Sequence[Run]) -> str:
@@ -151,67 +137,39 @@ def comparison(runs: Sequence[Run]) -> str:
         missing.append(f"Training curves of {', '.join(without)}: there are no metrics here.")
     if untested := [run.name for run in runs if not run.tested]:
         missing.append(f"Not evaluated yet: {', '.join(untested)}.")
-    return _render(
-        title=f"{len(runs)} runs compared",
-        runs=runs,
+    return _render(f"{len(runs)} runs compared", runs, table, sections, missing)
+
+
+def _render(
+    title: str,
+    runs: Sequence[Run],
+    table: study.Table | None,
+    sections: Sequence[charts.Section],
+    missing: Sequence[str],
+) -> str:
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template.filters |= {"attack_name": study.attack_name, "in_255ths": in_255ths}
+    source = (_PACKAGED / "report.html").read_text()
+    return template.from_string(source).render(
+        title=title,
         table=table,
         sections=sections,
         missing=missing,
-    )
-
-
-def _render(*, runs: Sequence[Run], **values: Any) -> str:
-    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    source = (_PACKAGED / "report.html").read_text()
-    return template.from_string(source).render(
         protocol=protocol(runs),
-        results=[_result(record) for record in runs[0].tested] if len(runs) == 1 else [],
+        results=runs[0].tested if len(runs) == 1 else [],
         audits=[found for run in runs for found in audits(run)],
         published=published(runs[0].config),
-        **values,
     )
 
 
 def protocol(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """(label, text) of the runs' configuration and tests; for several, what all share."""
-    described = [dict(_protocol(run)) for run in runs]
-    return [
-        (what, how)
-        for what, how in described[0].items()
-        if all(other.get(what) == how for other in described)
-    ]
+    described = [_protocol(run) for run in runs]
+    return [row for row in described[0] if all(row in other for other in described)]
 
 
 def _protocol(run: Run) -> list[tuple[str, str]]:
-    config = run.config
-    model, data, threat, optimizer = (config[n] for n in ("model", "data", "threat", "optimizer"))
-    sizes = [
-        f"{name} {model[name]:g}" for name in ("embed_dim", "depth", "num_heads") if model[name]
-    ]
-    if model["patch_size"]:
-        sizes.append(f"patch {model['patch_size']}")
-    attack = "none"
-    if OBJECTIVES[config["objective"]].attack:
-        attack = (
-            f"{threat['norm']}, eps {in_255ths(threat['eps'])}, {threat['steps']} steps of "
-            f"{in_255ths(threat['step_size'])}"
-        )
-        if threat["eps_warmup_epochs"]:
-            attack += f", eps warm-up over {threat['eps_warmup_epochs']:g} epochs"
-    update = [optimizer["name"], f"learning rate {optimizer['learning_rate']:g}"]
-    update += [f"{optimizer['schedule']} schedule", f"weight decay {optimizer['weight_decay']:g}"]
-    update += [f"gradient clipped at {optimizer['clip_norm']:g}"] if optimizer["clip_norm"] else []
-    rows = [
-        ("training", study.method(flatten(config))),
-        ("model", ", ".join([model["name"], *sizes])),
-        ("starts from", model["pretrained"] or "scratch"),
-        ("data", f"{data['name']} at {data['image_size']} px, {data['train_split']}"),
-        ("training attack", attack),
-        ("optimiser", ", ".join(update)),
-        ("length", f"{config['epochs']} epochs, batch {config['batch_size']}"),
-        ("training dtype", config["dtype"]),
-        ("seed", str(config["seed"])),
-    ]
+    rows = study.facts(run.config)
     if run.tested:
         measured = run.tested[0]["protocol"]
         weights, packages = measured["weights"], measured["packages"]
@@ -221,23 +179,6 @@ def _protocol(run: Run) -> list[tuple[str, str]]:
             ("versions", ", ".join(f"{name} {version}" for name, version in packages.items())),
         ]
     return rows
-
-
-def _result(record: dict[str, Any]) -> dict[str, str]:
-    """A record as the cells of its row."""
-    measured = record["protocol"]
-    threat = []
-    if "eps" in measured:
-        threat.append(f"{measured['norm']} {in_255ths(measured['eps'])}")
-    if "step_size" in measured:
-        threat.append(f"step {in_255ths(measured['step_size'])}, {measured['restarts']} restart(s)")
-    return {
-        "attack": study.attack_name(record["attack"]),
-        "accuracy": f"{100 * record['accuracy']:.2f}",
-        "error": f"{100 * record['standard_error']:.2f}",
-        "images": str(measured["num_examples"]),
-        "threat": ", ".join(threat),
-    }
 
 
 def published(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -252,10 +193,9 @@ def published(config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def audits(run: Run) -> list[dict[str, str]]:
     """The flags that the audit of each AutoAttack evaluation has raised, with their meaning."""
-    found = []
     words = json.loads((_PACKAGED / "flags.json").read_text())
-    for record in run.tested:
-        for flag, detail in record.get("audit", {}).get("flags", {}).items():
-            about = {"flag": flag, "meaning": MEANING[flag], "found": detail}
-            found.append(about | words[flag])
-    return found
+    return [
+        {"flag": flag, "meaning": MEANING[flag], "found": detail} | words[flag]
+        for record in run.tested
+        for flag, detail in record.get("audit", {}).get("flags", {}).items()
+    ]

@@ -6,6 +6,7 @@ which the page sets to a palette for colour-blind readers). Lines also differ in
 """
 
 import base64
+import html
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -18,11 +19,11 @@ from PIL import Image
 
 from vit_at.reporting.run import Curve, thin
 
-SERIES = 6  # colours; a seventh line has the first colour again, with other dashes
+_SERIES = 6  # colours; a seventh line has the first colour again, with other dashes
 _DASHES = ("-", "--", ":", "-.")
 # Stand-ins for the page's variables: colours that are not used otherwise.
 _INK, _GRID = "#010203", "#040506"
-_STAND_INS = [f"#0a0b{i:02x}" for i in range(SERIES)]
+_STAND_INS = [f"#0a0b{i:02x}" for i in range(_SERIES)]
 _STYLE = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "font.size": 10,
@@ -47,11 +48,6 @@ _STYLE = {
 _MOST_POINTS = 160  # of one line; more are averaged
 
 
-def colour(index: int) -> str:
-    """The stand-in for the page's colour ``--c<index>``."""
-    return _STAND_INS[index % SERIES]
-
-
 def line_chart(
     title: str,
     lines: Mapping[str, Curve],
@@ -73,15 +69,10 @@ def line_chart(
         for i, (name, xs, ys) in shown.items():
             xs, ys = thin(xs, ys, _MOST_POINTS)
             scaled = 100 * np.asarray(ys) if percent else ys
-            few = marked or len(xs) <= 25
-            axes.plot(
-                xs,
-                scaled,
-                color=colour(i),
-                linestyle=_DASHES[i % len(_DASHES)],
-                marker="osD^vP"[i % 6] if few else None,
-                label=name,
-            )
+            look = {"color": _STAND_INS[i % _SERIES], "linestyle": _DASHES[i % len(_DASHES)]}
+            if marked or len(xs) <= 25:
+                look["marker"] = "osD^vP"[i % 6]
+            axes.plot(xs, scaled, label=name, **look)
         axes.set(xlabel=x, ylabel="%" if percent else "")
         if percent:
             axes.set_ylim(0, max(5.0, 1.04 * axes.dataLim.y1))
@@ -123,7 +114,8 @@ def bar_chart(title: str, bars: Mapping[str, Mapping[str, Sequence[float]]]) -> 
 def _bars(axes, index, name, thick, offset, bars) -> None:
     """The bars of one series, with its own colour and hatch, and the means beside them."""
     hatch = ("", "///", "...")[index % 3]
-    look = {"facecolor": "none" if hatch else colour(index), "edgecolor": colour(index)}
+    colour = _STAND_INS[index % _SERIES]
+    look = {"facecolor": "none" if hatch else colour, "edgecolor": colour}
     label = name
     for place, row in enumerate(bars.values()):
         if name not in row:
@@ -157,14 +149,9 @@ def _svg(title: str, draw: Any, height: float = 2.9) -> str:
         draw(axes)
         axes.set_title(title)
         file = io.StringIO()
-        figure.savefig(
-            file,
-            format="svg",
-            transparent=True,
-            bbox_inches="tight",
-            pad_inches=0.04,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        look = {"transparent": True, "bbox_inches": "tight", "pad_inches": 0.04}
+        figure.savefig(file, format="svg", metadata=nothing, **look)
     return _for_page(file.getvalue(), title)
 
 
@@ -174,13 +161,12 @@ def _for_page(svg: str, title: str) -> str:
     svg = re.sub(r' id="[a-z]\w*_\d+"', "", svg)  # of groups: not used, and not unique in a page
     head, _, rest = svg.partition(">")
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    label = title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     variables = {_INK: "var(--ink)", _GRID: "var(--grid)"}
     variables |= {stand_in: f"var(--c{i})" for i, stand_in in enumerate(_STAND_INS)}
     for stand_in, variable in variables.items():
         rest = rest.replace(stand_in, variable)
     rest = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", rest)
-    return f'{head} role="img" aria-label="{label}">{rest}'
+    return f'{head} role="img" aria-label="{html.escape(title)}">{rest}'
 
 
 def png(pixels: np.ndarray, scale: int = 1) -> str:

@@ -22,21 +22,10 @@ from vit_at.workdir.files import CONFIG_FILE
 from vit_at.workdir.results import AUTOATTACK, in_255ths
 
 # Fields that do not change what is trained: names, places, and how often the run is measured.
-_IRRELEVANT = frozenset(
-    {
-        "name",
-        "seed",
-        "data.dir",
-        "data.cache_gib",
-        "data.threads",
-        "eval.attacks",
-        "eval.batch_size",
-        "eval.num_examples",
-        "checkpoint.every_minutes",
-        "checkpoint.keep",
-        "log_every_steps",
-    }
-)
+_IRRELEVANT = frozenset({"name", "seed", "log_every_steps"})
+_IRRELEVANT |= {"data.dir", "data.cache_gib", "data.threads"}
+_IRRELEVANT |= {"eval.attacks", "eval.batch_size", "eval.num_examples"}
+_IRRELEVANT |= {"checkpoint.every_minutes", "checkpoint.keep"}
 # Fields that training without masks, and natural training, do not use.
 _OF_THE_MASKS = frozenset({"masking.keep_max", "masking.patch_size", "masking.warmup_epochs"})
 _OF_THE_ATTACK = frozenset({"beta", "threat.eps_warmup_epochs", "threat.start", "threat.steps"})
@@ -54,16 +43,10 @@ def find(places: Sequence[str | epath.Path]) -> list[Run]:
         if place.suffix == ".json":
             runs += study_file.read(place)
             continue
-        inner = [place] if (place / CONFIG_FILE).exists() else _inside(place)
-        runs += [Run.read(workdir) for workdir in inner or [place]]
+        own = (place / CONFIG_FILE).exists()
+        inner = [] if own else [path.parent for path in place.glob(f"*/{CONFIG_FILE}")]
+        runs += [Run.read(workdir) for workdir in sorted(inner, key=_by_numbers) or [place]]
     return runs
-
-
-def _inside(place: epath.Path) -> list[epath.Path]:
-    if not place.is_dir():
-        return []
-    runs = (path for path in place.iterdir() if (path / CONFIG_FILE).exists())
-    return sorted(runs, key=_by_numbers)
 
 
 def _by_numbers(path: epath.Path) -> list[str | float]:
@@ -131,6 +114,38 @@ def method(config: dict[str, Any]) -> str:
     return " + ".join([label, *masks])
 
 
+def facts(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """(label, text) of what a configuration, as nested dicts, says of the training."""
+    model, data, threat, optimizer = (config[n] for n in ("model", "data", "threat", "optimizer"))
+    sizes = [
+        f"{name} {model[name]:g}" for name in ("embed_dim", "depth", "num_heads") if model[name]
+    ]
+    if model["patch_size"]:
+        sizes.append(f"patch {model['patch_size']}")
+    attack = "none"
+    if OBJECTIVES[config["objective"]].attack:
+        attack = (
+            f"{threat['norm']}, eps {in_255ths(threat['eps'])}, {threat['steps']} steps of "
+            f"{in_255ths(threat['step_size'])}"
+        )
+        if threat["eps_warmup_epochs"]:
+            attack += f", eps warm-up over {threat['eps_warmup_epochs']:g} epochs"
+    update = [optimizer["name"], f"learning rate {optimizer['learning_rate']:g}"]
+    update += [f"{optimizer['schedule']} schedule", f"weight decay {optimizer['weight_decay']:g}"]
+    update += [f"gradient clipped at {optimizer['clip_norm']:g}"] if optimizer["clip_norm"] else []
+    return [
+        ("training", method(flatten(config))),
+        ("model", ", ".join([model["name"], *sizes])),
+        ("started from", model["pretrained"] or "scratch"),
+        ("data", f"{data['name']} at {data['image_size']} px, {data['train_split']}"),
+        ("training attack", attack),
+        ("optimiser", ", ".join(update)),
+        ("length", f"{config['epochs']} epochs, batch {config['batch_size']}"),
+        ("training dtype", config["dtype"]),
+        ("seed", str(config["seed"])),
+    ]
+
+
 def describe(field: str, value: Any) -> str:
     """A field and its value in words: 'schedule cosine', 'no weight_decay', 'from scratch'."""
     if field == "model.pretrained":
@@ -168,17 +183,11 @@ class Column:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Column":
-        protocol = record["protocol"]
-        eps, step = protocol.get("eps"), protocol.get("step_size")
-        return cls(
-            record["attack"],
-            protocol["data"],
-            protocol["num_examples"],
-            protocol.get("norm"),
-            eps and round(eps, 9),
-            step and round(step, 9),
-            protocol.get("restarts"),
-        )
+        fields = {"attack": record["attack"]} | record["protocol"]
+        own: dict[str, Any] = {f.name: fields.get(f.name) for f in dataclasses.fields(cls)}
+        for name in ("eps", "step_size"):
+            own[name] = own[name] and round(own[name], 9)
+        return cls(**own)
 
     def heading(self, others: Sequence["Column"]) -> str:
         """The attack, with what of its protocol differs from the same attack in other columns."""
@@ -204,9 +213,9 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, int, tuple[str, ...]], ...]
 
-    def markdown(self, first: str = "training") -> str:
+    def markdown(self) -> str:
         """As a GitHub table."""
-        lines = [[first, "seeds", *(f"{heading} %" for heading in self.headings)]]
+        lines = [["training", "seeds", *(f"{heading} %" for heading in self.headings)]]
         lines += [["---"] * len(lines[0])]
         lines += [[name, str(seeds), *cells] for name, seeds, cells in self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -215,9 +224,7 @@ class Table:
 def compare(members: Sequence[Group]) -> Table:
     """Accuracies in per cent: mean ± standard deviation over the seeds of each group."""
     measured = [accuracies(group) for group in members]
-    columns = sorted(
-        dict.fromkeys(column for accuracies in measured for column in accuracies), key=_order
-    )
+    columns = sorted({column: None for found in measured for column in found}, key=_order)
     headings = tuple(column.heading(columns) for column in columns)
     rows = [
         (group.name, len(group.runs), tuple(_cell(found.get(c, []), group) for c in columns))

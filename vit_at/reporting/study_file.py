@@ -20,7 +20,7 @@ from typing import Any
 
 from etils import epath
 
-from vit_at.config import flatten
+from vit_at.config import flatten, nested
 from vit_at.errors import UserError
 from vit_at.reporting.run import Curve, Run, thin
 from vit_at.workdir.files import as_config, read_json, write_atomically
@@ -93,9 +93,9 @@ def _packed(run: Run, config: dict[str, Any], protocols: dict[str, Any]) -> dict
 
 
 def _unpacked(entry: dict[str, Any], stored: dict[str, Any]) -> Run:
-    config = as_config(_nested(stored["config"] | entry["config"])).to_dict()
+    config = as_config(nested(stored["config"] | entry["config"])).to_dict()
     records = [
-        record | {"protocol": _nested(stored["protocols"][record["attack"]] | record["protocol"])}
+        record | {"protocol": nested(stored["protocols"][record["attack"]] | record["protocol"])}
         for record in entry["records"]
     ]
     curves = {name: (xs, ys) for name, (xs, ys) in entry.get("curves", {}).items()}
@@ -122,15 +122,3 @@ def _shared(flat: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def _without(flat: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in flat.items() if field not in shared}
-
-
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of ``flatten``."""
-    tree: dict[str, Any] = {}
-    for field, value in flat.items():
-        *groups, name = field.split(".")
-        group = tree
-        for part in groups:
-            group = group.setdefault(part, {})
-        group[name] = value
-    return tree

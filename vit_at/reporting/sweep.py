@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
@@ -90,8 +90,13 @@ class Pool:
 
     def run(self, jobs: Sequence[Job]) -> int:
         """Runs all jobs, also after one has failed; returns the exit status, see ``main``."""
-        with self._handling_signals(), ThreadPoolExecutor(self._parallel) as threads:
-            statuses = list(threads.map(self._run, jobs))
+        before = {n: signal.signal(n, self._end) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with ThreadPoolExecutor(self._parallel) as threads:
+                statuses = list(threads.map(self._run, jobs))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
         for job, status in zip(jobs, statuses, strict=True):
             if status:
                 print(f"run {job.name} ended with status {status}", file=sys.stderr)
@@ -119,16 +124,6 @@ class Pool:
             status = process.wait()
             self._running.discard(process)
         return status
-
-    @contextlib.contextmanager
-    def _handling_signals(self) -> Iterator[None]:
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, self._end) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _end(self, number: int, frame: object) -> None:
         with self._lock:

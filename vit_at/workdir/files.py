@@ -108,7 +108,7 @@ def write_config(workdir: epath.Path, config: ConfigDict) -> None:
     Raises:
       UserError: the work directory holds another configuration.
     """
-    path, text = workdir / CONFIG_FILE, configuration.to_json(config)
+    path, text = workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n"
     if path.exists():
         stored = configuration.with_added(read_json(path))
         changes = configuration.differences(stored, json.loads(text))

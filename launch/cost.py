@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """Estimates what a recipe costs on a TPU slice: compute and communication.
 
-    python -m vit_at.reporting.scaling configs/imagenet_vit_b.py [--chip=v6e] [--utilisation=0.4]
+    python launch/cost.py imagenet_vit_b [--chip=v6e] [--utilisation=0.4]
 
 An update computes F operations (``metrics.step_flops``, most of them the attack's) and all-reduces
 the gradient of P float32 parameters. With ``sharding=fsdp`` it gathers the parameters and
@@ -14,29 +15,26 @@ This is a lower bound, as it assumes no overlap. C and W are from data sheets, u
 and nothing here has been measured on such a slice.
 """
 
-import math
 import sys
 from typing import NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
-from vit_at import configs, models
+from vit_at import configs
 from vit_at.attacks import Threat
-from vit_at.errors import Parser, UserError, one_sentence_errors
+from vit_at.console import with_prefix
+from vit_at.errors import Parser, one_sentence_errors
 from vit_at.evaluation.protocol import parse_attacks
-from vit_at.models.build import build
-from vit_at.training import metrics
+from vit_at.reporting.list_recipes import Cost, cost_of
 
 FLOAT32 = 4  # bytes
 _FULL_PRECISION_PASSES = 6  # bfloat16 products that make one of float32
-# Training images, test images and classes of the recipes' data sets.
-_DATA = {
-    "cifar10": (50_000, 10_000, 10),
-    "cifar100": (50_000, 10_000, 100),
-    "imagenette/full-size": (12_894, 500, 10),
-    "imagenet2012": (1_281_167, 50_000, 1000),
-    "digits": (1438, 359, 10),
+TEST_IMAGES = {
+    "cifar10": 10_000,
+    "cifar100": 10_000,
+    "imagenette/full-size": 500,
+    "imagenet2012": 50_000,
+    "digits": 359,
 }
 
 
@@ -59,46 +57,14 @@ class Chip(NamedTuple):
 CHIPS = {"v5e": Chip(197e12, 200e9, 256), "v6e": Chip(918e12, 400e9, 256)}
 
 
-class Cost(NamedTuple):
-    """A recipe's parameters, operations of an update and of a whole run, updates, batch size."""
-
-    parameters: int
-    step_flops: float
-    training_flops: float
-    evaluation_flops: float
-    steps: int
-    batch_size: int
-
-
-def cost_of(config: ConfigDict) -> Cost:
-    """The cost of a recipe; an evaluation's float32 products count as six bfloat16 products.
-
-    Raises:
-      UserError: the size of the data set is not known here.
-    """
-    if config.data.name not in _DATA:
-        raise UserError(
-            f"the size of data set '{config.data.name}' is not known; known are {', '.join(_DATA)}"
-        )
-    train, test, classes = _DATA[config.data.name]
+def evaluation_flops(config: ConfigDict, forward_flops: float) -> float:
+    """Operations of all evaluations of a run; a float32 product counts as six bfloat16 products."""
     validation = config.data.validation_examples
-    model = build(config, classes, "float32")
-    shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
-    forward = model.forward_flops()
-    step = metrics.step_flops(config.objective, forward, config.batch_size, config.threat.steps)
-    steps = config.epochs * ((train - validation) // config.batch_size)
-    images = test * _passes(config, config.eval.attacks)
+    images = TEST_IMAGES[config.data.name] * _passes(config, config.eval.attacks)
     if config.eval.every_epochs:
         often = config.epochs // config.eval.every_epochs
         images += often * validation * _passes(config, f"clean,{config.eval.validation_attack}")
-    return Cost(
-        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)),
-        step_flops=step,
-        training_flops=steps * step,
-        evaluation_flops=images * forward * _FULL_PRECISION_PASSES,
-        steps=steps,
-        batch_size=config.batch_size,
-    )
+    return images * forward_flops * _FULL_PRECISION_PASSES
 
 
 def _passes(config: ConfigDict, attacks: str) -> int:
@@ -125,38 +91,30 @@ def chip_hours(flops: float, chip: Chip, utilisation: float) -> float:
 
 def report(config: ConfigDict, chip_name: str, utilisation: float) -> str:
     """A recipe's cost, and its efficiency on slices of 8, 64 and 256 chips, as text."""
-    chip, cost = CHIPS[chip_name], cost_of(config)
-    hours = [
-        chip_hours(flops, chip, utilisation)
-        for flops in (cost.training_flops, cost.evaluation_flops)
-    ]
+    chip, cost, batch_size = CHIPS[chip_name], cost_of(config), config.batch_size
+    training = chip_hours(cost.steps * cost.step_flops, chip, utilisation)
+    evaluation = chip_hours(evaluation_flops(config, cost.forward_flops), chip, utilisation)
     lines = [
         f"{config.name}: {cost.parameters:,} parameters, {cost.steps:,} updates of "
-        f"{metrics.with_prefix(cost.step_flops)}FLOP, batch {cost.batch_size}",
+        f"{with_prefix(cost.step_flops)}FLOP, batch {batch_size}",
         f"chip-hours on {chip_name} at {utilisation:.0%} of its peak, estimated: "
-        f"{hours[0]:.2g} training, {hours[1]:.2g} evaluation",
+        f"{training:.2g} training, {evaluation:.2g} evaluation",
         "chips  images a chip  sent MB  efficiency",
     ]
     for chips in (8, 64, 256):
-        if cost.batch_size % chips:
-            lines.append(f"{chips:>5}  the batch of {cost.batch_size} does not divide")
+        if batch_size % chips:
+            lines.append(f"{chips:>5}  the batch of {batch_size} does not divide")
             continue
         share = efficiency(cost, chips, chip, utilisation)
         megabytes = sent_bytes(cost.parameters, chips) / 1e6
-        lines.append(
-            f"{chips:>5}  {cost.batch_size // chips:>13}  {megabytes:>7.0f}  {share:>10.0%}"
-        )
+        lines.append(f"{chips:>5}  {batch_size // chips:>13}  {megabytes:>7.0f}  {share:>10.0%}")
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints ``report`` for each recipe."""
-    parser = Parser(
-        prog="python -m vit_at.reporting.scaling",
-        description="Estimates what recipes cost on a TPU slice.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("recipes", nargs="+", help="such as configs/imagenet_vit_b.py")
+    """Prints ``report`` for each recipe; returns the exit status."""
+    parser = Parser(prog="launch/cost.py", description=__doc__)
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="such as imagenet_vit_b")
     parser.add_argument("--chip", choices=CHIPS, default="v5e")
     parser.add_argument("--utilisation", type=float, default=0.4, help="assumed share of the peak")
     options = parser.parse_args(arguments)
