@@ -31,12 +31,11 @@ def configure(*batch_sizes: int, cache: str = CACHE) -> None:
       batch_sizes: the number of devices divides each of them, so it may be less than the cores.
       cache: directory of compiled programs; '' means none.
     """
-    chosen_by_user = (
-        _DEVICE_COUNT_FLAG in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
-    )
-    if not chosen_by_user:
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _DEVICE_COUNT_FLAG not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", cpu_devices(_cores(), *batch_sizes))
-    use_compilation_cache(cache)
+    if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
     jax.monitoring.register_event_duration_secs_listener(_trim_after_compilation)
 
 
@@ -45,12 +44,6 @@ def _trim_after_compilation(event: str, duration: float, **_: object) -> None:
     if event == _COMPILATION and duration > _LONG_COMPILATION:
         with contextlib.suppress(AttributeError, OSError):  # only glibc has it
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def use_compilation_cache(directory: str) -> None:
-    """Caches compiled programs in ``directory``; no-op for '' or if the environment sets one."""
-    if directory and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
 
 
 def cpu_devices(cores: int, *batch_sizes: int) -> int:

@@ -32,6 +32,7 @@ from vit_at.errors import UserError
 
 EXIT_LOST = 75  # another process is gone; launchers start again (EX_TEMPFAIL of sysexits.h)
 EXIT_FAILED, EXIT_MISTAKE = 1, 2
+_RESUME = "run the same command again on all of them to resume from the last checkpoint"
 HEARTBEAT_SECONDS = 60  # JAX gives up a silent process after this long
 
 _peers: "Peers | None" = None
@@ -110,9 +111,6 @@ def _detected(seconds: int) -> tuple[str, int, int, Sequence[int] | None]:
     return address or "", count or 1, process or 0, devices
 
 
-# --- Ending together --------------------------------------------------------------------------
-
-
 class Peers:
     """The other processes of a run; a thread watches the connections to them."""
 
@@ -129,12 +127,8 @@ class Peers:
             for key, _ in selector.select():
                 message = key.data.receive(5)
                 if message is None:
-                    self.end(
-                        EXIT_LOST,
-                        f"process {key.data.process} of {self._count} is gone without a message; "
-                        "run the same command again on all of them to resume from the last "
-                        "checkpoint",
-                    )
+                    gone = f"process {key.data.process} of {self._count} is gone without a message"
+                    self.end(EXIT_LOST, f"{gone}; {_RESUME}")
                 elif "exit" in message:
                     self.end(message["exit"], message["text"])
                 else:  # it finished
@@ -212,26 +206,19 @@ def end_on_sigterm() -> None:
 
 def agree(value: bool) -> bool:
     """Process 0's value, on every process; all processes must call it."""
-    if jax.process_count() == 1:
-        return value
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def all_of(value: bool) -> bool:
     """Whether the value is true on every process; all processes must call it."""
-    if jax.process_count() == 1:
-        return value
     return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))
 
 
 def any_of(values: np.ndarray) -> np.ndarray:
     """[N] bool, true where any process has true; all processes must call it."""
-    if jax.process_count() == 1:
-        return values
     return np.any(multihost_utils.process_allgather(values), axis=0)
 
 
 def barrier(name: str) -> None:
     """Waits until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    multihost_utils.sync_global_devices(name)
