@@ -50,10 +50,10 @@ def _plain_fingerprint(tree: Any) -> list[int]:
 
 def _abstract(tree: Any, mesh: Mesh) -> Any:
     """Shapes with the shardings to restore to: an array's own, or whole on every device."""
+    whole = NamedSharding(mesh, sharding.WHOLE)
 
     def of_array(x):
         own = getattr(x, "sharding", None)
-        whole = NamedSharding(mesh, sharding.WHOLE)
         laid = own if isinstance(own, NamedSharding) else whole
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid)
 
@@ -130,11 +130,9 @@ class Series:
                 reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
             if processes.all_of(found is not None):
                 return found
-            logging.warning(
-                "checkpoint %s is corrupt (%s); falling back to the one before it",
-                self._directory / str(step),
-                reason,
-            )
+            path = self._directory / str(step)
+            remedy = "falling back to the one before it"
+            logging.warning("checkpoint %s is corrupt (%s); %s", path, reason, remedy)
             self._move_aside(step)
         return None
 
@@ -142,7 +140,9 @@ class Series:
         if jax.process_index() == 0:
             aside = self._directory.parent / "corrupt"
             aside.mkdir(parents=True, exist_ok=True)
-            (self._directory / str(step)).rename(_free_name(aside, str(step)))
+            taken = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
+            name = f"{step}.{taken}" if taken else str(step)
+            (self._directory / str(step)).rename(aside / name)
         processes.barrier("moved aside")
         self._manager.reload()
 
@@ -157,22 +157,13 @@ class Series:
         self._manager.close()
 
 
-def _free_name(directory: epath.Path, name: str) -> epath.Path:
-    taken = sum(path.name.split(".")[0] == name for path in directory.iterdir())
-    return directory / (f"{name}.{taken}" if taken else name)
-
-
 class Checkpoints:
     """The two series of a work directory: ``last`` for resuming, ``best`` for testing."""
 
-    def __init__(self, workdir: epath.Path, keep: int = 2, *, read_only: bool = False):
-        self._root = root = workdir / "checkpoints"
-        self.last = Series(root / "last", keep, read_only=read_only)
-        self.best = Series(root / "best", 2, read_only=read_only)  # the second: if one is corrupt
-
-    def save(self, step: int, trees: dict[str, Any], values: dict[str, Any]) -> None:
-        """Starts to save the training state, as named trees, under its step."""
-        self.last.save(step, trees, values)
+    def __init__(self, workdir: epath.Path, keep: int = 2):
+        self._root = workdir / "checkpoints"
+        self.last = Series(self._root / "last", keep)
+        self.best = Series(self._root / "best", 2)  # the second: if one is corrupt
 
     def restore(
         self, trees: dict[str, Any], mesh: Mesh
