@@ -52,9 +52,6 @@ def split_rows(split: str, lengths: dict[str, int], name: str) -> list[tuple[str
     ]
 
 
-# --- Image folders ----------------------------------------------------------------------------
-
-
 def open_folder(root: Path, split: str) -> Encoded:
     """Opens root/<split>/<class>/<image>; labels number the sorted classes of all splits.
 
@@ -90,23 +87,17 @@ def _folders(path: Path) -> list[str]:
 
 def _files(split: Path) -> list[str]:
     """The sorted <class>/<image> of a split."""
-    files, left_out = [], 0
+    files, left_out, kinds = [], 0, ", ".join(IMAGE_SUFFIXES)
     for folder in _folders(split):
         names = os.listdir(split / folder)
         found = sorted(n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and n[0] != ".")
         left_out += len(names) - len(found)
         if not found:
-            raise UserError(
-                f"{split / folder} has no images ({', '.join(IMAGE_SUFFIXES)}); fill or remove it"
-            )
+            raise UserError(f"{split / folder} has no images ({kinds}); fill or remove it")
         files += [f"{folder}/{name}" for name in found]
     if left_out:
-        kinds = ", ".join(IMAGE_SUFFIXES)
         logging.warning("%d files of %s are left out: hidden, or no %s", left_out, split, kinds)
     return files
-
-
-# --- TFDS -------------------------------------------------------------------------------------
 
 
 def tfds_directory(data_dir: str = "") -> epath.Path:

@@ -90,13 +90,8 @@ class Evaluator:
     ):
         self.attacks = tuple(attacks)
         self._examples, self._mesh = examples, mesh
-        self._batches = {
-            "batch_size": batch_size,
-            "threads": threads,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
         self._apply, self._seed = apply, seed
+        self._batch_size, self._threads = batch_size, threads
         self.details: dict[str, dict[str, Any]] = {}
         plain = [a for a in attacks if a.kind != AUTOATTACK]
         self._outcomes = {a.name: make_outcome_fn(apply, a, mesh, seed) for a in plain}
@@ -115,25 +110,20 @@ class Evaluator:
         workdir: epath.Path | None = None,
     ) -> np.ndarray:
         """Correct [N] bool after one of the attacks; workdir: for AutoAttack's progress."""
-        batch_size = self._batches["batch_size"]
+        batch_size, process = self._batch_size, (jax.process_index(), jax.process_count())
         if attack.kind == AUTOATTACK:
+            options: dict[str, Any] = {"seed": self._seed, "batch_size": batch_size}
+            options |= {"workdir": workdir, "progress": progress}
             correct, self.details[attack.name] = evaluate_autoattack(
-                self._apply,
-                params,
-                self._examples,
-                attack,
-                self._mesh,
-                seed=self._seed,
-                batch_size=batch_size,
-                workdir=workdir,
-                progress=progress,
+                self._apply, params, self._examples, attack, self._mesh, **options
             )
             return correct
         params = sharding.replicate(params, self._mesh)
-        total = -(-len(self._examples) // batch_size)
-        bar = Progress(total, 0, "batch") if progress else None
+        bar = Progress(-(-len(self._examples) // batch_size), 0, "batch") if progress else None
         correct, accuracy = np.zeros(len(self._examples), bool), Average.empty()
-        for batch in pipeline.eval_batches(self._examples, **self._batches):
+        for batch in pipeline.eval_batches(
+            self._examples, batch_size=batch_size, threads=self._threads, process=process
+        ):
             where, real = batch["index"], batch.pop("mask")
             batch["index"] = np.where(real, self._examples.indices[where], 0).astype(np.uint32)
             outcome = self._outcomes[attack.name](params, sharding.split_batch(batch, self._mesh))

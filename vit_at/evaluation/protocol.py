@@ -99,11 +99,8 @@ def record(
         if attack.kind == AUTOATTACK:
             protocol |= {"version": attack.version}
         else:
-            protocol |= {
-                "step_size": float(threat.step_size),
-                "steps": threat.steps,
-                "restarts": attack.restarts,
-            }
+            protocol |= {"step_size": float(threat.step_size), "steps": threat.steps}
+            protocol |= {"restarts": attack.restarts}
     accuracy = float(correct.mean())
     return {
         "attack": attack.name,
