@@ -109,8 +109,7 @@ def tfds_directory(data_dir: str = "") -> epath.Path:
 def find_prepared(name: str, directory: epath.PathLike) -> epath.Path | None:
     """The newest prepared version of NAME[/CONFIG][:VERSION] in a TFDS directory, or None.
 
-    Raises:
-      UserError: the name has no config, and several are prepared.
+    UserError if the name has no config, and several are prepared.
     """
     name, _, version = name.partition(":")
     root = epath.Path(directory) / name
@@ -183,7 +182,7 @@ def open_tfds(name: str, data_dir: str, split: str) -> Encoded:
         )
     lengths = {key: value.num_examples for key, value in info.splits.items()}
     indices = np.concatenate([rows for _, rows in split_rows(split, lengths, info.full_name)])
-    # Images stay encoded: `transforms.decode` resizes them. TFDS's decoding warns about OpenCV.
+    # Images stay encoded: `sources.decode` resizes them. TFDS's decoding warns about OpenCV.
     images = [key for key, value in features.items() if isinstance(value, tfds.features.Image)]
     skip = {key: tfds.decode.SkipDecoding() for key in images}
     records = builder.as_data_source(split, decoders=skip) if len(indices) else []

@@ -85,10 +85,9 @@ def initialize(
         initialization_timeout=seconds,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
-    _peers = Peers(process_id, num_processes, connections)
-    logging.info(
-        "process %d of %d, joined in %.1f s", process_id, num_processes, time.monotonic() - begin
-    )
+    _peers = Peers(num_processes, connections)
+    took = time.monotonic() - begin
+    logging.info("process %d of %d, joined in %.1f s", process_id, num_processes, took)
     if jax.process_index():
         logging.set_verbosity(logging.ERROR)
 
@@ -114,8 +113,8 @@ def _detected(seconds: int) -> tuple[str, int, int, Sequence[int] | None]:
 class Peers:
     """The other processes of a run; a thread watches the connections to them."""
 
-    def __init__(self, process: int, count: int, connections: list[Connection]):
-        self._process, self._count, self._connections = process, count, connections
+    def __init__(self, count: int, connections: list[Connection]):
+        self._count, self._connections = count, connections
         self._ending = threading.Lock()
         threading.Thread(target=self._watch, daemon=True).start()
 

@@ -48,10 +48,9 @@ class Attack:
 
 
 def parse_attacks(names: str, threat: Threat, restarts: int = 1) -> list[Attack]:
-    """What to run, from names such as 'clean,pgd-20,cw-20'; the numbers are attack steps.
+    """What to run, from names such as 'clean,pgd-20,cw-20'; UserError for another form of name.
 
-    Raises:
-      UserError: a name of another form.
+    The numbers are attack steps.
     """
     return [_parse_attack(name.strip(), threat, restarts) for name in names.split(",")]
 

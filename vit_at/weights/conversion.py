@@ -153,11 +153,7 @@ def from_timm(state_dict: StateDict, model: Any) -> Any:
 
 
 def convert(state_dict: StateDict, model: Any, key: jax.Array | None = None) -> tuple[Any, Report]:
-    """from_timm with a report; ``key`` initialises a new head, by default jax.random.key(0).
-
-    Raises:
-      UserError: as from_timm.
-    """
+    """from_timm with a report; ``key`` initialises a new head, by default jax.random.key(0)."""
     key = jax.random.key(0) if key is None else key
     abstract = _init.eval_shape(model, key)
     shapes = timm_shapes(abstract, model)

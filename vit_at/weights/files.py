@@ -168,7 +168,8 @@ def _from_google(arrays: StateDict, path: pathlib.Path) -> StateDict:
         weight = left.pop(f"{google}/scale", None)
         if weight is None:
             kernel = left.pop(f"{google}/kernel")
-            weight = kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T
+            flat = kernel.reshape(-1, kernel.shape[-1])  # attention's has an axis of heads
+            weight = kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else flat.T
         out[f"{timm}.weight"], out[f"{timm}.bias"] = weight, left.pop(f"{google}/bias")
 
     def move_block(timm: str, google: str) -> None:
@@ -183,8 +184,7 @@ def _from_google(arrays: StateDict, path: pathlib.Path) -> StateDict:
         out[f"{timm}.attn.qkv.weight"] = np.concatenate([k.reshape(d, -1).T for k in kernels])
         biases = [left.pop(f"{part}/bias").reshape(-1) for part in parts]
         out[f"{timm}.attn.qkv.bias"] = np.concatenate(biases)
-        out[f"{timm}.attn.proj.weight"] = left.pop(f"{attention}/out/kernel").reshape(-1, d).T
-        out[f"{timm}.attn.proj.bias"] = left.pop(f"{attention}/out/bias")
+        move(f"{timm}.attn.proj", f"{attention}/out")
 
     try:
         out["cls_token"] = left.pop("cls")

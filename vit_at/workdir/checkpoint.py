@@ -85,8 +85,7 @@ class Series:
     def save(self, step: int, trees: dict[str, Any], values: dict[str, Any]) -> None:
         """Starts to write a checkpoint; the arrays may be donated as soon as this returns.
 
-        Raises:
-          UserError: this or the previous save found the disk full or the directory not writable.
+        UserError if this or the previous save found the disk full or the directory not writable.
         """
         values = values | {"fingerprints": {n: _plain_fingerprint(t) for n, t in trees.items()}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
@@ -104,10 +103,8 @@ class Series:
         """The named trees of a checkpoint, on the devices as the given ones are.
 
         trees: {name: tree of arrays or shapes}, which the stored ones must match; where shapes are
-        given, the arrays come whole onto every device of ``mesh``.
-
-        Raises:
-          ValueError: the stored arrays have changed on disk, or belong to another model.
+        given, the arrays come whole onto every device of ``mesh``. ValueError if the stored arrays
+        have changed on disk, or belong to another model.
         """
         items = {n: ocp.args.StandardRestore(_abstract(t, mesh)) for n, t in trees.items()}
         items["values"] = ocp.args.JsonRestore()
@@ -170,8 +167,7 @@ class Checkpoints:
     ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """The newest intact (step, trees, values); None if nothing has been saved.
 
-        Raises:
-          UserError: there are checkpoints, but none can be read.
+        UserError if there are checkpoints, but none can be read.
         """
 
         def read(step):
@@ -212,15 +208,12 @@ class Checkpoints:
 
 
 class Trained(NamedTuple):
-    """The weights of a work directory, ready to use.
-
-    values: the plain values of the checkpoint: step, num_classes, class_names, ...
-    """
+    """The weights of a work directory, ready to use."""
 
     config: ConfigDict
     model: Any
     params: Any
-    values: dict[str, Any]
+    values: dict[str, Any]  # of the checkpoint: step, num_classes, class_names, ...
 
 
 def load_trained(workdir: str | epath.Path, which: str, dtype: str = "float32") -> Trained:
