@@ -34,8 +34,7 @@ def train_labels(n, batch_size, first, last, *, seed=0, threads=2, processes=1):
                 first_step=first,
                 last_step=last,
                 threads=threads,
-                process_index=index,
-                process_count=processes,
+                process=(index, processes),
             )
         ]
         for index in range(processes)
@@ -109,8 +108,7 @@ def test_each_process_reads_only_its_part():
         first_step=0,
         last_step=1,
         threads=1,
-        process_index=1,
-        process_count=2,
+        process=(1, 2),
     )
     (batch,) = batches
     assert sorted(read) == sorted(batch["label"])
@@ -157,8 +155,7 @@ def test_evaluation_sees_every_example_once_in_order(n, part, processes):
                 examples,
                 batch_size=batch_size,
                 threads=2,
-                process_index=index,
-                process_count=processes,
+                process=(index, processes),
             )
         )
         for index in range(processes)
@@ -184,7 +181,7 @@ def test_batch_size_must_divide_among_processes():
     with pytest.raises(UserError, match=r"^batch_size is 10; .* multiple of the 4 processes"):
         train_labels(100, 10, 0, 1, processes=4)
     with pytest.raises(UserError, match=r"eval.batch_size is 10; it must be a multiple"):
-        pipeline.eval_batches(make_examples(5), batch_size=10, threads=1, process_count=4)
+        pipeline.eval_batches(make_examples(5), batch_size=10, threads=1, process=(0, 4))
     with pytest.raises(UserError, match=r"batch_size is 101, more than the 100"):
         train_labels(100, 101, 0, 1)
 

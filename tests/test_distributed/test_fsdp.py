@@ -101,7 +101,7 @@ def test_a_checkpoint_is_restored_on_another_number_of_devices(tmp_path, before,
         checkpoints = Checkpoints(epath.Path(tmp_path), keep=2)
         state = sharding.distribute(host, meshes[n], kind)
         if n == before and checkpoints.last.latest_step() is None:
-            checkpoints.save(3, state.trees, {"step": 3})
+            checkpoints.last.save(3, state.trees, {"step": 3})
         step, restored, _ = checkpoints.restore(state.trees, meshes[n])
         checkpoints.close()
         assert step == 3

@@ -148,7 +148,7 @@ from vit_at.distributed import rendezvous, processes
 from vit_at.errors import UserError
 port, process, deed = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 connections = rendezvous.connect("127.0.0.1", port, 2, process, 20)
-processes._peers = processes.Peers(process, 2, connections)
+processes._peers = processes.Peers(2, connections)
 with processes.shared_exit():
     if process == 1:
         if deed == "kill":

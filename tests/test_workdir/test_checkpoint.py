@@ -63,7 +63,7 @@ def said(monkeypatch):
 def save(workdir, *steps, ema=False):
     checkpoints = Checkpoints(workdir, keep=3)
     for step in steps:
-        checkpoints.save(step, state_of(step, ema).trees, values_of(step))
+        checkpoints.last.save(step, state_of(step, ema).trees, values_of(step))
     checkpoints.close()
 
 
@@ -104,7 +104,7 @@ def test_with_nothing_saved_nothing_is_restored(workdir):
 def test_the_state_may_be_donated_once_save_returns(workdir):
     checkpoints = Checkpoints(workdir, keep=1)
     state = state_of(1)
-    checkpoints.save(1, state.trees, values_of(1))
+    checkpoints.last.save(1, state.trees, values_of(1))
     jax.tree.map(lambda x: x.delete(), state)
     checkpoints.close()
     assert_identical(restore(workdir)[0], state_of(1))
@@ -176,7 +176,7 @@ checkpoints = Checkpoints(epath.Path(sys.argv[1]), 2)
 for step in range(1, 1000):
     weights = jnp.full((1000, 1000), float(step))
     state = TrainState(jnp.int32(step), {"w": weights}, {"m": weights}, None)
-    checkpoints.save(step, state.trees, {"step": step})
+    checkpoints.last.save(step, state.trees, {"step": step})
     print(step, flush=True)
 """
 
@@ -212,7 +212,7 @@ def test_old_checkpoints_go_and_the_best_stays(workdir):
     checkpoints = Checkpoints(workdir, keep=2)
     checkpoints.save_best(state_of(1).params, values_of(1))
     for step in (1, 2, 3):
-        checkpoints.save(step, state_of(step).trees, values_of(step))
+        checkpoints.last.save(step, state_of(step).trees, values_of(step))
     checkpoints.save_best(state_of(1).params, values_of(1))  # again, as after a resume
     checkpoints.wait()
     last = workdir / "checkpoints" / "last"
@@ -272,7 +272,7 @@ def test_a_disk_that_cannot_be_written_is_one_sentence(workdir, monkeypatch, num
     with monkeypatch.context() as patched:
         patched.setattr(checkpoints.last._manager, "save", fail)
         with pytest.raises(UserError) as caught:
-            checkpoints.save(1, state_of(1).trees, values_of(1))
+            checkpoints.last.save(1, state_of(1).trees, values_of(1))
     checkpoints.close()
     assert remedy in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -288,7 +288,7 @@ def test_a_checkpoint_that_will_not_fit_is_not_begun(workdir, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**19))
     checkpoints = Checkpoints(workdir)
     with pytest.raises(UserError, match=r"disk is full \(0\.5 MiB are free"):
-        checkpoints.save(1, state_of(1).trees, values_of(1))
+        checkpoints.last.save(1, state_of(1).trees, values_of(1))
     checkpoints.close()
     assert list((workdir / "checkpoints" / "last").iterdir()) == []
 
@@ -307,14 +307,14 @@ def full_disk(tmp_path):
 def test_a_disk_that_is_really_full(full_disk, monkeypatch):
     """As another program fills it: the check before has seen enough room."""
     checkpoints = Checkpoints(full_disk)
-    checkpoints.save(1, state_of(1).trees, values_of(1))
+    checkpoints.last.save(1, state_of(1).trees, values_of(1))
     checkpoints.wait()
     free = shutil.disk_usage(full_disk).free
     (full_disk / "other").write_bytes(bytes(free - 8192))
     usage = shutil.disk_usage(full_disk)
 
     def save_and_wait():
-        checkpoints.save(2, state_of(2).trees, values_of(2))
+        checkpoints.last.save(2, state_of(2).trees, values_of(2))
         checkpoints.wait()
 
     with monkeypatch.context() as patched:
@@ -364,6 +364,6 @@ def test_a_directory_without_a_run_is_refused(workdir):
 def test_a_relative_work_directory_serves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoints = Checkpoints(epath.Path("runs/relative"))
-    checkpoints.save(3, state_of(3).trees, {"step": 3})
+    checkpoints.last.save(3, state_of(3).trees, {"step": 3})
     checkpoints.close()
     assert (tmp_path / "runs" / "relative" / "checkpoints" / "last" / "3").is_dir()

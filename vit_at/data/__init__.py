@@ -1,8 +1,7 @@
 """Images from disk to the device.
 
 backends     open TFDS data sets, image folders and the packaged digits
-transforms   decode an image file, and resize it
-sources      labelled images that are read by position
+sources      labelled images that are read by position, decoded and resized
 pipeline     the order of the images, batches, prefetching, each process's part of a batch
 augment      random crops and flips, on the device
 mixing       mixup and CutMix, on the device

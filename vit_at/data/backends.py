@@ -52,9 +52,6 @@ def split_rows(split: str, lengths: dict[str, int], name: str) -> list[tuple[str
     ]
 
 
-# --- Image folders ----------------------------------------------------------------------------
-
-
 def open_folder(root: Path, split: str) -> Encoded:
     """Opens root/<split>/<class>/<image>; labels number the sorted classes of all splits.
 
@@ -90,23 +87,17 @@ def _folders(path: Path) -> list[str]:
 
 def _files(split: Path) -> list[str]:
     """The sorted <class>/<image> of a split."""
-    files, left_out = [], 0
+    files, left_out, kinds = [], 0, ", ".join(IMAGE_SUFFIXES)
     for folder in _folders(split):
         names = os.listdir(split / folder)
         found = sorted(n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and n[0] != ".")
         left_out += len(names) - len(found)
         if not found:
-            raise UserError(
-                f"{split / folder} has no images ({', '.join(IMAGE_SUFFIXES)}); fill or remove it"
-            )
+            raise UserError(f"{split / folder} has no images ({kinds}); fill or remove it")
         files += [f"{folder}/{name}" for name in found]
     if left_out:
-        kinds = ", ".join(IMAGE_SUFFIXES)
         logging.warning("%d files of %s are left out: hidden, or no %s", left_out, split, kinds)
     return files
-
-
-# --- TFDS -------------------------------------------------------------------------------------
 
 
 def tfds_directory(data_dir: str = "") -> epath.Path:
@@ -118,8 +109,7 @@ def tfds_directory(data_dir: str = "") -> epath.Path:
 def find_prepared(name: str, directory: epath.PathLike) -> epath.Path | None:
     """The newest prepared version of NAME[/CONFIG][:VERSION] in a TFDS directory, or None.
 
-    Raises:
-      UserError: the name has no config, and several are prepared.
+    UserError if the name has no config, and several are prepared.
     """
     name, _, version = name.partition(":")
     root = epath.Path(directory) / name
@@ -192,7 +182,7 @@ def open_tfds(name: str, data_dir: str, split: str) -> Encoded:
         )
     lengths = {key: value.num_examples for key, value in info.splits.items()}
     indices = np.concatenate([rows for _, rows in split_rows(split, lengths, info.full_name)])
-    # Images stay encoded: `transforms.decode` resizes them. TFDS's decoding warns about OpenCV.
+    # Images stay encoded: `sources.decode` resizes them. TFDS's decoding warns about OpenCV.
     images = [key for key, value in features.items() if isinstance(value, tfds.features.Image)]
     skip = {key: tfds.decode.SkipDecoding() for key in images}
     records = builder.as_data_source(split, decoders=skip) if len(indices) else []

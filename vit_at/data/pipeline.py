@@ -51,8 +51,7 @@ def train_batches(
     first_step: int,
     last_step: int,
     threads: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    process: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """The batches of steps first_step to last_step - 1, read ahead by background threads.
 
@@ -60,34 +59,29 @@ def train_batches(
       batch_size: images of a global batch, over all processes.
       seed: of the order, see `epoch_order`.
       threads: number of threads that read and decode; 0 means one per core.
+      process: (index, count) of the processes.
 
     Returns:
       An iterator over {"image": [b, S, S, C] uint8, "label": [b] int32}: this process's contiguous
-      part of each batch, b = batch_size // process_count.
+      part of each batch, b = batch_size // count.
 
     Raises:
-      UserError: the batch size is too large or no multiple of process_count; from the iterator, an
+      UserError: the batch size is too large or no multiple of the processes; from the iterator, an
         image can't be read.
     """
     steps = steps_per_epoch(len(examples), batch_size)
-    mine = _process_part(batch_size, process_index, process_count, "batch_size")
+    mine = _process_part(batch_size, *process, "batch_size")
 
-    def indices(step: int) -> np.ndarray:
+    def order(step: int) -> np.ndarray:
         epoch, start = step // steps, step % steps * batch_size
-        return epoch_order(len(examples), seed, epoch)[start : start + batch_size][mine]
+        return epoch_order(len(examples), seed, epoch)[start : start + batch_size]
 
-    size = mine.stop - mine.start
-    batches = _prefetched(examples, indices, first_step, last_step, threads, size)
+    batches = _prefetched(examples, order, range(first_step, last_step), threads, mine)
     return ({"image": batch["image"], "label": batch["label"]} for batch in batches)
 
 
 def eval_batches(
-    examples: Examples,
-    *,
-    batch_size: int,
-    threads: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    examples: Examples, *, batch_size: int, threads: int, process: tuple[int, int] = (0, 1)
 ) -> Iterator[Batch]:
     """Every example exactly once, in order; all processes get equally many batches.
 
@@ -97,17 +91,17 @@ def eval_batches(
       `examples`. Rows of padding have mask False, index -1, label 0 and a black image.
 
     Raises:
-      UserError: the batch size is no multiple of process_count; from the iterator, an image can't
+      UserError: the batch size is no multiple of the processes; from the iterator, an image can't
         be read.
     """
-    mine = _process_part(batch_size, process_index, process_count, "eval.batch_size")
-    batches = -(-len(examples) // batch_size)
+    mine = _process_part(batch_size, *process, "eval.batch_size")
+    batches = range(-(-len(examples) // batch_size))
 
-    def indices(batch: int) -> np.ndarray:
-        index = np.arange(batch * batch_size, (batch + 1) * batch_size)[mine]
+    def order(batch: int) -> np.ndarray:
+        index = np.arange(batch * batch_size, (batch + 1) * batch_size)
         return np.where(index < len(examples), index, -1)
 
-    parts = _prefetched(examples, indices, 0, batches, threads, mine.stop - mine.start)
+    parts = _prefetched(examples, order, batches, threads, mine)
     return ({**part, "mask": part["index"] >= 0} for part in parts)
 
 
@@ -119,23 +113,19 @@ def _process_part(batch_size: int, index: int, count: int, field: str) -> slice:
 
 
 def _prefetched(
-    examples: Examples,
-    indices: Callable[[int], np.ndarray],
-    first: int,
-    last: int,
-    threads: int,
-    size: int,
+    examples: Examples, order: Callable[[int], np.ndarray], steps: range, threads: int, mine: slice
 ) -> Iterator[Batch]:
-    """The batches first to last - 1, in order; batch i holds the examples `indices(i)`."""
-    parts = -(-size // PART)  # per batch
+    """This process's part of each step's batch; a batch holds the examples `order(step)`."""
+    parts = -(-(mine.stop - mine.start) // PART)  # per batch
 
     def read(part: int) -> Batch:
-        return _read(examples, np.array_split(indices(part // parts), parts)[part % parts])
+        index = order(part // parts)[mine]
+        return _read(examples, np.array_split(index, parts)[part % parts])
 
     ahead = grain.ReadOptions(
         num_threads=threads or os.cpu_count(), prefetch_buffer_size=PREFETCHED_BATCHES * parts
     )
-    numbers = grain.MapDataset.range(first * parts, last * parts)
+    numbers = grain.MapDataset.range(steps.start * parts, steps.stop * parts)
     return iter(numbers.map(read).to_iter_dataset(ahead).batch(parts, batch_fn=_concatenate))
 
 

@@ -6,17 +6,20 @@ pure function of (seed, step): there is no shuffle buffer, and nothing to restor
 """
 
 import dataclasses
+import io
 import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
+from PIL import Image
 
-from vit_at.data import backends, transforms
+from vit_at.data import backends
 from vit_at.errors import UserError
 
 
@@ -54,8 +57,7 @@ class Examples:
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images [n, S, S, C] uint8 and labels [n] int32 of these positions.
 
-        Raises:
-          UserError: an image can't be decoded or has no label; the message names it.
+        A UserError names an image that can't be decoded or has no label.
         """
         return self._read_rows(self._rows[indices])
 
@@ -84,14 +86,8 @@ def load(data: ConfigDict, split: str, *, threads: int = 0) -> Examples:
     if not len(encoded.indices):
         raise UserError(f"split '{split}' of {encoded.name} selects no examples; widen its slice")
     shape = (data.image_size, data.image_size, len(data.mean))
-    examples = Examples(
-        name=encoded.name,
-        class_names=encoded.class_names,
-        image_shape=shape,
-        indices=encoded.indices,
-        _rows=np.arange(len(encoded.indices)),
-        _read_rows=lambda rows: _decode_rows(encoded, rows, shape),
-    )
+    rows, read_rows = np.arange(len(encoded.indices)), partial(_decode_rows, encoded, shape)
+    examples = Examples(encoded.name, encoded.class_names, shape, encoded.indices, rows, read_rows)
     return cached(examples, threads) if examples.nbytes <= data.cache_gib * 2**30 else examples
 
 
@@ -127,7 +123,7 @@ def hold_out(examples: Examples, n: int, seed: int) -> tuple[Examples, Examples 
 
 
 def _decode_rows(
-    encoded: backends.Encoded, rows: np.ndarray, image_shape: tuple[int, int, int]
+    encoded: backends.Encoded, image_shape: tuple[int, int, int], rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     images = np.empty((len(rows), *image_shape), np.uint8)
     labels = np.empty(len(rows), np.int32)
@@ -139,10 +135,33 @@ def _decode_rows(
         if not 0 <= label < len(encoded.class_names):
             raise UserError(f"{encoded.where(row)} has no label ({label}); choose another split")
         try:
-            images[i] = transforms.decode(content, image_shape)
+            images[i] = decode(content, image_shape)
         except Exception as error:  # PIL raises many, such as SyntaxError and struct.error
             raise UserError(
                 f"{encoded.where(row)} can't be decoded ({error}); repair or remove it"
             ) from error
         labels[i] = label
     return images, labels
+
+
+def decode(encoded: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Decodes an image file to uint8 [S, S, C], C being 1 (grey) or 3 (colour).
+
+    An image is squashed to a square by PIL's antialiased bilinear filter. torchvision's
+    ``Resize((S, S))`` does the same to a PIL image.
+    """
+    size, _, channels = image_shape
+    with Image.open(io.BytesIO(encoded)) as opened:
+        image = _convert(opened, {1: "L", 3: "RGB"}[channels])
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(image_shape)
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: PIL would clip at 255 instead of scaling
+        values = np.clip(np.asarray(image), 0, 65535)
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # direct conversion warns
+    return image.convert(mode)

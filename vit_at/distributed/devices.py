@@ -31,12 +31,13 @@ def configure(*batch_sizes: int, cache: str = CACHE) -> None:
       batch_sizes: the number of devices divides each of them, so it may be less than the cores.
       cache: directory of compiled programs; '' means none.
     """
-    chosen_by_user = (
-        _DEVICE_COUNT_FLAG in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
-    )
-    if not chosen_by_user:
-        jax.config.update("jax_num_cpu_devices", cpu_devices(_cores(), *batch_sizes))
-    use_compilation_cache(cache)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _DEVICE_COUNT_FLAG not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        allowed = getattr(os, "sched_getaffinity", None)  # macOS lacks it
+        cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", cpu_devices(cores, *batch_sizes))
+    if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
     jax.monitoring.register_event_duration_secs_listener(_trim_after_compilation)
 
 
@@ -45,12 +46,6 @@ def _trim_after_compilation(event: str, duration: float, **_: object) -> None:
     if event == _COMPILATION and duration > _LONG_COMPILATION:
         with contextlib.suppress(AttributeError, OSError):  # only glibc has it
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def use_compilation_cache(directory: str) -> None:
-    """Caches compiled programs in ``directory``; no-op for '' or if the environment sets one."""
-    if directory and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
 
 
 def cpu_devices(cores: int, *batch_sizes: int) -> int:
@@ -63,10 +58,3 @@ def cpu_devices(cores: int, *batch_sizes: int) -> int:
     common = math.gcd(*batch_sizes)
     fitting = (n for n in range(1, cores + 1) if common % n == 0 and common >= n * _IMAGES_PER_CORE)
     return max(fitting, default=1)
-
-
-def _cores() -> int:
-    """Number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -32,6 +32,7 @@ from vit_at.errors import UserError
 
 EXIT_LOST = 75  # another process is gone; launchers start again (EX_TEMPFAIL of sysexits.h)
 EXIT_FAILED, EXIT_MISTAKE = 1, 2
+_RESUME = "run the same command again on all of them to resume from the last checkpoint"
 HEARTBEAT_SECONDS = 60  # JAX gives up a silent process after this long
 
 _peers: "Peers | None" = None
@@ -84,10 +85,9 @@ def initialize(
         initialization_timeout=seconds,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
-    _peers = Peers(process_id, num_processes, connections)
-    logging.info(
-        "process %d of %d, joined in %.1f s", process_id, num_processes, time.monotonic() - begin
-    )
+    _peers = Peers(num_processes, connections)
+    took = time.monotonic() - begin
+    logging.info("process %d of %d, joined in %.1f s", process_id, num_processes, took)
     if jax.process_index():
         logging.set_verbosity(logging.ERROR)
 
@@ -110,14 +110,11 @@ def _detected(seconds: int) -> tuple[str, int, int, Sequence[int] | None]:
     return address or "", count or 1, process or 0, devices
 
 
-# --- Ending together --------------------------------------------------------------------------
-
-
 class Peers:
     """The other processes of a run; a thread watches the connections to them."""
 
-    def __init__(self, process: int, count: int, connections: list[Connection]):
-        self._process, self._count, self._connections = process, count, connections
+    def __init__(self, count: int, connections: list[Connection]):
+        self._count, self._connections = count, connections
         self._ending = threading.Lock()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -129,12 +126,8 @@ class Peers:
             for key, _ in selector.select():
                 message = key.data.receive(5)
                 if message is None:
-                    self.end(
-                        EXIT_LOST,
-                        f"process {key.data.process} of {self._count} is gone without a message; "
-                        "run the same command again on all of them to resume from the last "
-                        "checkpoint",
-                    )
+                    gone = f"process {key.data.process} of {self._count} is gone without a message"
+                    self.end(EXIT_LOST, f"{gone}; {_RESUME}")
                 elif "exit" in message:
                     self.end(message["exit"], message["text"])
                 else:  # it finished
@@ -212,26 +205,19 @@ def end_on_sigterm() -> None:
 
 def agree(value: bool) -> bool:
     """Process 0's value, on every process; all processes must call it."""
-    if jax.process_count() == 1:
-        return value
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def all_of(value: bool) -> bool:
     """Whether the value is true on every process; all processes must call it."""
-    if jax.process_count() == 1:
-        return value
     return bool(np.all(multihost_utils.process_allgather(np.asarray(value))))
 
 
 def any_of(values: np.ndarray) -> np.ndarray:
     """[N] bool, true where any process has true; all processes must call it."""
-    if jax.process_count() == 1:
-        return values
     return np.any(multihost_utils.process_allgather(values), axis=0)
 
 
 def barrier(name: str) -> None:
     """Waits until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    multihost_utils.sync_global_devices(name)

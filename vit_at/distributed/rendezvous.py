@@ -13,18 +13,15 @@ from typing import Any
 
 from vit_at.errors import UserError
 
-_KEEPALIVE = {
-    "TCP_KEEPIDLE": 10,
-    "TCP_KEEPINTVL": 5,
-    "TCP_KEEPCNT": 4,
-}  # a silent peer is noticed after 30 s
+# A silent peer is noticed after 30 s.
+_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
 
 class Connection:
     """A connection to another process; each message is a line of JSON."""
 
     def __init__(self, opened: socket.socket, process: int):
-        self.process, self._socket, self._unread = process, opened, b""
+        self.process, self._socket, self._lines = process, opened, opened.makefile("rb")
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEPALIVE.items():
             if hasattr(socket, option):
@@ -43,20 +40,15 @@ class Connection:
         """The next message; None if the connection is broken or the time is up."""
         try:
             self._socket.settimeout(seconds)
-            while b"\n" not in self._unread:
-                some = self._socket.recv(65536)
-                if not some:
-                    return None
-                self._unread += some
-            line, _, self._unread = self._unread.partition(b"\n")
-            return json.loads(line)
-        except (OSError, ValueError):
+            return json.loads(self._lines.readline())
+        except (OSError, ValueError):  # ValueError: of json, also at the end of the connection
             return None
         finally:
             with contextlib.suppress(OSError):
                 self._socket.settimeout(None)
 
     def close(self) -> None:
+        self._lines.close()
         self._socket.close()
 
 
@@ -127,13 +119,12 @@ def _connect_to_first(
     reason = "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
-            connection = Connection(
-                socket.create_connection((host, port), timeout=min(left, 10)), 0
-            )
+            opened = socket.create_connection((host, port), timeout=min(left, 10))
         except OSError as error:  # process 0 may not listen yet
             reason = error.strerror or str(error)
             time.sleep(min(0.2, left))
             continue
+        connection = Connection(opened, 0)
         connection.send(process=process, count=count)
         answer = connection.receive(left + 5)  # later than process 0's own deadline
         if answer and "error" in answer:

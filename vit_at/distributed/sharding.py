@@ -33,10 +33,7 @@ def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def platform(mesh: Mesh) -> str:
-    """'cpu', 'gpu' or 'tpu': of the devices of a mesh.
-
-    They need not be there (ahead-of-time compilation).
-    """
+    """'cpu', 'gpu' or 'tpu', of a mesh's devices, which need not be there (AOT compilation)."""
     return mesh.devices.flat[0].platform
 
 
@@ -107,8 +104,6 @@ def my_rows(array: jax.Array) -> np.ndarray:
 
 def gather(tree: Any) -> Any:
     """All rows of split arrays, on the host of every process; all processes must call it."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 

@@ -68,19 +68,9 @@ def evaluate_autoattack(
     logits_fn = functools.partial(apply, params)
     if workdir is not None:
         workdir = workdir / LEDGERS / _ledger_name(attack, examples, seed, weights_digest(params))
-    result = autoattack.run(
-        logits_fn,
-        images,
-        labels,
-        norm=threat.norm,
-        eps=threat.eps,
-        attacks=attack.version,
-        batch_size=batch_size,
-        seed=seed,
-        workdir=workdir,
-        progress=progress,
-        mesh=mesh,
-    )
+    options = {"norm": threat.norm, "eps": threat.eps, "attacks": attack.version, "mesh": mesh}
+    options |= {"batch_size": batch_size, "seed": seed, "workdir": workdir, "progress": progress}
+    result = autoattack.run(logits_fn, images, labels, **options)
     details = {"cascade": {name: float(robust.mean()) for name, robust in result.robust.items()}}
     lines = [result.summary()]
     if result.failures:

@@ -8,6 +8,7 @@ result is stored with its protocol in ``results.json``, the outcome of each imag
 ``per_example.npz``.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -71,35 +72,27 @@ def make_outcome_fn(
     return full_precision
 
 
+@dataclasses.dataclass
 class Evaluator:
     """Evaluates parameters on fixed examples; compiled once, used every epoch.
 
     details: {attack name: what its record says besides the accuracy}, after AutoAttack.
     """
 
-    def __init__(
-        self,
-        apply: Callable[..., Array],
-        examples: Examples,
-        attacks: Sequence[Attack],
-        mesh: Mesh,
-        *,
-        batch_size: int,
-        seed: int,
-        threads: int = 0,
-    ):
-        self.attacks = tuple(attacks)
-        self._examples, self._mesh = examples, mesh
-        self._batches = {
-            "batch_size": batch_size,
-            "threads": threads,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
-        self._apply, self._seed = apply, seed
-        self.details: dict[str, dict[str, Any]] = {}
-        plain = [a for a in attacks if a.kind != AUTOATTACK]
-        self._outcomes = {a.name: make_outcome_fn(apply, a, mesh, seed) for a in plain}
+    apply: Callable[..., Array]
+    examples: Examples
+    attacks: Sequence[Attack]
+    mesh: Mesh
+    _: dataclasses.KW_ONLY
+    batch_size: int
+    seed: int
+    threads: int = 0
+    details: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict, init=False)
+
+    def __post_init__(self):
+        plain = [a for a in self.attacks if a.kind != AUTOATTACK]
+        compiled = functools.partial(make_outcome_fn, self.apply, mesh=self.mesh, seed=self.seed)
+        self._outcomes = {attack.name: compiled(attack) for attack in plain}
 
     def __call__(self, params: Any, *, progress: bool = False) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (attack name, correct [N] bool), in the order of the examples."""
@@ -115,28 +108,24 @@ class Evaluator:
         workdir: epath.Path | None = None,
     ) -> np.ndarray:
         """Correct [N] bool after one of the attacks; workdir: for AutoAttack's progress."""
-        batch_size = self._batches["batch_size"]
+        examples, batch_size, mesh = self.examples, self.batch_size, self.mesh
         if attack.kind == AUTOATTACK:
+            options: dict[str, Any] = {"seed": self.seed, "batch_size": batch_size}
+            options |= {"workdir": workdir, "progress": progress}
             correct, self.details[attack.name] = evaluate_autoattack(
-                self._apply,
-                params,
-                self._examples,
-                attack,
-                self._mesh,
-                seed=self._seed,
-                batch_size=batch_size,
-                workdir=workdir,
-                progress=progress,
+                self.apply, params, examples, attack, mesh, **options
             )
             return correct
-        params = sharding.replicate(params, self._mesh)
-        total = -(-len(self._examples) // batch_size)
-        bar = Progress(total, 0, "batch") if progress else None
-        correct, accuracy = np.zeros(len(self._examples), bool), Average.empty()
-        for batch in pipeline.eval_batches(self._examples, **self._batches):
+        params = sharding.replicate(params, mesh)
+        bar = Progress(-(-len(examples) // batch_size), 0, "batch") if progress else None
+        correct, accuracy = np.zeros(len(examples), bool), Average.empty()
+        process = (jax.process_index(), jax.process_count())
+        for batch in pipeline.eval_batches(
+            examples, batch_size=batch_size, threads=self.threads, process=process
+        ):
             where, real = batch["index"], batch.pop("mask")
-            batch["index"] = np.where(real, self._examples.indices[where], 0).astype(np.uint32)
-            outcome = self._outcomes[attack.name](params, sharding.split_batch(batch, self._mesh))
+            batch["index"] = np.where(real, examples.indices[where], 0).astype(np.uint32)
+            outcome = self._outcomes[attack.name](params, sharding.split_batch(batch, mesh))
             rows = sharding.my_rows(outcome)
             correct[where[real]] = rows[real]
             if bar is not None:
@@ -175,11 +164,7 @@ def evaluate_and_store(
 
 
 def select(examples: Examples, count: int) -> Examples:
-    """The first ``count`` examples; 0: all.
-
-    Raises:
-      UserError: a negative count, or more than there are.
-    """
+    """The first ``count`` examples, 0: all; UserError for a negative or too large count."""
     if not 0 <= count <= len(examples):
         raise UserError(
             f"{count} examples are asked for, but {examples.name} has {len(examples)}; "

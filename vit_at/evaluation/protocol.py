@@ -48,10 +48,9 @@ class Attack:
 
 
 def parse_attacks(names: str, threat: Threat, restarts: int = 1) -> list[Attack]:
-    """What to run, from names such as 'clean,pgd-20,cw-20'; the numbers are attack steps.
+    """What to run, from names such as 'clean,pgd-20,cw-20'; UserError for another form of name.
 
-    Raises:
-      UserError: a name of another form.
+    The numbers are attack steps.
     """
     return [_parse_attack(name.strip(), threat, restarts) for name in names.split(",")]
 
@@ -99,11 +98,8 @@ def record(
         if attack.kind == AUTOATTACK:
             protocol |= {"version": attack.version}
         else:
-            protocol |= {
-                "step_size": float(threat.step_size),
-                "steps": threat.steps,
-                "restarts": attack.restarts,
-            }
+            protocol |= {"step_size": float(threat.step_size), "steps": threat.steps}
+            protocol |= {"restarts": attack.restarts}
     accuracy = float(correct.mean())
     return {
         "attack": attack.name,

@@ -157,8 +157,7 @@ class Loop:
             first_step=first_step,
             last_step=self._setup.total_steps,
             threads=self._config.data.threads,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process=(jax.process_index(), jax.process_count()),
         )
         for batch in host_batches:
             yield sharding.split_batch(batch, self._setup.mesh)
@@ -172,7 +171,7 @@ class Loop:
         if epoch_ends and self._evaluator and self._validates(step // per_epoch):
             self._validate(self._evaluator, state, step)
         if save:
-            self._checkpoints.save(step, state.trees, self._values(step))
+            self._checkpoints.last.save(step, state.trees, self._values(step))
             self._saved = time.monotonic()
         self._progress.update(text)
 

@@ -11,7 +11,6 @@ became ``layers.(i+1).downsample``, and ``head`` became ``head.fc``.
 import dataclasses
 import re
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -60,9 +59,8 @@ def _rows(path: tuple[str, ...], model: Any) -> tuple[list[str], bool]:
 
 def _rename_1x(name: str, step: int) -> str:
     """Renames a Swin parameter from timm 0.5 to 1.x (step 1) or back (step -1)."""
-    name = re.sub(
-        r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + step}.downsample", name
-    )
+    pattern = r"(?<=^layers\.)\d+(?=\.downsample)"
+    name = re.sub(pattern, lambda stage: str(int(stage[0]) + step), name)
     old, new = ("head.", "head.fc.") if step > 0 else ("head.fc.", "head.")
     return name.replace(old, new, 1) if name.startswith(old) else name
 
@@ -155,58 +153,51 @@ def from_timm(state_dict: StateDict, model: Any) -> Any:
 
 
 def convert(state_dict: StateDict, model: Any, key: jax.Array | None = None) -> tuple[Any, Report]:
-    """from_timm with a report; ``key`` initialises a new head, by default jax.random.key(0).
-
-    Raises:
-      UserError: as from_timm.
-    """
+    """from_timm with a report; ``key`` initialises a new head, by default jax.random.key(0)."""
     key = jax.random.key(0) if key is None else key
     abstract = _init.eval_shape(model, key)
     shapes = timm_shapes(abstract, model)
     report = Report()
     values = {name: np.asarray(value) for name, value in state_dict.items()}
-    new_names = _has_new_names(values, model)
-    values = _canonical(values, model, new_names)
+    values, new_names = _canonical(values, model)
     _drop_head(values, shapes, report)
-    _adapt_all(values, shapes, model, report)
+    for name, shape in shapes.items():
+        if name in values and values[name].shape != shape and _is_float(values[name]):
+            adapted = adapt(name, values[name], shape, model.num_tokens)
+            if adapted is not None:
+                values[name], report.adapted[name] = adapted
     _check(values, shapes, report, new_names)
     report.loaded = [n for n in shapes if n in values and n not in report.adapted]
 
-    fresh = _fresh_head(model, key) if report.initialised else {}
+    # Under jit, no parameter but the head is computed.
+    new_head = jax.jit(lambda k: models.init_params(model, k)["head"])
+    fresh = new_head(key) if report.initialised else {}
     params = {}
     for path, leaf in flax.traverse_util.flatten_dict(abstract).items():
         names, stacked = _rows(path, model)
         if names[0] in report.initialised:
-            params[path] = fresh[path]
+            params[path] = fresh[path[-1]]
             continue
         rows = [_layout(path, values[name], to_timm=False) for name in names]
         params[path] = jnp.asarray(np.stack(rows) if stacked else rows[0], leaf.dtype)
     return flax.traverse_util.unflatten_dict(params), report
 
 
-def _has_new_names(state_dict: StateDict, model: Any) -> bool:
-    """Whether these are the arrays of a Swin with names of timm 1.x."""
-    only_there = ("head.fc.", f"layers.{swin.STAGES - 1}.downsample.")
-    named = any(name.startswith(only_there) for name in state_dict)
-    return named and isinstance(model, swin.SwinTransformer)
-
-
-def _canonical(state_dict: StateDict, model: Any, new_names: bool) -> StateDict:
-    """The arrays under timm 0.5's names, without Swin's buffers."""
+def _canonical(state_dict: StateDict, model: Any) -> tuple[StateDict, bool]:
+    """The arrays under timm 0.5's names, without Swin's buffers; whether the names were 1.x's."""
     if not isinstance(model, swin.SwinTransformer):
-        return state_dict
+        return state_dict, False
+    only_in_1x = ("head.fc.", f"layers.{swin.STAGES - 1}.downsample.")
+    new_names = any(name.startswith(only_in_1x) for name in state_dict)
     if new_names:
         state_dict = {_rename_1x(name, -1): value for name, value in state_dict.items()}
 
     def is_buffer(name, value):
         square = value.ndim >= 2 and value.shape[-1] == value.shape[-2]
-        return square and value.ndim == (2 if name.endswith(_BUFFERS[0]) else 3)
+        ndim = 2 if name.endswith(_BUFFERS[0]) else 3
+        return name.endswith(_BUFFERS) and square and value.ndim == ndim
 
-    return {
-        name: value
-        for name, value in state_dict.items()
-        if not (name.endswith(_BUFFERS) and is_buffer(name, value))
-    }
+    return {n: v for n, v in state_dict.items() if not is_buffer(n, v)}, new_names
 
 
 def _drop_head(values: StateDict, shapes: dict[str, tuple[int, ...]], report: Report) -> None:
@@ -224,16 +215,6 @@ def _drop_head(values: StateDict, shapes: dict[str, tuple[int, ...]], report: Re
     report.initialised = ["head.weight", "head.bias"]
 
 
-def _adapt_all(
-    values: StateDict, shapes: dict[str, tuple[int, ...]], model: Any, report: Report
-) -> None:
-    for name, shape in shapes.items():
-        if name in values and values[name].shape != shape and _is_float(values[name]):
-            result = adapt(name, values[name], shape, model.num_tokens)
-            if result is not None:
-                values[name], report.adapted[name] = result
-
-
 def _is_float(value: np.ndarray) -> bool:
     return jnp.issubdtype(value.dtype, jnp.floating)
 
@@ -246,21 +227,14 @@ def _check(
         values = {_rename_1x(name, 1): value for name, value in values.items()}
         shapes = {_rename_1x(name, 1): shape for name, shape in shapes.items()}
     fresh = [_rename_1x(n, 1) if new_names else n for n in report.initialised]
-    common = [name for name in shapes if name in values]
+    common = [(name, values[name], shapes[name]) for name in shapes if name in values]
+    floats = [(name, value) for name, value, _ in common if _is_float(value)]
     wrong = {
         "missing": [n for n in shapes if n not in values and n not in fresh],
         "unexpected": [n for n in values if n not in shapes],
-        "misshapen": [
-            f"{n} {values[n].shape} instead of {shapes[n]}"
-            for n in common
-            if values[n].shape != shapes[n]
-        ],
-        "not floating-point": [
-            f"{n} {values[n].dtype}" for n in common if not _is_float(values[n])
-        ],
-        "not finite": [
-            n for n in common if _is_float(values[n]) and not np.isfinite(values[n]).all()
-        ],
+        "misshapen": [f"{n} {v.shape} instead of {s}" for n, v, s in common if v.shape != s],
+        "not floating-point": [f"{n} {v.dtype}" for n, v, _ in common if not _is_float(v)],
+        "not finite": [n for n, value in floats if not np.isfinite(value).all()],
     }
     parts = []
     for kind, names in wrong.items():
@@ -272,9 +246,3 @@ def _check(
             f"the weights do not fit the model ({'; '.join(parts)}); choose weights of the "
             "architecture in model.name"
         )
-
-
-def _fresh_head(model: Any, key: jax.Array) -> dict[tuple[str, ...], jax.Array]:
-    """The head of newly initialised parameters; under jit, no other parameter is computed."""
-    head: Callable = jax.jit(lambda k: models.init_params(model, k)["head"])
-    return {("head", leaf): value for leaf, value in head(key).items()}

@@ -14,13 +14,9 @@ import pathlib
 import pickle
 import urllib.error
 import urllib.request
-import zipfile
-import zlib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from vit_at.errors import UserError
@@ -32,9 +28,6 @@ _WAYS_ON = (
     "give a file (--config.model.pretrained=PATH.safetensors), a work directory of vit_at "
     "(--config.model.pretrained=runs/NAME), or train from scratch (--config.model.pretrained='')"
 )
-
-# What readers raise for damaged files; NotImplementedError is a RuntimeError.
-_BAD_VALUES = (OSError, ValueError, EOFError, RuntimeError, KeyError, TypeError)
 
 StateDict = dict[str, np.ndarray]
 
@@ -69,32 +62,24 @@ def load(source: str | os.PathLike) -> StateDict:
             f"weight file '{path}' has an unknown suffix; convert it to one of "
             f"{', '.join(_READERS)}"
         )
-    state_dict = reader(path)
+    try:
+        state_dict = reader(path)
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged file: readers raise many, such as zlib.error
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(
+            f"weight file '{path}' is damaged or no {path.suffix} file ({reason}); download it "
+            "again"
+        ) from error
     if not state_dict:
         raise UserError(f"weight file '{path}' holds no arrays; choose another file")
     return state_dict
 
 
-def _damaged(path: pathlib.Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:120] or type(error).__name__
-    return UserError(
-        f"weight file '{path}' is damaged or no {path.suffix} file ({reason}); download it again"
-    )
-
-
-def _read_safetensors(path: pathlib.Path) -> StateDict:
-    try:
-        return safetensors.numpy.load_file(path)
-    except (*_BAD_VALUES, safetensors.SafetensorError) as error:
-        raise _damaged(path, error) from error
-
-
 def _read_npz(path: pathlib.Path) -> StateDict:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (*_BAD_VALUES, AttributeError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
-        raise _damaged(path, error) from error
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
     prefix = "opt/target/" if "opt/target/embedding/kernel" in arrays else ""
     if f"{prefix}embedding/kernel" in arrays:
         arrays = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
@@ -117,36 +102,25 @@ def _read_torch(path: pathlib.Path) -> StateDict:
             f"weight file '{path}' is damaged or a pickle with more than plain arrays, and "
             "nothing in it was run; choose a file that holds only a state_dict"
         ) from error
-    except _BAD_VALUES as error:
-        raise _damaged(path, error) from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    tensors = isinstance(content, dict) and all(
+    if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
-    )
-    if not tensors:
+    ):
         raise UserError(
             f"weight file '{path}' holds no state_dict; choose a file of named tensors, at the top "
             "level or under 'model' or 'state_dict'"
         )
-    return {name: _to_numpy(value) for name, value in content.items()}
-
-
-def _to_numpy(tensor: Any) -> np.ndarray:
-    tensor = tensor.detach()
-    if str(tensor.dtype) == "torch.bfloat16":  # not in NumPy
-        tensor = tensor.float()
-    return tensor.numpy()
+    bfloat16 = torch.bfloat16  # not in NumPy
+    tensors = {n: t.float() if t.dtype == bfloat16 else t for n, t in content.items()}
+    return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
 
 
 _READERS: dict[str, Callable[[pathlib.Path], StateDict]] = {
-    ".safetensors": _read_safetensors,
+    ".safetensors": safetensors.numpy.load_file,
     ".npz": _read_npz,
-    ".pth": _read_torch,
-    ".pt": _read_torch,
-    ".bin": _read_torch,
-}
+} | dict.fromkeys((".pth", ".pt", ".bin"), _read_torch)
 
 
 def _fetch(name: str) -> pathlib.Path:
@@ -194,7 +168,8 @@ def _from_google(arrays: StateDict, path: pathlib.Path) -> StateDict:
         weight = left.pop(f"{google}/scale", None)
         if weight is None:
             kernel = left.pop(f"{google}/kernel")
-            weight = kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T
+            flat = kernel.reshape(-1, kernel.shape[-1])  # attention's has an axis of heads
+            weight = kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else flat.T
         out[f"{timm}.weight"], out[f"{timm}.bias"] = weight, left.pop(f"{google}/bias")
 
     def move_block(timm: str, google: str) -> None:
@@ -209,8 +184,7 @@ def _from_google(arrays: StateDict, path: pathlib.Path) -> StateDict:
         out[f"{timm}.attn.qkv.weight"] = np.concatenate([k.reshape(d, -1).T for k in kernels])
         biases = [left.pop(f"{part}/bias").reshape(-1) for part in parts]
         out[f"{timm}.attn.qkv.bias"] = np.concatenate(biases)
-        out[f"{timm}.attn.proj.weight"] = left.pop(f"{attention}/out/kernel").reshape(-1, d).T
-        out[f"{timm}.attn.proj.bias"] = left.pop(f"{attention}/out/bias")
+        move(f"{timm}.attn.proj", f"{attention}/out")
 
     try:
         out["cls_token"] = left.pop("cls")
@@ -229,6 +203,4 @@ def _from_google(arrays: StateDict, path: pathlib.Path) -> StateDict:
         raise UserError(
             f"weight file '{path}' has Google's ViT names but lacks {error}; download it again"
         ) from error
-    except ValueError as error:
-        raise _damaged(path, error) from error
     return out | left

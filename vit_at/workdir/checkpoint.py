@@ -50,10 +50,10 @@ def _plain_fingerprint(tree: Any) -> list[int]:
 
 def _abstract(tree: Any, mesh: Mesh) -> Any:
     """Shapes with the shardings to restore to: an array's own, or whole on every device."""
+    whole = NamedSharding(mesh, sharding.WHOLE)
 
     def of_array(x):
         own = getattr(x, "sharding", None)
-        whole = NamedSharding(mesh, sharding.WHOLE)
         laid = own if isinstance(own, NamedSharding) else whole
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid)
 
@@ -85,8 +85,7 @@ class Series:
     def save(self, step: int, trees: dict[str, Any], values: dict[str, Any]) -> None:
         """Starts to write a checkpoint; the arrays may be donated as soon as this returns.
 
-        Raises:
-          UserError: this or the previous save found the disk full or the directory not writable.
+        UserError if this or the previous save found the disk full or the directory not writable.
         """
         values = values | {"fingerprints": {n: _plain_fingerprint(t) for n, t in trees.items()}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
@@ -104,10 +103,8 @@ class Series:
         """The named trees of a checkpoint, on the devices as the given ones are.
 
         trees: {name: tree of arrays or shapes}, which the stored ones must match; where shapes are
-        given, the arrays come whole onto every device of ``mesh``.
-
-        Raises:
-          ValueError: the stored arrays have changed on disk, or belong to another model.
+        given, the arrays come whole onto every device of ``mesh``. ValueError if the stored arrays
+        have changed on disk, or belong to another model.
         """
         items = {n: ocp.args.StandardRestore(_abstract(t, mesh)) for n, t in trees.items()}
         items["values"] = ocp.args.JsonRestore()
@@ -130,11 +127,9 @@ class Series:
                 reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
             if processes.all_of(found is not None):
                 return found
-            logging.warning(
-                "checkpoint %s is corrupt (%s); falling back to the one before it",
-                self._directory / str(step),
-                reason,
-            )
+            path = self._directory / str(step)
+            remedy = "falling back to the one before it"
+            logging.warning("checkpoint %s is corrupt (%s); %s", path, reason, remedy)
             self._move_aside(step)
         return None
 
@@ -142,7 +137,9 @@ class Series:
         if jax.process_index() == 0:
             aside = self._directory.parent / "corrupt"
             aside.mkdir(parents=True, exist_ok=True)
-            (self._directory / str(step)).rename(_free_name(aside, str(step)))
+            taken = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
+            name = f"{step}.{taken}" if taken else str(step)
+            (self._directory / str(step)).rename(aside / name)
         processes.barrier("moved aside")
         self._manager.reload()
 
@@ -157,30 +154,20 @@ class Series:
         self._manager.close()
 
 
-def _free_name(directory: epath.Path, name: str) -> epath.Path:
-    taken = sum(path.name.split(".")[0] == name for path in directory.iterdir())
-    return directory / (f"{name}.{taken}" if taken else name)
-
-
 class Checkpoints:
     """The two series of a work directory: ``last`` for resuming, ``best`` for testing."""
 
-    def __init__(self, workdir: epath.Path, keep: int = 2, *, read_only: bool = False):
-        self._root = root = workdir / "checkpoints"
-        self.last = Series(root / "last", keep, read_only=read_only)
-        self.best = Series(root / "best", 2, read_only=read_only)  # the second: if one is corrupt
-
-    def save(self, step: int, trees: dict[str, Any], values: dict[str, Any]) -> None:
-        """Starts to save the training state, as named trees, under its step."""
-        self.last.save(step, trees, values)
+    def __init__(self, workdir: epath.Path, keep: int = 2):
+        self._root = workdir / "checkpoints"
+        self.last = Series(self._root / "last", keep)
+        self.best = Series(self._root / "best", 2)  # the second: if one is corrupt
 
     def restore(
         self, trees: dict[str, Any], mesh: Mesh
     ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """The newest intact (step, trees, values); None if nothing has been saved.
 
-        Raises:
-          UserError: there are checkpoints, but none can be read.
+        UserError if there are checkpoints, but none can be read.
         """
 
         def read(step):
@@ -221,15 +208,12 @@ class Checkpoints:
 
 
 class Trained(NamedTuple):
-    """The weights of a work directory, ready to use.
-
-    values: the plain values of the checkpoint: step, num_classes, class_names, ...
-    """
+    """The weights of a work directory, ready to use."""
 
     config: ConfigDict
     model: Any
     params: Any
-    values: dict[str, Any]
+    values: dict[str, Any]  # of the checkpoint: step, num_classes, class_names, ...
 
 
 def load_trained(workdir: str | epath.Path, which: str, dtype: str = "float32") -> Trained:

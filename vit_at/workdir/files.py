@@ -76,10 +76,8 @@ def locked(workdir: epath.Path, use: str) -> Iterator[None]:
     """Locks a work directory for one use, 'training' or 'evaluation'.
 
     The operating system locks ``.<use>.lock`` and releases it when the process ends, however it
-    ends. No-op in an object store, which has no locks.
-
-    Raises:
-      UserError: another process holds the lock; the message names it.
+    ends. If another process holds the lock, a UserError names it. No-op in an object store, which
+    has no locks.
     """
     if jax.process_index() or is_remote(workdir):
         yield
@@ -103,12 +101,9 @@ def locked(workdir: epath.Path, use: str) -> Iterator[None]:
 
 
 def write_config(workdir: epath.Path, config: ConfigDict) -> None:
-    """Writes ``config.json``; if there is one, checks that it is the same.
-
-    Raises:
-      UserError: the work directory holds another configuration.
-    """
-    path, text = workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n"
+    """Writes ``config.json``; if there is one with another configuration, raises UserError."""
+    path, text = workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "
+"
     if path.exists():
         stored = configuration.with_added(read_json(path))
         changes = configuration.differences(stored, json.loads(text))

@@ -32,58 +32,50 @@ class Results:
 
     def find(self, entry: dict[str, Any]) -> dict[str, Any] | None:
         """The stored record of the same attack and protocol; None: there is none."""
-        same = [r for r in self.records if _identity(r) == _identity(entry)]
-        return same[0] if same else None
+        return next((r for r in self.records if _identity(r) == _identity(entry)), None)
 
     def add(self, entry: dict[str, Any], correct: np.ndarray, examples: Examples) -> None:
         """Stores a record and its outcomes; replaces an earlier record of the same protocol."""
         if jax.process_index():
             return
         self.records = [r for r in self.records if _identity(r) != _identity(entry)] + [entry]
-        arrays = {}
-        if self._npz.exists():
-            with np.load(self._npz.open("rb")) as archive:
-                arrays = dict(archive)
         key = _key(entry)
-        arrays |= {f"{key}/index": examples.indices, f"{key}/correct": correct}
+        added = {f"{key}/index": examples.indices, f"{key}/correct": correct}
         content = io.BytesIO()
-        np.savez_compressed(content, **arrays)
+        np.savez_compressed(content, **self._arrays() | added)
         write_atomically(self._npz, content.getvalue())
         write_atomically(self._json, json.dumps(self.records, indent=2) + "\n")
 
     def outcomes(self, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
         """(places in the split [N], correct [N] bool) of a record; None if they are not stored."""
-        if not self._npz.exists():
+        arrays, key = self._arrays(), _key(entry)
+        if f"{key}/index" not in arrays:
             return None
+        return arrays[f"{key}/index"], arrays[f"{key}/correct"]
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        if not self._npz.exists():
+            return {}
         with np.load(self._npz.open("rb")) as archive:
-            names = [f"{_key(entry)}/{kind}" for kind in ("index", "correct")]
-            if not set(names) <= set(archive):
-                return None
-            return archive[names[0]], archive[names[1]]
+            return dict(archive)
 
 
 def _key(entry: dict[str, Any]) -> str:
+    """'DIGEST/DATA/359 clean', or '.../359 pgd-20 linf 0.03137 step 0.007843 x1 seed 0'."""
     protocol = entry["protocol"]
-    return f"{protocol['weights']['digest']}/{protocol['data']}/{_short(entry)}"
+    place = f"{protocol['weights']['digest']}/{protocol['data']}"
+    key = f"{place}/{protocol['num_examples']} {entry['attack']}"
+    if "norm" in protocol:
+        key += f" {protocol['norm']} {protocol['eps']:.4g}"
+        if "step_size" in protocol:
+            key += f" step {protocol['step_size']:.4g} x{protocol['restarts']}"
+        key += f" seed {protocol['seed']}"
+    return key
 
 
 def _identity(entry: dict[str, Any]) -> str:
     protocol = {k: v for k, v in entry["protocol"].items() if k != "packages"}
     return json.dumps([entry["attack"], protocol], sort_keys=True)
-
-
-def _short(entry: dict[str, Any]) -> str:
-    """'359 clean' or '359 pgd-20 linf 0.03137 step 0.007843 x1 seed 0': tells entries apart."""
-    protocol = entry["protocol"]
-    text = f"{protocol['num_examples']} {entry['attack']}"
-    if "norm" not in protocol:
-        return text
-    if "step_size" not in protocol:
-        return f"{text} {protocol['norm']} {protocol['eps']:.4g} seed {protocol['seed']}"
-    return (
-        f"{text} {protocol['norm']} {protocol['eps']:.4g} step {protocol['step_size']:.4g} "
-        f"x{protocol['restarts']} seed {protocol['seed']}"
-    )
 
 
 def as_text(records: Sequence[dict[str, Any]]) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_at.data.transforms import decode
+from vit_at.data.sources import decode
 
 
 def encoded(image, tmp_path, suffix="png"):
