@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vit_at import evaluate
-from vit_at.attacks import Threat, autoattack
+from vit_at.attacks import Threat, autoattack, losses, pgd_attack
 from vit_at.attacks.autoattack import Budget, audit, cascade, ledger, programs
 from vit_at.attacks.autoattack import settings as autoattack_settings
 from vit_at.attacks.autoattack.ledger import BROKEN, LEDGER_FILE, NOT_ATTACKED
@@ -125,6 +125,89 @@ def test_adversarial_images_stay_in_the_ball_and_the_image_range(seed, norm, eps
     assert not any(work["unconfirmed"] for work in result.work.values())
     wrong = np.asarray(linear(params, result.adversarial)).argmax(1) != labels
     np.testing.assert_array_equal(wrong, ~list(result.robust.values())[-1])
+
+
+GAP = 0.1  # the model below answers NaN if the two largest logits are closer
+
+
+def abstaining(params, images):
+    """A linear classifier that answers NaN near its boundaries."""
+    logits = linear(params, images)
+    largest = jax.lax.top_k(logits, 2)[0]
+    return jnp.where((largest[:, 0] - largest[:, 1] < GAP)[:, None], jnp.nan, logits)
+
+
+def sure_problem(num_classes):
+    """``problem`` with the images that ``abstaining`` classifies, all correctly."""
+    params, images, _ = problem(64, num_classes)
+    logits = np.asarray(abstaining(params, images))
+    sure = np.isfinite(logits).all(1)
+    return params, images[sure], logits[sure].argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes"),
+    [("pgd", 2), ("apgd-ce", 2), ("apgd-dlr", 3), ("apgd-t", 5), ("fab", 3), ("fab-t", 5)],
+)
+def test_an_image_is_broken_where_the_model_answers_nan(name, num_classes):
+    params, images, labels = sure_problem(num_classes)
+    kernel, _ = params
+    # The label's logit as much smaller: what is left of the margin before the answer is NaN.
+    lowered = np.asarray(linear(params, images)) - GAP * np.eye(num_classes)[labels]
+    bias_of_image = lowered - np.asarray(linear((kernel, 0.0), images))
+    distances = exact_distance((kernel, bias_of_image), images, labels, "linf")
+    eps = float(np.median(distances))
+    if name == "pgd":
+        threat = Threat("linf", eps, eps / 4, 20)
+        attacked = pgd_attack(
+            functools.partial(abstaining, params), images, labels, jax.random.key(0), threat
+        )
+        found = losses.is_correct(abstaining(params, attacked), labels)
+    else:
+        logits_fn = functools.partial(abstaining, params)
+        options = {"eps": eps, "attacks": [name], "batch_size": 8, "budget": Budget(60)}
+        result = autoattack.run(logits_fn, images, labels, **options)
+        assert not result.failures
+        found = result.robust[name]
+    assert found[distances > 1.001 * eps].all()
+    assert not found[distances < 0.8 * eps].any()  # FAB, for one, overshoots the edge
+
+
+def test_square_counts_nan_as_a_success():
+    params, images, labels = sure_problem(5)
+    options = {"eps": 0.4, "attacks": ["square"], "batch_size": 8, **SHORT}
+    result = autoattack.run(functools.partial(abstaining, params), images, labels, **options)
+    logits = np.asarray(abstaining(params, result.adversarial))
+    broken = ~result.robust["square"]
+    assert np.isnan(logits[broken]).any()
+    assert np.isfinite(logits[~broken]).all()
+    assert not result.failures
+
+
+def test_an_unconfirmed_success_continues_with_the_next_run(monkeypatch):
+    params, images, labels = problem()
+    eps = median_eps(params, images, labels, "linf")
+    options = {"eps": eps, "attacks": ["apgd-t"]}
+    undisturbed = attack(params, images, labels, **options)
+    refused = []
+
+    def flaws_once(self, places, points, draw):
+        found = true_flaws(self, places, points, draw)
+        fresh = [int(place) for place in places if draw and int(place) not in refused]
+        refused.extend(fresh)
+        return found | dict.fromkeys(fresh, "refused by the test")
+
+    true_flaws = cascade.Cascade._flaws
+    monkeypatch.setattr(cascade.Cascade, "_flaws", flaws_once)
+    result = attack(params, images, labels, **options)
+    broken = ~undisturbed.robust["apgd-t"] & undisturbed.robust["clean"]
+    assert result.work["apgd-t"]["unconfirmed"] == broken.sum() == len(refused)
+    later = result.columns["run"] > undisturbed.columns["run"]
+    again = broken & ~result.robust["apgd-t"]
+    assert again.any()
+    assert np.all(later[again])
+    assert audit.judge_result(result).keys() == {"unconfirmed"}
+    assert "unconfirmed" not in audit.judge_result(undisturbed)
 
 
 def test_same_outcome_on_any_number_of_devices_and_any_batch_size():

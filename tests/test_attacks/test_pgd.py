@@ -162,3 +162,11 @@ def test_more_restarts_never_leave_more_images_correct():
 def test_an_unknown_loss_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match="use one of ce, cw"):
         pgd_attack(linear, jnp.zeros((1, 4, 4, 1)), jnp.zeros(1, int), None, Threat(), loss="dlr")
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_only_finite_logits_can_be_correct(xp):
+    nan, inf = np.nan, np.inf
+    logits = [[2, 1, 0], [1, 2, 0], [nan] * 3, [2, nan, 0], [inf, 0, 0], [0, 0, -inf]]
+    found = losses.is_correct(xp.asarray(logits, np.float32), xp.zeros(6, int), xp)
+    np.testing.assert_array_equal(found, [True, False, False, False, False, False])

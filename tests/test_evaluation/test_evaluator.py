@@ -53,6 +53,25 @@ def test_a_constant_model_is_right_on_its_class_alone_under_every_attack():
         np.testing.assert_array_equal(correct, labels == 1)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_image_whose_logits_are_not_finite_is_never_correct(value):
+    """One logit of dark images is replaced; argmax would often still find the label."""
+
+    def partly(params, images):
+        dark = images.mean((1, 2, 3)) < 0.5
+        logits = linear(params, images)
+        return logits.at[:, 0].set(jnp.where(dark, -value, logits[:, 0]))
+
+    images, _ = read_all(EXAMPLES)
+    finite = outcomes(linear, WEIGHTS)["clean"]
+    dark = images.mean((1, 2, 3)) < 0.5
+    assert (finite & dark).any()
+    found = outcomes(partly, WEIGHTS)
+    np.testing.assert_array_equal(found["clean"], finite & ~dark)
+    for correct in found.values():
+        assert not (correct & dark).any()
+
+
 def test_clean_outcomes_are_those_of_the_logits():
     images, labels = read_all(EXAMPLES)
     expected = linear(WEIGHTS, images).argmax(-1) == labels

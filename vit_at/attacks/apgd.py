@@ -186,16 +186,16 @@ def loss_and_gradient(
     def total(x, *key):
         logits = logits_fn(x, *key)
         values = _loss(loss, logits, labels, targets)
-        return values.sum(), (values, jnp.argmax(logits, -1) == labels)
+        return values.sum(), (values, losses.is_correct(logits, labels))
 
     gradient_of = jax.grad(total, has_aux=True)
     if keys is None:
         gradient, (values, correct) = gradient_of(points)
-        return values, gradient, correct
+        return values, losses.finite_or_zero(gradient), correct
 
     def sample(summed, key):
         gradient, aux = gradient_of(points, key)
-        return summed + gradient, aux
+        return summed + losses.finite_or_zero(gradient), aux
 
     summed, (values, correct) = jax.lax.scan(sample, jnp.zeros_like(points), keys)
     return values[-1], summed / len(keys), correct[-1]

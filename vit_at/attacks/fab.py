@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from vit_at.attacks.apgd import where
-from vit_at.attacks.losses import pick
+from vit_at.attacks.losses import finite_or_zero, pick
 from vit_at.attacks.norms import NORMS, resize
 
 Array = jax.Array
@@ -76,7 +76,7 @@ def advance(
     correct_at: points -> [b] bool.
     """
     size = NORMS[norm].size
-    difference, normal = linearise(state.point)
+    difference, normal = map(finite_or_zero, linearise(state.point))
     offset = -difference + _dot(normal, state.point)
     from_point = _towards_boundary(state.point, normal, offset, norm)
     from_image = _towards_boundary(images, normal, offset, norm)

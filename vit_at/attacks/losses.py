@@ -3,6 +3,9 @@
 logits [b, K]; targets [b, K] probabilities; labels [b] integers.
 """
 
+from types import ModuleType
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +23,20 @@ def kl_divergence(clean_logits: Array, logits: Array) -> Array:
     """KL(softmax(clean_logits) || softmax(logits)), the attack loss of TRADES."""
     log_clean = jax.nn.log_softmax(clean_logits)
     return jnp.sum(jnp.exp(log_clean) * (log_clean - jax.nn.log_softmax(logits)), axis=-1)
+
+
+def is_correct(logits: Any, labels: Any, xp: ModuleType = jnp) -> Any:
+    """Whether each example is classified correctly, [b] bool: every accuracy counts these.
+
+    All logits must be finite, and the largest the label's. So a model that answers NaN is wrong, in
+    clean accuracy and under attack. xp: numpy for host arrays.
+    """
+    return xp.isfinite(logits).all(-1) & (xp.argmax(logits, -1) == labels)
+
+
+def finite_or_zero(x: Array) -> Array:
+    """x with 0 for NaN and infinity: a gradient that does not exist moves nothing."""
+    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def best_wrong_class(logits: Array, labels: Array) -> Array:

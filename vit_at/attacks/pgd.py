@@ -133,7 +133,7 @@ def _one_restart(logits_fn, images, labels, threat, loss, start):
             values = losses.cw_margin(logits, labels)
         else:
             values = losses.cross_entropy(logits, targets)
-        return values, jnp.argmax(logits, -1) == labels
+        return values, losses.is_correct(logits, labels)
 
     def total_loss(delta):
         values, correct = losses_at(delta)
@@ -147,7 +147,7 @@ def _one_restart(logits_fn, images, labels, threat, loss, start):
         step, delta, active = carry
         gradient, correct = jax.grad(total_loss, has_aux=True)(delta)
         active &= correct
-        moved = ascend(delta, gradient, images, threat)
+        moved = ascend(delta, losses.finite_or_zero(gradient), images, threat)
         return step + 1, jnp.where(active[:, None, None, None], moved, delta), active
 
     delta = into_image_range(start, images)

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from vit_at import models
 from vit_at.attacks import pgd_attack
+from vit_at.attacks.losses import is_correct
 from vit_at.attacks.threat import random_start
 from vit_at.console import Progress
 from vit_at.data import augment, pipeline
@@ -58,7 +59,7 @@ def make_outcome_fn(
                 init = starts(part["index"], images.shape[1:])
                 options = {"loss": attack.loss, "init": init}
                 images = pgd_attack(logits_fn, images, labels, None, attack.threat, **options)
-            return jnp.argmax(logits_fn(images), axis=-1) == labels
+            return is_correct(logits_fn(images), labels)
 
         return jax.lax.map(of_part, sharding.in_parts(batch, mesh)).reshape(-1)
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from vit_at import models
 from vit_at.attacks import Threat, curves, pgd_attack
+from vit_at.attacks.losses import is_correct
 from vit_at.data import sources
 from vit_at.reporting import rollout
 from vit_at.training.attack import Draws, draw
@@ -118,7 +119,7 @@ class Exhibits:
         images, labels = self._first(self.affordable)
 
         def correct(points):
-            return self._predict(points).argmax(1) == labels
+            return is_correct(self._predict(points), labels, np)
 
         @functools.cache
         def robust(threat):

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
 from vit_at import models
+from vit_at.attacks.losses import is_correct
 from vit_at.attacks.threat import Threat
 from vit_at.data import augment, mixing
 from vit_at.distributed import sharding
@@ -222,7 +223,7 @@ def _batch_metrics(aux, targets):
     metrics = {name: term for name, term in aux.items() if not name.startswith("logits")}
     for kind, logits in (("adv", aux["logits_adv"]), ("clean", aux["logits_clean"])):
         if logits is not None:
-            metrics[f"accuracy_{kind}"] = jnp.mean(jnp.argmax(logits, -1) == labels)
+            metrics[f"accuracy_{kind}"] = jnp.mean(is_correct(logits, labels))
     return metrics
 
 

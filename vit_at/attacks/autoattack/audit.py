@@ -32,6 +32,7 @@ MEANING = {
     "square-wins": "Square breaks images that the attacks with gradients do not",
     "more-steps-weaker": "the robust accuracy rises with more attack steps",
     "robust-at-any-eps": "images stay robust where every image is within reach",
+    "unconfirmed": "a forward pass does not confirm successes of the attacks",
     "transfer-wins": "another model's adversarial images break what white-box attacks do not",
 }
 CURVE_EPS = (0.5, 1.0, 2.0, 4.0)  # times eps; then the whole image range
@@ -107,7 +108,7 @@ def audit(
     whole = dataclasses.replace(short, eps=NORMS[settings.norm].diameter(count))
     logits = _logits(logits_fn, images, settings.batch_size)
     radii = [*curves.at_factors(short, CURVE_EPS, count), whole]
-    eps_curve = curves.over_eps(logits.argmax(1) == labels, robust, radii)
+    eps_curve = curves.over_eps(losses.is_correct(logits, labels, np), robust, radii)
     by_steps = curves.at_steps(threat, CURVE_STEPS)
     steps_curve = curves.over_steps(robust, by_steps)
     flags |= judge_curves(eps_curve, steps_curve, len(images))
@@ -138,7 +139,7 @@ def check_model(
     sums = np.abs(logits.sum(1) - 1)
     if logits.min() > -_PROBABILITY and max(logits.max() - 1, sums.max()) < _PROBABILITY:
         flags["probabilities"] = f"all are in [0, 1] and add up to 1 on {len(logits)} images"
-    correct = logits.argmax(1) == np.asarray(classes)
+    correct = losses.is_correct(logits, np.asarray(classes), np)
     if logits.shape[1] >= 3 and correct.any():
         flags |= _check_gradients(logits_fn, batch, classes, correct, settings)
     return flags
@@ -203,16 +204,20 @@ def judge_curves(
 
 
 def judge_result(result: Result) -> dict[str, str]:
-    """The flag of a cascade in which Square comes after white-box attacks."""
+    """The flags of what a cascade found: unconfirmed successes, and what Square adds."""
+    flags = {}
+    unconfirmed = sum(work["unconfirmed"] for work in result.work.values())
+    if unconfirmed or result.failures:
+        flags["unconfirmed"] = f"{unconfirmed} in the attacks, {len(result.failures)} at the end"
     accuracies = {name: float(kept.mean()) for name, kept in result.robust.items()}
     names = list(accuracies)
     if "square" not in names[2:]:  # after 'clean' and a white-box attack
-        return {}
+        return flags
     before = accuracies[names[names.index("square") - 1]]
     fell = before - accuracies["square"]
-    if fell <= _MARGIN:
-        return {}
-    return {"square-wins": f"the robust accuracy fell from {before:.2%} by {fell:.2%}"}
+    if fell > _MARGIN:
+        flags["square-wins"] = f"the robust accuracy fell from {before:.2%} by {fell:.2%}"
+    return flags
 
 
 def judge_transfer(
@@ -225,8 +230,8 @@ def judge_transfer(
     robust, labels = list(result.robust.values())[-1], np.asarray(labels)
     flags = {}
     for name, points in surrogates.items():
-        predictions = _logits(logits_fn, points, result.settings.batch_size).argmax(1)
-        broken = int((robust & (predictions != labels)).sum())
+        logits = _logits(logits_fn, points, result.settings.batch_size)
+        broken = int((robust & ~losses.is_correct(logits, labels, np)).sum())
         if broken:
             flags["transfer-wins"] = f"{broken} of {int(robust.sum())} robust images by {name}"
     return flags

@@ -15,6 +15,7 @@ from vit_at.attacks.autoattack.ledger import BROKEN, WITHSTOOD, Ledger, Store
 from vit_at.attacks.autoattack.methods import Method
 from vit_at.attacks.autoattack.packing import Finished, Packing, Source
 from vit_at.attacks.autoattack.settings import Settings
+from vit_at.attacks.losses import is_correct
 from vit_at.attacks.norms import largest_size, sizes
 from vit_at.distributed import processes
 
@@ -63,15 +64,15 @@ class Cascade:
             packing.begin(np.flatnonzero(ledger.robust))
         unconfirmed = ledger.work.get(method.name, {}).get("unconfirmed", 0)
         for finished in packing.rounds():
-            unconfirmed += self._record(finished)
+            unconfirmed += self._record(packing, finished)
             ledger.work[method.name] = packing.work | {"passes": method.passes}
             ledger.work[method.name]["unconfirmed"] = unconfirmed
             self._save_now_and_then(packing)
             self._report_now_and_then(method, packing)
 
-    def _record(self, finished: list[Finished]) -> int:
+    def _record(self, packing: Packing, finished: list[Finished]) -> int:
         """Enters outcomes into the ledger; returns the number of successes that a forward pass does
-        not confirm.
+        not confirm. Such an image continues with its next run.
         """
         ledger, column = self._ledger, self._ledger.stage
         successes = [f for f in finished if f.adversarial is not None]
@@ -80,6 +81,8 @@ class Cascade:
             points = np.stack([f.adversarial for f in successes])
             flaws = self._flaws(np.array([f.image for f in successes]), points, draw=1 + column)
         for end in finished:
+            if end.image in flaws and packing.continue_with_next_run(end):
+                continue
             broken = end.adversarial is not None and end.image not in flaws
             ledger.outcome[end.image, column] = BROKEN if broken else WITHSTOOD
             if broken:
@@ -109,8 +112,7 @@ class Cascade:
         reasons = {
             "outside [0, 1]": (points.min((1, 2, 3)) < 0) | (points.max((1, 2, 3)) > 1),
             "outside the ball": ~(moved <= allowed),
-            "logits are not finite": ~np.isfinite(logits).all(1),
-            "classified correctly": logits.argmax(1) == self._source.labels[places],
+            "classified correctly": is_correct(logits, self._source.labels[places], np),
         }
         return {
             int(place): reason

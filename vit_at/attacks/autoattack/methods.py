@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from vit_at.attacks import apgd, fab, square
 from vit_at.attacks.autoattack.settings import TARGETS, Settings
-from vit_at.attacks.losses import best_wrong_class, pick
+from vit_at.attacks.losses import best_wrong_class, is_correct, pick
 from vit_at.attacks.norms import random_directions
 
 Array = jax.Array
@@ -173,7 +173,7 @@ class Fab(Method):
             return fab.towards_nearest(logits_fn, points, labels, self.norm)
 
         def correct_at(points):
-            return jnp.argmax(logits_fn(points), -1) == labels
+            return is_correct(logits_fn(points), labels)
 
         return fab.advance(linearise, correct_at, problem.images, state, self.norm)
 
@@ -200,7 +200,9 @@ class Square(Method):
         def margin_fn(points):
             logits = context.logits_fn(points)
             wrong = best_wrong_class(logits, problem.labels)
-            return pick(logits, problem.labels) - pick(logits, wrong)
+            margin = pick(logits, problem.labels) - pick(logits, wrong)
+            # A comparison with NaN is false, and would keep the image.
+            return jnp.where(jnp.isfinite(logits).all(-1), margin, -jnp.inf)
 
         options = square.Options(self.norm, context.eps)
         return square.advance(margin_fn, problem.images, state, uniforms, options)

@@ -85,6 +85,13 @@ class Packing:
             self._fill()
             yield self._round()
 
+    def continue_with_next_run(self, end: Finished) -> bool:
+        """Queues the next run of an image whose success was not confirmed; False if it has none."""
+        if end.run + 1 >= self.method.runs:
+            return False
+        self.waiting.insert(0, Waiting(end.image, end.run + 1))
+        return True
+
     def steps_left(self) -> int:
         """Steps still to do if no further image is broken."""
         method = self.method
