@@ -102,8 +102,7 @@ def locked(workdir: epath.Path, use: str) -> Iterator[None]:
 
 def write_config(workdir: epath.Path, config: ConfigDict) -> None:
     """Writes ``config.json``; if there is one with another configuration, raises UserError."""
-    path, text = workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "
-"
+    path, text = workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n"
     if path.exists():
         stored = configuration.with_added(read_json(path))
         changes = configuration.differences(stored, json.loads(text))
