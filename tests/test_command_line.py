@@ -144,7 +144,7 @@ def lines_of(capsys, *arguments, status=0) -> list[str]:
     return (printed.err if status else printed.out).splitlines()
 
 
-@pytest.mark.parametrize("name", sorted(cli.COMMANDS.keys() - {"sweep"}))
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
 def test_every_command_has_help_that_shows_how_it_is_called(capsys, name):
     text = "\n".join(lines_of(capsys, name, "--help"))
     assert text.startswith(f"usage: vit-at {name} ")
