@@ -48,16 +48,13 @@ class PatchEmbed(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         b, height, width, channels = images.shape
         p = self.patch_size
-        kernel = self.param(
-            "kernel",
-            nn.initializers.lecun_normal(in_axis=(0, 1, 2)),
-            (p, p, channels, self.embed_dim),
-            param_dtype(self.dtype),
-        )
-        bias = self.param("bias", nn.initializers.zeros, (self.embed_dim,), param_dtype(self.dtype))
+        d, weights = self.embed_dim, param_dtype(self.dtype)
+        init = nn.initializers.lecun_normal(in_axis=(0, 1, 2))
+        kernel = self.param("kernel", init, (p, p, channels, d), weights)
+        bias = self.param("bias", nn.initializers.zeros, (d,), weights)
         patches = images.reshape(b, height // p, p, width // p, p, channels)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * channels)
-        kernel = kernel.reshape(-1, self.embed_dim).astype(self.dtype)
+        kernel = kernel.reshape(-1, d).astype(self.dtype)
         tokens = ops.linear(patches.astype(self.dtype), kernel)
         return tokens + bias.astype(self.dtype)
 
@@ -111,8 +108,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d = x.shape[-1]
-        x = dense(self.hidden_dim, self.dtype, name="fc1")(x)
-        x = ops.gelu(x)
+        x = ops.gelu(dense(self.hidden_dim, self.dtype, name="fc1")(x))
         return dense(d, self.dtype, name="fc2")(x)
 
 
