@@ -33,11 +33,6 @@ def relative_positions(num_tokens: int, dtype: jnp.dtype) -> jax.Array:
     return jnp.stack([dx, dy, dx**2 + dy**2], axis=-1).astype(dtype)
 
 
-def _identity_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    del key
-    return jnp.eye(*shape, dtype=dtype)
-
-
 def _local_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
     """Each head of [3, heads] looks at another neighbour, as a convolution's tap (eq. 7 there).
 
@@ -67,7 +62,8 @@ class GatedPositionalAttention(nn.Module):
         heads, weights = self.num_heads, layers.param_dtype(self.dtype)
         linear = functools.partial(layers.dense, dtype=self.dtype, use_bias=False)
         qk = linear(2 * d, name="qk")(x)
-        v = linear(d, kernel_init=_identity_init, name="v")(x).reshape(b, n, heads, -1)
+        v = linear(d, kernel_init=lambda _, shape, dtype: jnp.eye(*shape, dtype=dtype), name="v")(x)
+        v = v.reshape(b, n, heads, -1)
         q, k = jnp.moveaxis(qk.reshape(b, n, 2, heads, d // heads), 2, 0)
         scale = self.qk_scale or (d // heads) ** -0.5
         content = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=weights) * scale
