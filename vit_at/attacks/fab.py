@@ -77,7 +77,7 @@ def advance(
     """
     size = NORMS[norm].size
     difference, normal = linearise(state.point)
-    offset = -difference + _dot(normal, state.point)
+    offset = -difference + jnp.sum(normal * state.point, axis=(1, 2, 3))
     from_point = _towards_boundary(state.point, normal, offset, norm)
     from_image = _towards_boundary(images, normal, offset, norm)
     point_size = jnp.maximum(size(from_point), _SIZE_FLOOR)
@@ -199,7 +199,3 @@ def _water_level(weights: Array, room: Array, total: Array) -> Array:
     start = jnp.zeros_like(total)
     level, _, _ = lax.while_loop(unsettled, climb, (start, start - 1, 0))
     return level
-
-
-def _dot(x: Array, y: Array) -> Array:
-    return jnp.sum(x * y, axis=(1, 2, 3))

@@ -86,20 +86,12 @@ def audit(
     if "randomised" in flags:
         return Audit(flags, {}, {})
 
+    same = {name: getattr(settings, name) for name in ("norm", "batch_size", "seed", "mesh")}
+
     @functools.cache
     def robust(threat, attack="apgd-ce"):
-        found = autoattack.run(
-            logits_fn,
-            images,
-            labels,
-            norm=threat.norm,
-            eps=threat.eps,
-            attacks=[attack],
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            budget=Budget(iterations=threat.steps),
-            mesh=settings.mesh,
-        )
+        own = {"eps": threat.eps, "attacks": [attack], "budget": Budget(iterations=threat.steps)}
+        found = autoattack.run(logits_fn, images, labels, **same, **own)
         return list(found.robust.values())[-1]
 
     threat, count = Threat(settings.norm, settings.eps), int(np.prod(images.shape[1:]))
@@ -121,10 +113,7 @@ def audit(
 
 
 def check_model(
-    logits_fn: Callable[[Array], Array],
-    images: np.ndarray,
-    labels: np.ndarray,
-    settings: Settings,
+    logits_fn: Callable[[Array], Array], images: np.ndarray, labels: np.ndarray, settings: Settings
 ) -> dict[str, str]:
     """The flags that need no attack, on at most a batch of images."""
     batch = jnp.asarray(images[: settings.batch_size], jnp.float32)

@@ -26,6 +26,7 @@ from vit_at.workdir.files import write_atomically
 LEDGER_FILE, PER_EXAMPLE_FILE = "ledger.npz", "per_example.npz"
 NOT_ATTACKED, WITHSTOOD, BROKEN = 0, 1, 2
 CLEAN = "clean"
+_SAVED = ("clean", "outcome", "run", "step", "norm")  # of a ``Ledger``, as they are
 _SAME_LOGITS = 1e-3  # allowed difference, relative to the largest: devices round differently
 
 
@@ -104,20 +105,16 @@ class Store:
         Raises:
           UserError: it belongs to another model, data or protocol, or can't be read.
         """
-        if self._directory is None:
-            return False
-        if not processes.agree((self._directory / LEDGER_FILE).exists()):
+        if self._directory is None or not processes.agree((self._directory / LEDGER_FILE).exists()):
             return False
         saved = self._read(LEDGER_FILE)
         self._check(saved)
-        for name in ("clean", "outcome", "run", "step", "norm"):
+        for name in _SAVED:
             setattr(ledger, name, saved[name])
         ledger.stage = int(saved["stage"])
         ledger.work = json.loads(str(saved["work"]))
-        prefix = "progress/"
-        ledger.progress = {
-            k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)
-        }
+        running = [name for name in saved if name.startswith("progress/")]
+        ledger.progress = {name.removeprefix("progress/"): saved[name] for name in running}
         self._parts = int(saved["files"])
         for _ in self.parts():  # fail now, not at the end, if a file can't be read
             pass
@@ -135,15 +132,11 @@ class Store:
         arrays = {
             "protocol": np.array(json.dumps(self._protocol)),
             "logits": self._logits,
-            "clean": ledger.clean,
-            "outcome": ledger.outcome,
-            "run": ledger.run,
-            "step": ledger.step,
-            "norm": ledger.norm,
             "stage": np.array(ledger.stage),
             "files": np.array(self._parts),
             "work": np.array(json.dumps(ledger.work)),
         }
+        arrays |= {name: getattr(ledger, name) for name in _SAVED}
         self._write(LEDGER_FILE, arrays | {f"progress/{k}": v for k, v in ledger.progress.items()})
 
     def _keep(self, index: np.ndarray, images: np.ndarray) -> None:
@@ -189,9 +182,8 @@ class Store:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
                 return dict(archive)
         except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{path} can't be read ({error}); delete {self._directory} to start over"
-            ) from error
+            reason = f"{path} can't be read ({error})"
+            raise UserError(f"{reason}; delete {self._directory} to start over") from error
 
     def _write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         if jax.process_index():

@@ -19,6 +19,7 @@ from vit_at.attacks import apgd, fab, square
 from vit_at.attacks.autoattack.settings import TARGETS, Settings
 from vit_at.attacks.losses import best_wrong_class, pick
 from vit_at.attacks.norms import random_directions
+from vit_at.attacks.threat import Threat
 
 Array = jax.Array
 _SAMPLES = 20  # draws of a randomised model for each gradient
@@ -189,8 +190,7 @@ class Square(Method):
         shape = problem.images.shape[1:]
         draw = jax.vmap(lambda key: square.draw_initial(key, shape, self.norm))
         uniforms = draw(self.run_keys(context, problem))
-        options = square.Options(self.norm, context.eps)
-        return square.start(problem.images, uniforms, options)
+        return square.start(problem.images, uniforms, Threat(self.norm, context.eps))
 
     def advance(self, context, problem, state):
         shape = problem.images.shape[1:]
@@ -202,8 +202,8 @@ class Square(Method):
             wrong = best_wrong_class(logits, problem.labels)
             return pick(logits, problem.labels) - pick(logits, wrong)
 
-        options = square.Options(self.norm, context.eps)
-        return square.advance(margin_fn, problem.images, state, uniforms, options)
+        threat = Threat(self.norm, context.eps)
+        return square.advance(margin_fn, problem.images, state, uniforms, threat)
 
     def read(self, context, state):
         return Outcome(state.queries, state.margin <= 0, state.best)
