@@ -100,8 +100,8 @@ def _describe(setup: Setup, state: TrainState, workdir: epath.Path) -> None:
     label = OBJECTIVES[config.objective].label
     logging.info("%s of %s, matrix products in %s", label, config.model.name, config.dtype)
     logging.info("%s: %d images, %d held out", setup.train_set.name, len(setup.train_set), held_out)
-    kind = setup.mesh.devices.flat[0].device_kind
-    logging.info("devices: %d of kind %s", setup.mesh.size, kind)
+    devices = setup.mesh.devices.flat
+    logging.info("devices: %d of kind %s", len(devices), devices[0].device_kind)
     logging.info("%s", metrics.cost_estimate(flops, setup.total_steps, parameters))
     if done:
         logging.info("resuming at step %d of %d", done, setup.total_steps)
@@ -124,7 +124,10 @@ class Loop:
         self._best = best
         self._unlogged: list[Collection] = []  # the metrics of the steps since the last line
         self._collapse = metrics.Collapse(setup.train_set.num_classes)
-        self._evaluator = _validation_evaluator(setup)
+        options, held_out = self._config.eval, setup.validation_set
+        self._evaluator: Evaluator | None = None
+        if held_out is not None and options.every_epochs:
+            self._evaluator = _evaluator(setup, f"clean,{options.validation_attack}", held_out)
 
     def run(self, state: TrainState) -> TrainState:
         """Takes all remaining steps."""
@@ -222,19 +225,8 @@ class Loop:
 
     def _values(self, step: int) -> dict[str, Any]:
         data = self._setup.train_set
-        return {
-            "step": step,
-            "best": self._best,
-            "num_classes": data.num_classes,
-            "class_names": list(data.class_names),
-        }
-
-
-def _validation_evaluator(setup: Setup) -> Evaluator | None:
-    config = setup.config
-    if setup.validation_set is None or not config.eval.every_epochs:
-        return None
-    return _evaluator(setup, f"clean,{config.eval.validation_attack}", setup.validation_set)
+        classes = {"num_classes": data.num_classes, "class_names": list(data.class_names)}
+        return {"step": step, "best": self._best} | classes
 
 
 def _evaluator(setup: Setup, attacks: str, examples: Any) -> Evaluator:
@@ -267,20 +259,10 @@ def _tested_weights(
 def _final_evaluation(
     setup: Setup, params: Any, weights: dict[str, Any], workdir: epath.Path
 ) -> list[dict[str, Any]]:
-    config = setup.config
-    logging.info(
-        "testing the %s weights (step %d) on %d images of %s",
-        weights["checkpoint"],
-        weights["step"],
-        len(setup.test_set),
-        setup.test_set.name,
-    )
+    config, examples = setup.config, setup.test_set
+    tested = "{checkpoint} weights (step {step})".format(**weights)
+    logging.info("testing the %s on %d images of %s", tested, len(examples), examples.name)
+    evaluator = _evaluator(setup, config.eval.attacks, examples)
+    about = {"seed": config.seed, "weights": weights}
     with locked(workdir, "evaluation"):
-        return evaluate_and_store(
-            _evaluator(setup, config.eval.attacks, setup.test_set),
-            params,
-            setup.test_set,
-            Results(workdir),
-            seed=config.seed,
-            weights=weights,
-        )
+        return evaluate_and_store(evaluator, params, examples, Results(workdir), **about)

@@ -142,12 +142,8 @@ def _inputs(step, key, batch):
     """Augmented, mixed images [B, H, W, C] in [0, 1] and their targets [B, num_classes]."""
     config = step.config
     augment_key, mix_key = jax.random.split(key)
-    images = augment.augment(
-        augment_key,
-        augment.to_float(batch["image"]),
-        crop_padding=config.data.crop_padding,
-        flip=config.data.flip,
-    )
+    options = {"crop_padding": config.data.crop_padding, "flip": config.data.flip}
+    images = augment.augment(augment_key, augment.to_float(batch["image"]), **options)
     targets = augment.one_hot(batch["label"], step.num_classes, config.label_smoothing)
     if config.mixing.probability:
         images, targets = mixing.mix(mix_key, images, targets, **config.mixing)
@@ -250,7 +246,5 @@ def _mean_over_parts(function, parts):
 def _update(state, gradient, optimizer, ema_decay):
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = state.ema
-    if ema is not None:
-        ema = optax.incremental_update(params, ema, 1 - ema_decay)
+    ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
     return TrainState(state.step + 1, params, opt_state, ema)
