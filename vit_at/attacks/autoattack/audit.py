@@ -137,7 +137,7 @@ def _check_gradients(logits_fn, images, labels, correct, settings) -> dict[str, 
     """The flags of losses without a gradient, at the image or at APGD's random start."""
     norm, keys = settings.norm, jax.random.split(jax.random.key(0), len(images))
     directions = random_directions(keys, images.shape[1:], norm)
-    begin = apgd.start(images, directions, apgd.Options(norm, settings.eps)).point
+    begin = apgd.start(images, directions, Threat(norm, settings.eps)).point
 
     # The loss is compiled separately. XLA would fuse it with a multiplication at the model's end
     # and round once, so the gradient of a saturated softmax would be rounding errors, not zeros.

@@ -125,7 +125,12 @@ class Store:
         """Writes the new adversarial images, then the ledger that counts them."""
         if ledger.found:
             index = np.array(sorted(ledger.found))
-            self._keep(index, np.stack([ledger.found[i] for i in index]))
+            images = np.stack([ledger.found[i] for i in index])
+            if self._directory is None:
+                self._in_memory.append((index, images))
+            else:
+                self._write(_adversarial_file(self._parts), {"index": index, "image": images})
+            self._parts += 1
             ledger.found = {}
         if self._directory is None:
             return
@@ -138,13 +143,6 @@ class Store:
         }
         arrays |= {name: getattr(ledger, name) for name in _SAVED}
         self._write(LEDGER_FILE, arrays | {f"progress/{k}": v for k, v in ledger.progress.items()})
-
-    def _keep(self, index: np.ndarray, images: np.ndarray) -> None:
-        if self._directory is None:
-            self._in_memory.append((index, images))
-        else:
-            self._write(_adversarial_file(self._parts), {"index": index, "image": images})
-        self._parts += 1
 
     def parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The adversarial images in parts: places [n] and images [n, H, W, C]."""

@@ -133,7 +133,9 @@ class Packing:
             return
         keep = np.argsort(self._image == EMPTY, kind="stable")[:narrow]
         slots = jax.tree.map(lambda x: x[keep], sharding.gather(self._slots))
-        self._restore_slots(slots, self._image[keep], self._run[keep], self._steps[keep])
+        self._image, self._run = self._image[keep], self._run[keep]
+        self._steps = self._steps[keep]
+        self._slots = sharding.split_whole(slots, self._mesh)
 
     def _open(self, width: int) -> None:
         """Empty slots."""
@@ -202,10 +204,6 @@ class Packing:
         self._open(width)
         treedef = jax.tree.structure(self._slots.state)
         leaves = [saved[f"state/{i}"] for i in range(treedef.num_leaves)]
-        self._image, self._run = saved["image"].copy(), saved["run"].copy()
+        self._image, self._run, self._steps = (saved[n].copy() for n in ("image", "run", "steps"))
         slots = Slots(self._problem(), jax.tree.unflatten(treedef, leaves), saved["active"])
-        self._restore_slots(slots, saved["image"], saved["run"], saved["steps"])
-
-    def _restore_slots(self, slots: Slots, image, run, steps) -> None:
-        self._image, self._run, self._steps = image.copy(), run.copy(), steps.copy()
         self._slots = sharding.split_whole(slots, self._mesh)
