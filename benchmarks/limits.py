@@ -30,7 +30,7 @@ SQUARES = {"cpu": (1024, 2048), "gpu": (4096, 8192), "tpu": (4096, 8192)}
 def case_flops(case: Case, config) -> float:
     """Floating-point operations of one run of a case, with what is needed only."""
     model = build(config, CLASSES, case.dtype)
-    attention = model.attention_flops()
+    attention = 2 * model.multiply_adds()[1]
     linear = model.forward_flops() - attention
     forward = linear + attention
     attack_step, training_pass = 2 * linear + 3 * attention, 3 * (linear + attention)

@@ -75,13 +75,9 @@ class Transformer(nn.Module, kw_only=True):
 
     def forward_flops(self) -> float:
         """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
-        return 2.0 * sum(self._multiply_adds())
+        return 2.0 * sum(self.multiply_adds())
 
-    def attention_flops(self) -> float:
-        """The part of ``forward_flops`` that is products of two activations."""
-        return 2.0 * self._multiply_adds()[1]
-
-    def _multiply_adds(self) -> tuple[float, float]:
+    def multiply_adds(self) -> tuple[float, float]:
         """(in linear layers, in products of two activations), for one image."""
         raise NotImplementedError
 

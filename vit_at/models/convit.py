@@ -121,7 +121,7 @@ class ConViT(blocks.Transformer):
         x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1)
         return blocks.last_blocks(self, attention, x, self.depth - split, last)
 
-    def _multiply_adds(self) -> tuple[float, float]:
+    def multiply_adds(self) -> tuple[float, float]:
         n, d, local = self.num_tokens, self.embed_dim, self.local_blocks
         kinds = [(local, n, n), (self.depth - local - 1, n + 1, n + 1), (1, n + 1, 1)]
         linear, attention = blocks.multiply_adds(kinds, d, self.mlp_ratio)

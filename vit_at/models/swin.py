@@ -211,7 +211,7 @@ class SwinTransformer(blocks.Transformer):
         weights = layers.param_dtype(self.dtype)
         return layers.LayerNorm(self.norm_eps, weights, name="norm")(x).mean(axis=1)
 
-    def _multiply_adds(self) -> tuple[float, float]:
+    def multiply_adds(self) -> tuple[float, float]:
         d, attention = self.embed_dim, 0.0
         linear = float(self.num_tokens * self.patch_size**2 * self.in_channels * d)
         for i, (depth, side, window, _) in enumerate(self.stages()):

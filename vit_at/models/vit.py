@@ -56,7 +56,7 @@ class VisionTransformer(blocks.Transformer):
         )
         return blocks.last_blocks(self, attention, x, self.depth, switches)
 
-    def _multiply_adds(self) -> tuple[float, float]:
+    def multiply_adds(self) -> tuple[float, float]:
         n, d = 1 + self.num_tokens, self.embed_dim
         kinds = [(self.depth - 1, n, n), (1, n, 1)]
         linear, attention = blocks.multiply_adds(kinds, d, self.mlp_ratio)

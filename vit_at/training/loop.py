@@ -16,15 +16,17 @@ from clu.metrics import Collection
 from etils import epath
 from ml_collections import ConfigDict
 
+from vit_at import models
 from vit_at.attacks import Threat
 from vit_at.console import Progress
 from vit_at.data import pipeline
 from vit_at.distributed import processes, sharding
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store
 from vit_at.evaluation.protocol import parse_attacks
+from vit_at.models.build import build
 from vit_at.training import metrics, optim
 from vit_at.training.objectives import OBJECTIVES
-from vit_at.training.setup import Setup, StepFn, compile_step, float32_classifier, initial_state
+from vit_at.training.setup import Setup, StepFn, compile_step, initial_state
 from vit_at.training.signals import Interrupted, Signals
 from vit_at.training.step import TrainState
 from vit_at.workdir.checkpoint import Checkpoints
@@ -200,7 +202,8 @@ class Loop:
         if not (math.isfinite(means["loss"]) and math.isfinite(means["gradient_norm"])):
             self._progress.close()
             self._checkpoints.wait()
-            raise Diverged(metrics.diverged(step))
+            found = f"the loss or its gradient is not finite at step {step}: training diverged"
+            raise Diverged(f"{found}; {metrics.CAUSES}")
         seconds, self._logged = time.monotonic() - self._logged, time.monotonic()
         means["images_per_second"] = count * self._config.batch_size / seconds
         self._writer.write(step, {"epoch": epoch} | means)
@@ -231,8 +234,9 @@ class Loop:
 
 def _evaluator(setup: Setup, attacks: str, examples: Any) -> Evaluator:
     config = setup.config
+    model = build(config, setup.train_set.num_classes, "float32")
     return Evaluator(
-        float32_classifier(setup),
+        models.classifier(model, config.data.mean, config.data.std),
         examples,
         parse_attacks(attacks, Threat.of(config.threat)),
         setup.mesh,

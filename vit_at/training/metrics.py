@@ -126,11 +126,6 @@ class Collapse:
         )
 
 
-def diverged(step: int) -> str:
-    """The sentence for a loss or gradient of NaN or infinity."""
-    return f"the loss or its gradient is not finite at step {step}: training diverged; {CAUSES}"
-
-
 def status_line(means: dict[str, float], epoch: float, epochs: int) -> str:
     """The text beside the progress bar."""
     kind = "adv" if "accuracy_adv" in means else "clean"

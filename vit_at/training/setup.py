@@ -130,10 +130,3 @@ def compile_step(setup: Setup, optimizer: optax.GradientTransformation) -> StepF
         setup.train_set.num_classes,
     )
     return jax.jit(functools.partial(train_step, step), donate_argnums=0)
-
-
-def float32_classifier(setup: Setup) -> models.Apply:
-    """The model for evaluation: images in [0, 1] to logits, in float32."""
-    config = setup.config
-    model = build(config, setup.train_set.num_classes, "float32")
-    return models.classifier(model, config.data.mean, config.data.std)

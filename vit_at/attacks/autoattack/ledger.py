@@ -25,7 +25,6 @@ from vit_at.workdir.files import write_atomically
 
 LEDGER_FILE, PER_EXAMPLE_FILE = "ledger.npz", "per_example.npz"
 NOT_ATTACKED, WITHSTOOD, BROKEN = 0, 1, 2
-CLEAN = "clean"
 _SAVED = ("clean", "outcome", "run", "step", "norm")  # of a ``Ledger``, as they are
 _SAME_LOGITS = 1e-3  # allowed difference, relative to the largest: devices round differently
 
@@ -57,24 +56,24 @@ class Ledger:
 
     def robust_after(self) -> dict[str, np.ndarray]:
         """{attack: [N] bool} after each attack of the cascade; 'clean' first."""
-        after, robust = {CLEAN: self.clean}, self.clean
+        after, robust = {"clean": self.clean}, self.clean
         for column, attack in enumerate(self.attacks):
             robust = robust & (self.outcome[:, column] != BROKEN)
             after[attack] = robust
         return after
 
-    def broken_by(self) -> np.ndarray:
-        """[N]: the attack's place in the cascade, -1 robust, -2 misclassified from the start."""
-        first = np.argmax(self.outcome == BROKEN, 1)
-        return np.where(self.clean, np.where(self.robust, -1, first), -2).astype(np.int8)
-
     def columns(self) -> dict[str, np.ndarray]:
-        """The columns of ``per_example.npz``."""
+        """The columns of ``per_example.npz``.
+
+        broken_by: the attack's place in the cascade, -1 robust, -2 misclassified from the start.
+        """
+        first = np.argmax(self.outcome == BROKEN, 1)
+        broken_by = np.where(self.clean, np.where(self.robust, -1, first), -2)
         return {
             "attacks": np.array(self.attacks),
             "clean_correct": self.clean,
             "outcome": self.outcome,
-            "broken_by": self.broken_by(),
+            "broken_by": broken_by.astype(np.int8),
             "worst_case_correct": self.robust,
             "run": self.run,
             "step": self.step,

@@ -162,16 +162,9 @@ def _run(logits_fn, images, labels, settings, workdir, report) -> Result:
 
 def _protocol(settings: Settings, names: tuple[str, ...], digest: str) -> dict[str, Any]:
     """What a ledger is of, as JSON values; another protocol can't resume it."""
-    return {
-        "format": _FORMAT,
-        "attacks": list(names),
-        "version": settings.version,
-        "norm": settings.norm,
-        "eps": settings.eps,
-        "seed": settings.seed,
-        "data": digest,
-        **dataclasses.asdict(settings.budget),
-    }
+    own = {name: getattr(settings, name) for name in ("version", "norm", "eps", "seed")}
+    own |= dataclasses.asdict(settings.budget)
+    return {"format": _FORMAT, "attacks": list(names), "data": digest} | own
 
 
 def _as_tree(logits_fn: Callable[..., Array]) -> jax.tree_util.Partial:
