@@ -20,8 +20,7 @@ from common import CLASSES, Case
 from jax.sharding import PartitionSpec
 
 from vit_at.distributed import sharding
-from vit_at.models import ops
-from vit_at.models.build import build
+from vit_at.models import build, ops
 from vit_at.training.objectives import OBJECTIVES
 
 SQUARES = {"cpu": (1024, 2048), "gpu": (4096, 8192), "tpu": (4096, 8192)}

@@ -68,9 +68,8 @@ class GatedPositionalAttention(nn.Module):
         scale = self.qk_scale or (d // heads) ** -0.5
         content = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=weights) * scale
 
-        to_heads = nn.Dense(
-            heads, dtype=weights, param_dtype=weights, kernel_init=_local_init, name="pos_proj"
-        )
+        fields = {"dtype": weights, "param_dtype": weights, "kernel_init": _local_init}
+        to_heads = nn.Dense(heads, **fields, name="pos_proj")
         position = jnp.moveaxis(to_heads(relative_positions(n, weights)), -1, 0)  # [h, n, n]
         gate = self.param("gating_param", nn.initializers.ones, (heads,), weights)
         gate = jax.nn.sigmoid(gate)[:, None, None]

@@ -65,24 +65,13 @@ def _linear(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = N
     return ops.linear(x, kernel)
 
 
-def dense(
-    features: int,
-    dtype: str,
-    *,
-    use_bias: bool = True,
-    kernel_init: nn.initializers.Initializer = KERNEL_INIT,
-    name: str | None = None,
-) -> nn.Dense:
-    """A linear layer with this project's initialisation and precision."""
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=param_dtype(dtype),
-        kernel_init=kernel_init,
-        dot_general=_linear,
-        name=name,
-    )
+def dense(features: int, dtype: str, **fields: Any) -> nn.Dense:
+    """A linear layer with this project's precision and, unless told otherwise, initialisation.
+
+    fields: of ``nn.Dense``.
+    """
+    ours = {"param_dtype": param_dtype(dtype), "kernel_init": KERNEL_INIT, "dot_general": _linear}
+    return nn.Dense(features, dtype=dtype, **(ours | fields))
 
 
 class LayerNorm(nn.Module):

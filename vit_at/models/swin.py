@@ -125,9 +125,8 @@ class Pair(nn.Module):
     ) -> tuple[jax.Array, None]:
         """x [b, n, d]; keep, drop: those of a ``blocks.Block``, a row for each of the two."""
         for i, (name, shift) in enumerate((("even", 0), ("odd", self.shift))):
-            attention = functools.partial(
-                WindowAttention, self.num_heads, self.window, shift, self.qk_scale, self.dtype
-            )
+            fields = (self.num_heads, self.window, shift, self.qk_scale, self.dtype)
+            attention = functools.partial(WindowAttention, *fields)
             block = blocks.Block(attention, self.mlp_ratio, self.norm_eps, self.dtype, name=name)
             x, _ = block(x, *blocks.rows((keep, drop), i))
         return x, None

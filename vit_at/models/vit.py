@@ -51,9 +51,8 @@ class VisionTransformer(blocks.Transformer):
         cls_token = jnp.broadcast_to(cls_token, (b, 1, d))
         x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1) + pos_embed.astype(x.dtype)
 
-        attention = functools.partial(
-            Attention, self.num_heads, self.qkv_bias, self.qk_scale, self.dtype
-        )
+        fields = (self.num_heads, self.qkv_bias, self.qk_scale, self.dtype)
+        attention = functools.partial(Attention, *fields)
         return blocks.last_blocks(self, attention, x, self.depth, switches)
 
     def multiply_adds(self) -> tuple[float, float]:

@@ -25,7 +25,7 @@ from vit_at import configs, models
 from vit_at.attacks import Threat
 from vit_at.errors import Parser, UserError, one_sentence_errors
 from vit_at.evaluation.protocol import parse_attacks
-from vit_at.models.build import build
+from vit_at.models import build
 from vit_at.training import metrics
 
 FLOAT32 = 4  # bytes

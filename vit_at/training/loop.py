@@ -23,7 +23,6 @@ from vit_at.data import pipeline
 from vit_at.distributed import processes, sharding
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store
 from vit_at.evaluation.protocol import parse_attacks
-from vit_at.models.build import build
 from vit_at.training import metrics, optim
 from vit_at.training.objectives import OBJECTIVES
 from vit_at.training.setup import Setup, StepFn, compile_step, initial_state
@@ -234,7 +233,7 @@ class Loop:
 
 def _evaluator(setup: Setup, attacks: str, examples: Any) -> Evaluator:
     config = setup.config
-    model = build(config, setup.train_set.num_classes, "float32")
+    model = models.build(config, setup.train_set.num_classes, "float32")
     return Evaluator(
         models.classifier(model, config.data.mean, config.data.std),
         examples,

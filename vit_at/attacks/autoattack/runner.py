@@ -16,14 +16,7 @@ from vit_at.attacks.autoattack import checks, methods
 from vit_at.attacks.autoattack.cascade import Cascade
 from vit_at.attacks.autoattack.ledger import Ledger, Store
 from vit_at.attacks.autoattack.packing import Source
-from vit_at.attacks.autoattack.settings import (
-    OFFICIAL,
-    TARGETS,
-    Budget,
-    Settings,
-    for_classes,
-    parse,
-)
+from vit_at.attacks.autoattack.settings import TARGETS, Budget, Settings, for_classes, parse
 from vit_at.distributed import sharding
 
 Array = jax.Array
@@ -97,7 +90,7 @@ def run(
     seed: int = 0,
     workdir: str | epath.Path | None = None,
     progress: Callable[[str], None] | bool | None = None,
-    budget: Budget = OFFICIAL,
+    budget: Budget = Budget(),  # noqa: B008 - immutable
     mesh: Mesh | None = None,
 ) -> Result:
     """Runs AutoAttack on all devices.
