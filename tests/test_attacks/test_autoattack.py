@@ -343,7 +343,7 @@ def test_through_the_evaluator(tmp_path, monkeypatch):
     assert entry["accuracy"] == entry["cascade"]["square"]
     assert set(entry["audit"]) == {"flags", "eps_curve", "steps_curve"}
     assert np.isclose(entry["audit"]["eps_curve"][0][1], entry["cascade"]["clean"])
-    assert "autoattack" in results.table(results.Results(epath.Path(tmp_path)).records)
+    assert "autoattack" in results.as_text(results.Results(epath.Path(tmp_path)).records)
     assert list(tmp_path.glob("autoattack/*/per_example.npz"))
 
 

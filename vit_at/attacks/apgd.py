@@ -125,8 +125,9 @@ def advance(evaluate: Evaluate, images: Array, state: State, threat: Threat) -> 
 
 def _move(images: Array, state: State, threat: Threat) -> Array:
     """The gradient step with momentum, equation 2 and the line after it."""
-    weight = per_image(jnp.where(state.iteration > 0, _MOMENTUM, 1.0).astype(images.dtype))
-    step_size, norm = per_image(state.step_size), NORMS[threat.norm]
+    weight = jnp.where(state.iteration > 0, _MOMENTUM, 1.0).astype(images.dtype)
+    weight, step_size = (x[:, None, None, None] for x in (weight, state.step_size))
+    norm = NORMS[threat.norm]
     step = norm.steepest_step(state.gradient, step_size, resize_as_official)
     ascended = _project(state.point + step, images, threat)
     momentum = state.point - state.previous
@@ -198,11 +199,6 @@ def _loss(name: str, logits: Array, labels: Array, targets: Array) -> Array:
     if name == "dlr":
         return losses.dlr(logits, labels)
     return losses.targeted_dlr(logits, labels, targets)
-
-
-def per_image(values: Array) -> Array:
-    """[b] -> [b, 1, 1, 1]."""
-    return values[:, None, None, None]
 
 
 def where(condition: Array, yes: Any, no: Any) -> Any:

@@ -180,4 +180,10 @@ def unstack_blocks(apply: Apply, params: Any, platform: str) -> Any:
     """
     if platform != "cpu" or not isinstance(apply, Classifier):
         return params
-    return blocks.unstack(params, {stack.split("/")[0] for stack in apply.model.stacks})
+    names = {stack.split("/")[0] for stack in apply.model.stacks}
+
+    def of_each(stack):
+        rows = range(len(jax.tree.leaves(stack)[0]))
+        return blocks.Unstacked(tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in rows))
+
+    return {name: of_each(tree) if name in names else tree for name, tree in params.items()}

@@ -5,12 +5,12 @@ Block             x + attention(norm(x)), then x + mlp(norm(x)), with any attent
 run_blocks        equal blocks in a row, scanned or one by one
 last_blocks       the same, a last block that computes the class token alone, and its norm
 stochastic_depth  which blocks drop their attention how often
-unstack, stack_blocks   parameters for blocks that run one by one, and back
+stack_blocks      parameters as they were before ``models.unstack_blocks``
 multiply_adds     cost of blocks
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax
@@ -86,16 +86,6 @@ class Unstacked(flax.struct.PyTreeNode):
     """The parameters of equal blocks as one tree per block, instead of stacked along axis 0."""
 
     blocks: tuple[Any, ...]
-
-
-def unstack(params: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """``params`` with the stacks of these names as ``Unstacked``."""
-
-    def of_each(stack):
-        count = len(jax.tree.leaves(stack)[0])
-        return Unstacked(tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in range(count)))
-
-    return {name: of_each(tree) if name in names else tree for name, tree in params.items()}
 
 
 def stack_blocks(params: Any) -> Any:

@@ -173,8 +173,10 @@ class Loop:
         logs = step % config.log_every_steps == 0
         save = epoch_ends or ending or self._save_is_due(step, logs)
         text = self._log(step) if save or logs else ""
-        if epoch_ends and self._evaluator and self._validates(step // per_epoch):
-            self._validate(self._evaluator, state, step)
+        if epoch_ends and self._evaluator:
+            epoch, every = step // per_epoch, config.eval.every_epochs
+            if epoch % every == 0 or epoch == config.epochs:
+                self._validate(self._evaluator, state, step)
         if save:
             self._checkpoints.save(step, state.trees, self._values(step))
             self._saved = time.monotonic()
@@ -189,9 +191,6 @@ class Loop:
             return False
         minutes = (time.monotonic() - self._saved) / 60
         return processes.agree(minutes >= options.every_minutes)
-
-    def _validates(self, epoch: int) -> bool:
-        return epoch % self._config.eval.every_epochs == 0 or epoch == self._config.epochs
 
     def _log(self, step: int) -> str:
         """Writes the means since the last line; returns the text beside the progress bar."""

@@ -40,10 +40,8 @@ def _step_schedule(config: ConfigDict, steps_per_epoch: int, offset: int) -> opt
     reference).
     """
     options = config.optimizer
-    drops = [
-        max(1, math.ceil((config.epochs - before) * steps_per_epoch)) - offset
-        for before in options.drop_before_end
-    ]
+    ends = [(config.epochs - before) * steps_per_epoch for before in options.drop_before_end]
+    drops = [max(1, math.ceil(end)) - offset for end in ends]
 
     def schedule(step):
         passed = sum((step >= drop) * 1 for drop in drops)
