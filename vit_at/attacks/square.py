@@ -87,12 +87,6 @@ def side(iteration: np.ndarray, height: int, width: int, norm: str) -> np.ndarra
     return np.minimum(sides, min(height, width))
 
 
-def _sides(shape: tuple[int, ...], norm: str) -> np.ndarray:
-    """The side at each level of the schedule, [levels]."""
-    first_iterations = np.array([0, *(i + 1 for i in _HALVED_AFTER)])
-    return side(first_iterations, shape[0], shape[1], norm)
-
-
 def _tiles(height: int, width: int) -> tuple[int, list[tuple[int, int]]]:
     """The side and the corners of the start's tiles in l2: 5 x 5 on a square image."""
     tile = max(height // 5, 1)
@@ -132,7 +126,8 @@ def initial(images: Array, uniforms: Array, threat: Threat) -> Array:
 
 def propose(images: Array, best: Array, iteration: Array, uniforms: Array, threat: Threat) -> Array:
     """The next point to evaluate, [b, H, W, C]; iteration: proposals before this one, [b]."""
-    sides = _sides(images.shape[1:], threat.norm)
+    first_iterations = np.array([0, *(i + 1 for i in _HALVED_AFTER)])  # of each level
+    sides = side(first_iterations, *images.shape[1:3], threat.norm)
     level = jnp.sum(iteration[:, None] > jnp.array(_HALVED_AFTER), -1)
     move = _propose_linf if threat.norm == "linf" else _propose_l2
     return jnp.clip(move(images, best, level, sides, uniforms, threat.eps), 0, 1)

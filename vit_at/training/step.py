@@ -110,7 +110,9 @@ def train_step(
     input_key, draw_key, train_key = jax.random.split(key, 3)
     progress = (state.step + 1) / step.steps_per_epoch
     images, targets = _inputs(step, input_key, batch)
-    threat = Threat.of(config.threat).scaled(_eps_factor(config, progress))
+    warm_up = config.threat.eps_warmup_epochs
+    factor = jnp.minimum(1.0, progress / warm_up) if warm_up else jnp.ones(())
+    threat = Threat.of(config.threat).scaled(factor)
     draws = draw(
         draw_key,
         objective=config.objective,
@@ -135,7 +137,9 @@ def train_step(
     if masking.ard or masking.prm:
         metrics["keep_probability"] = keep_probability(masking, progress)
     state = _update(state, gradient, step.optimizer, config.ema_decay)
-    return _laid_out(step, state, config.sharding), _collection(metrics)
+    one = jnp.ones((), jnp.int32)  # the metrics' merge is the mean over steps
+    averages = {name: Average(metrics[name], one) for name in sorted(metrics)}
+    return _laid_out(step, state, config.sharding), Collection.create_collection(**averages)
 
 
 def _inputs(step, key, batch):
@@ -148,13 +152,6 @@ def _inputs(step, key, batch):
     if config.mixing.probability:
         images, targets = mixing.mix(mix_key, images, targets, **config.mixing)
     return images, targets
-
-
-def _eps_factor(config, progress):
-    """Factor on eps and step size while eps warms up; scalar in (0, 1]."""
-    if not config.threat.eps_warmup_epochs:
-        return jnp.ones(())
-    return jnp.minimum(1.0, progress / config.threat.eps_warmup_epochs)
 
 
 def _laid_out(step, tree, kind):
@@ -220,12 +217,6 @@ def _batch_metrics(aux, targets):
         if logits is not None:
             metrics[f"accuracy_{kind}"] = jnp.mean(jnp.argmax(logits, -1) == labels)
     return metrics
-
-
-def _collection(metrics):
-    """{name: scalar} as metrics whose merge is the mean over steps."""
-    one = jnp.ones((), jnp.int32)
-    return Collection.create_collection(**{n: Average(metrics[n], one) for n in sorted(metrics)})
 
 
 def _mean_over_parts(function, parts):

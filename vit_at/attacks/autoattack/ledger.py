@@ -24,7 +24,7 @@ from vit_at.errors import UserError
 from vit_at.workdir.files import write_atomically
 
 LEDGER_FILE, PER_EXAMPLE_FILE = "ledger.npz", "per_example.npz"
-_ADVERSARIAL_FILE = "adversarial_{:05d}.npz"
+_PART_FILE = "adversarial_{:05d}.npz"
 NOT_ATTACKED, WITHSTOOD, BROKEN = 0, 1, 2
 _SAVED = ("clean", "outcome", "run", "step", "norm")  # of a ``Ledger``, as they are
 _SAME_LOGITS = 1e-3  # allowed difference, relative to the largest: devices round differently
@@ -129,9 +129,7 @@ class Store:
             if self._directory is None:
                 self._in_memory.append((index, images))
             else:
-                self._write(
-                    _ADVERSARIAL_FILE.format(self._parts), {"index": index, "image": images}
-                )
+                self._write(_PART_FILE.format(self._parts), {"index": index, "image": images})
             self._parts += 1
             ledger.found = {}
         if self._directory is None:
@@ -152,7 +150,7 @@ class Store:
             yield from self._in_memory
             return
         for number in range(self._parts):
-            part = self._read(_ADVERSARIAL_FILE.format(number))
+            part = self._read(_PART_FILE.format(number))
             yield part["index"], part["image"]
 
     def save_per_example(self, ledger: Ledger) -> None:
