@@ -20,8 +20,7 @@ from common import CLASSES, Case
 from jax.sharding import PartitionSpec
 
 from vit_at.distributed import sharding
-from vit_at.models import ops
-from vit_at.models.build import build
+from vit_at.models import build, ops
 from vit_at.training.objectives import OBJECTIVES
 
 SQUARES = {"cpu": (1024, 2048), "gpu": (4096, 8192), "tpu": (4096, 8192)}
@@ -30,7 +29,7 @@ SQUARES = {"cpu": (1024, 2048), "gpu": (4096, 8192), "tpu": (4096, 8192)}
 def case_flops(case: Case, config) -> float:
     """Floating-point operations of one run of a case, with what is needed only."""
     model = build(config, CLASSES, case.dtype)
-    attention = model.attention_flops()
+    attention = 2 * model.multiply_adds()[1]
     linear = model.forward_flops() - attention
     forward = linear + attention
     attack_step, training_pass = 2 * linear + 3 * attention, 3 * (linear + attention)

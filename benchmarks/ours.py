@@ -14,7 +14,6 @@ from vit_at.data.sources import Examples
 from vit_at.distributed import sharding
 from vit_at.evaluation.evaluator import make_outcome_fn
 from vit_at.evaluation.protocol import Attack
-from vit_at.models.build import build
 from vit_at.training import optim
 from vit_at.training.setup import Setup, compile_step, initial_state, resolve
 
@@ -49,7 +48,7 @@ def make_setup(case: Case) -> Setup:
     examples = Examples(
         "random", names, images.shape[1:], rows, rows, lambda r: (images[r], labels[r])
     )
-    model = build(config, CLASSES, config.dtype)
+    model = models.build(config, CLASSES, config.dtype)
     return Setup(config, sharding.make_mesh(), examples, None, examples, model, STEPS_PER_EPOCH)
 
 

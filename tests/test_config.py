@@ -12,7 +12,7 @@ from vit_at import configs
 from vit_at.config import flatten
 from vit_at.configs import common, default, digits_sgd
 from vit_at.errors import UserError
-from vit_at.models.build import build
+from vit_at.models import build
 from vit_at.training import objectives
 
 ROOT = pathlib.Path(__file__).parent.parent

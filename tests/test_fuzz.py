@@ -22,7 +22,7 @@ from vit_at.config import flatten
 from vit_at.configs import digits_sgd
 from vit_at.data import backends, sources
 from vit_at.errors import UserError, one_sentence_errors
-from vit_at.models.build import build
+from vit_at.models import build
 from vit_at.training import objectives
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference_autoattack as reference
 
-from vit_at.attacks import apgd, losses, norms
+from vit_at.attacks import Threat, apgd, losses, norms
 
 TRACES = reference.arrays("traces")
 UNITS = reference.arrays("units")
@@ -28,17 +28,17 @@ FEW = 24  # iterations of the quick tests: the first checkpoint of 100 iteration
 @functools.partial(jax.jit, static_argnames=("loss", "norm", "iterations", "dtype", "rows"))
 def trace(params, images, labels, targets, start, *, loss, norm, iterations, dtype, rows):
     """Losses, best losses, step sizes, still robust, all [rows, b]; previous points."""
-    options = apgd.Options(norm, reference.EPS[norm], iterations)
+    threat = Threat(norm, reference.EPS[norm], steps=iterations)
     classify = reference.apply(dtype)
 
     def evaluate(points):
         return apgd.loss_and_gradient(lambda x: classify(params, x), loss, points, labels, targets)
 
     def step(state, _):
-        state, value = apgd.advance(evaluate, images, state, options)
+        state, value = apgd.advance(evaluate, images, state, threat)
         return state, (value, state.best_loss, state.step_size, state.robust, state.previous)
 
-    return jax.lax.scan(step, apgd.start_at(start, options), length=rows)[1]
+    return jax.lax.scan(step, apgd.start_at(start, threat), length=rows)[1]
 
 
 def run_case(norm, loss, iterations, dtype, rows, count=16):
@@ -96,7 +96,7 @@ def test_float32_stays_near_float64():
 @pytest.mark.parametrize("iterations", [10, 20, 50, 100, 200, 500, 1000])
 def test_checkpoints(iterations):
     facts = reference.results()["units"]["apgd_checkpoints"][str(iterations)]
-    first, decrement, shortest = apgd.Options(iterations=iterations).periods
+    first, decrement, shortest = apgd.periods(iterations)
     expected = (facts["first_period"], facts["period_decrement"], facts["min_period"])
     assert (first, decrement, shortest) == expected
 
@@ -147,7 +147,7 @@ def test_stays_in_the_ball_and_the_image_range(norm):
     images = jnp.where(images < 0.2, 0.0, jnp.where(images > 0.8, 1.0, images))
     labels = jnp.arange(8) % 5
     kernel = jax.random.normal(key, (48, 5))
-    options = apgd.Options(norm, 0.3, 20)
+    threat = Threat(norm, 0.3, steps=20)
 
     def evaluate(points):
         return apgd.loss_and_gradient(
@@ -156,9 +156,9 @@ def test_stays_in_the_ball_and_the_image_range(norm):
 
     keys = jax.random.split(key, 8)
     directions = norms.random_directions(keys, (4, 4, 3), norm)
-    state = apgd.start(images, directions, options)
+    state = apgd.start(images, directions, threat)
     for _ in range(21):
-        state, _ = jax.jit(apgd.advance, static_argnums=(0, 3))(evaluate, images, state, options)
+        state, _ = jax.jit(apgd.advance, static_argnums=(0, 3))(evaluate, images, state, threat)
         assert float(state.point.min()) >= 0
         assert float(state.point.max()) <= 1
         assert float(norms.NORMS[norm].size(state.point - images).max()) <= 0.3 + 1e-6

@@ -10,6 +10,7 @@ import reference_autoattack as reference
 
 from vit_at.attacks import square
 from vit_at.attacks.losses import best_wrong_class, pick
+from vit_at.attacks.threat import Threat
 
 TRACES = reference.arrays("traces")
 UNITS = reference.arrays("units")
@@ -71,7 +72,7 @@ def choose(active, new, old):
 def test_trace(norm):
     key = f"square_{reference.THEIR_NAME[norm]}"
     images, labels = reference.traced("float32")
-    options = square.Options(norm, reference.EPS[norm])
+    options = Threat(norm, reference.EPS[norm])
     classify = reference.apply()
 
     @jax.jit
@@ -111,7 +112,7 @@ def test_trace(norm):
 def test_stays_in_the_ball_and_the_image_range(norm, shape):
     images = jax.random.uniform(jax.random.key(0), (3, *shape))
     images = jnp.where(images < 0.2, 0.0, jnp.where(images > 0.8, 1.0, images))
-    options = square.Options(norm, 0.3)
+    options = Threat(norm, 0.3)
     keys = jax.random.split(jax.random.key(1), 3)
     draws = jax.vmap(lambda k: square.draw_initial(k, shape, norm))(keys)
     state = square.start(images, draws, options)

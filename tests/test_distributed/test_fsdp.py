@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from vit_at import models
 from vit_at.distributed import sharding
-from vit_at.models.build import build
+from vit_at.models import build
 from vit_at.training.setup import initial_state
 from vit_at.training.step import TrainState
 from vit_at.workdir.checkpoint import Checkpoints

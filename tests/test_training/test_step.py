@@ -16,8 +16,8 @@ from vit_at import models
 from vit_at.attacks import Threat
 from vit_at.data import augment
 from vit_at.distributed import sharding
+from vit_at.models import training_dtype
 from vit_at.models.blocks import Unstacked
-from vit_at.models.build import training_dtype
 from vit_at.training.attack import Draws, Start, draw, perturb
 from vit_at.training.masking import Masking
 from vit_at.training.setup import initial_state

@@ -5,12 +5,13 @@ point so far, and at checkpoints the decision whether to halve the step and rest
 point. All state is per image, including the iteration, so any image of the batch can be replaced at
 any time. The first call evaluates the start itself.
 
-    state = start(images, norms.random_directions(keys, images.shape[1:], norm), options)
-    for _ in range(1 + options.iterations):
-        state, loss = advance(evaluate, images, state, options)
+    state = start(images, norms.random_directions(keys, images.shape[1:], norm), threat)
+    for _ in range(1 + threat.steps):
+        state, loss = advance(evaluate, images, state, threat)
+
+The step size of the ``Threat`` is not used.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 
 from vit_at.attacks import losses
 from vit_at.attacks.norms import NORMS, resize_as_official
+from vit_at.attacks.threat import Threat
 
 Array = jax.Array
 Evaluate = Callable[[Array], tuple[Array, Array, Array]]
@@ -27,18 +29,9 @@ _MOMENTUM = 0.75  # alpha: weight of the new step; the rest repeats the last mov
 _INCREASES = 0.75  # rho: the step is halved if fewer of a period's iterations increased the loss
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """norm: linf or l2; eps: radius in pixel units; iterations: gradient steps of one run."""
-
-    norm: str = "linf"
-    eps: float | Array = 8 / 255
-    iterations: int = 100
-
-    @property
-    def periods(self) -> tuple[int, int, int]:
-        """Lengths in iterations: of the first period, its decrement, of the shortest period."""
-        return tuple(max(int(share * self.iterations), 1) for share in (0.22, 0.03, 0.06))
+def periods(iterations: int) -> tuple[int, int, int]:
+    """Lengths in iterations: of the first period, its decrement, of the shortest period."""
+    return tuple(max(int(share * iterations), 1) for share in (0.22, 0.03, 0.06))
 
 
 class State(NamedTuple):
@@ -69,14 +62,14 @@ class State(NamedTuple):
     iteration: Array
 
 
-def start(images: Array, direction: Array, options: Options) -> State:
+def start(images: Array, direction: Array, threat: Threat) -> State:
     """Starts runs on the boundary of the ball, in a direction [b, H, W, C], clipped to [0, 1]."""
-    size = NORMS[options.norm].size(direction)
-    delta = resize_as_official(direction, size, options.eps)
-    return start_at(jnp.clip(images + delta, 0, 1), options)
+    size = NORMS[threat.norm].size(direction)
+    delta = resize_as_official(direction, size, threat.eps)
+    return start_at(jnp.clip(images + delta, 0, 1), threat)
 
 
-def start_at(point: Array, options: Options) -> State:
+def start_at(point: Array, threat: Threat) -> State:
     """Starts runs at ``point`` [b, H, W, C]."""
     b, dtype = point.shape[0], point.dtype
     zero, nothing, count = jnp.zeros(b, dtype), jnp.zeros_like(point), jnp.zeros(b, jnp.int32)
@@ -89,26 +82,24 @@ def start_at(point: Array, options: Options) -> State:
         adversarial=point,
         last_loss=zero,
         best_loss=zero - jnp.inf,
-        step_size=zero + 2 * options.eps,
+        step_size=zero + 2 * threat.eps,
         checked_loss=zero,
         halved=jnp.ones(b, bool),
         robust=jnp.ones(b, bool),
         increases=count,
-        period=count + options.periods[0],
+        period=count + periods(threat.steps)[0],
         since_check=count,
         iteration=count - 1,
     )
 
 
-def advance(
-    evaluate: Evaluate, images: Array, state: State, options: Options
-) -> tuple[State, Array]:
+def advance(evaluate: Evaluate, images: Array, state: State, threat: Threat) -> tuple[State, Array]:
     """One iteration of Algorithm 1, and the loss [b] at the new point.
 
     evaluate: points [b, H, W, C] -> (loss [b], its gradient [b, H, W, C], correct [b] bool).
     """
     starting = state.iteration < 0
-    point = where(starting, state.point, _move(images, state, options))
+    point = where(starting, state.point, _move(images, state, threat))
     loss, gradient, correct = evaluate(point)
     better = loss > state.best_loss
     best_loss = jnp.where(better, loss, state.best_loss)
@@ -129,28 +120,29 @@ def advance(
         since_check=state.since_check + counts,
         iteration=state.iteration + 1,
     )
-    return _checkpoint(state, options), loss
+    return _checkpoint(state, threat), loss
 
 
-def _move(images: Array, state: State, options: Options) -> Array:
+def _move(images: Array, state: State, threat: Threat) -> Array:
     """The gradient step with momentum, equation 2 and the line after it."""
-    weight = per_image(jnp.where(state.iteration > 0, _MOMENTUM, 1.0).astype(images.dtype))
-    step_size, norm = per_image(state.step_size), NORMS[options.norm]
+    weight = jnp.where(state.iteration > 0, _MOMENTUM, 1.0).astype(images.dtype)
+    weight, step_size = (x[:, None, None, None] for x in (weight, state.step_size))
+    norm = NORMS[threat.norm]
     step = norm.steepest_step(state.gradient, step_size, resize_as_official)
-    ascended = _project(state.point + step, images, options)
+    ascended = _project(state.point + step, images, threat)
     momentum = state.point - state.previous
     moved = state.point + (ascended - state.point) * weight + momentum * (1 - weight)
-    return _project(moved, images, options)
+    return _project(moved, images, threat)
 
 
-def _project(point: Array, images: Array, options: Options) -> Array:
+def _project(point: Array, images: Array, threat: Threat) -> Array:
     """Onto the ball around the images, then into [0, 1]."""
-    return jnp.clip(NORMS[options.norm].project_image(point, images, options.eps), 0, 1)
+    return jnp.clip(NORMS[threat.norm].project_image(point, images, threat.eps), 0, 1)
 
 
-def _checkpoint(state: State, options: Options) -> State:
+def _checkpoint(state: State, threat: Threat) -> State:
     """At the end of a period: conditions 1 and 2 of section 3.2, and the restart from the best."""
-    _, decrement, shortest = options.periods
+    _, decrement, shortest = periods(threat.steps)
     due = state.since_check == state.period
     oscillates = state.increases <= _INCREASES * state.period
     stalls = ~state.halved & (state.checked_loss >= state.best_loss)
@@ -207,11 +199,6 @@ def _loss(name: str, logits: Array, labels: Array, targets: Array) -> Array:
     if name == "dlr":
         return losses.dlr(logits, labels)
     return losses.targeted_dlr(logits, labels, targets)
-
-
-def per_image(values: Array) -> Array:
-    """[b] -> [b, 1, 1, 1]."""
-    return values[:, None, None, None]
 
 
 def where(condition: Array, yes: Any, no: Any) -> Any:

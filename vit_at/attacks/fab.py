@@ -77,9 +77,9 @@ def advance(
     """
     size = NORMS[norm].size
     difference, normal = map(finite_or_zero, linearise(state.point))
-    offset = -difference + _dot(normal, state.point)
-    from_point = _towards_boundary(state.point, normal, offset, norm)
-    from_image = _towards_boundary(images, normal, offset, norm)
+    offset = -difference + jnp.sum(normal * state.point, axis=(1, 2, 3))
+    from_point = project(state.point, normal, offset, norm)
+    from_image = project(images, normal, offset, norm)
     point_size = jnp.maximum(size(from_point), _SIZE_FLOOR)
     image_size = jnp.maximum(size(from_image), _SIZE_FLOOR)
     bias = jnp.minimum(point_size / (point_size + image_size), _BIAS_MAX)
@@ -145,35 +145,31 @@ def towards_nearest(
     return difference, gradient
 
 
-def _towards_boundary(points: Array, normal: Array, offset: Array, norm: str) -> Array:
-    """``project`` on whole images."""
-    b = points.shape[0]
-    step = project(points.reshape(b, -1), normal.reshape(b, -1), offset, norm)
-    return step.reshape(points.shape)
-
-
 def project(points: Array, normal: Array, offset: Array, norm: str) -> Array:
     """The shortest step from points onto the hyperplane <normal, z> = offset within [0, 1].
 
-    points, normal: [b, n]; offset: [b]. Where the hyperplane misses the box, the step ends at the
+    points, normal: [b, ...]; offset: [b]. Where the hyperplane misses the box, the step ends at the
     nearest point of the box. Section 3.1 and appendix A of the paper.
 
     In the shortest step every pixel moves up to a common level or to its bound: by min(level, room)
     in linf, by |normal| min(level, room / |normal|) in l2. ``_water_level`` finds the level that
     reaches the hyperplane.
     """
+    shape = points.shape
+    points, normal = (x.reshape(len(x), -1) for x in (points, normal))
     excess = jnp.sum(normal * points, -1) - offset
     normal = jnp.where(excess[:, None] >= 0, normal, -normal)
     room = jnp.where(normal > 0, points, 1 - points)  # distance to the bound, against the normal
     size = jnp.abs(normal)
     if norm == "linf":
         level = _water_level(size, room, jnp.abs(excess))
-        return -jnp.sign(normal) * jnp.minimum(level[:, None], room)
+        return (-jnp.sign(normal) * jnp.minimum(level[:, None], room)).reshape(shape)
     moves = size > _WEIGHT_FLOOR
     weights = jnp.where(moves, normal**2, 0)
     room = jnp.where(moves, room / jnp.where(moves, size, 1), 0)
     level = _water_level(weights, room, jnp.abs(excess))
-    return jnp.where(moves, -normal * jnp.minimum(level[:, None], room), 0)
+    step = jnp.where(moves, -normal * jnp.minimum(level[:, None], room), 0)
+    return step.reshape(shape)
 
 
 def _water_level(weights: Array, room: Array, total: Array) -> Array:
@@ -199,7 +195,3 @@ def _water_level(weights: Array, room: Array, total: Array) -> Array:
     start = jnp.zeros_like(total)
     level, _, _ = lax.while_loop(unsettled, climb, (start, start - 1, 0))
     return level
-
-
-def _dot(x: Array, y: Array) -> Array:
-    return jnp.sum(x * y, axis=(1, 2, 3))

@@ -55,7 +55,7 @@ def training_attack(
 
     delta = into_image_range(delta, images)
     delta, _ = lax.scan(attack_step, delta, (attn_keep, patch_keep), length=threat.steps)
-    return into_unit_range(images + delta)
+    return jnp.clip(images + delta, 0, 1)  # without the rounding error of the sum
 
 
 def _to_pixels(patch_keep: Array, image_shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
@@ -64,11 +64,6 @@ def _to_pixels(patch_keep: Array, image_shape: tuple[int, ...], dtype: jnp.dtype
     rows, columns = patch_keep.shape
     mask = jnp.repeat(jnp.repeat(patch_keep, height // rows, 0), width // columns, 1)
     return mask[..., None].astype(dtype)
-
-
-def into_unit_range(images: Array) -> Array:
-    """Removes the rounding error of images + delta."""
-    return jnp.clip(images, 0, 1)
 
 
 def pgd_attack(
@@ -109,7 +104,7 @@ def pgd_attack(
     attack = functools.partial(_one_restart, logits_fn, images, labels, threat, loss)
     if len(init) == 1:  # the score is not needed, so XLA removes the pass that computes it
         delta, _ = attack(init[0].astype(images.dtype))
-        return into_unit_range(images + delta)
+        return jnp.clip(images + delta, 0, 1)
 
     def restart(best, start):
         best_delta, best_score = best
@@ -120,7 +115,7 @@ def pgd_attack(
 
     nothing = (jnp.zeros_like(images), jnp.full(labels.shape, -jnp.inf, images.dtype))
     (delta, _), _ = lax.scan(restart, nothing, init)
-    return into_unit_range(images + delta)
+    return jnp.clip(images + delta, 0, 1)
 
 
 def _one_restart(logits_fn, images, labels, threat, loss, start):

@@ -8,7 +8,6 @@ point so far; it is kept if it lowers the margin z_y - max_{k != y} z_k.
 iteration only.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,20 +17,13 @@ import numpy as np
 
 from vit_at.attacks.apgd import where
 from vit_at.attacks.norms import NORMS, resize_as_official
+from vit_at.attacks.threat import Threat
 
 Array = jax.Array
 _FIRST_SHARE = 0.8  # p_init: share of the image that the first squares cover
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _l2_size = NORMS["l2"].size
 _FLOOR = 1e-12
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """norm: linf or l2; eps: radius in pixel units."""
-
-    norm: str = "linf"
-    eps: float | Array = 8 / 255
 
 
 class State(NamedTuple):
@@ -46,11 +38,11 @@ class State(NamedTuple):
     queries: Array
 
 
-def start(images: Array, uniforms: Array, options: Options) -> State:
+def start(images: Array, uniforms: Array, threat: Threat) -> State:
     """Starts runs at ``initial``."""
     b = images.shape[0]
     return State(
-        best=initial(images, uniforms, options),
+        best=initial(images, uniforms, threat),
         margin=jnp.full(b, jnp.inf, images.dtype),
         queries=jnp.zeros(b, jnp.int32),
     )
@@ -61,14 +53,14 @@ def advance(
     images: Array,
     state: State,
     uniforms: Array,
-    options: Options,
+    threat: Threat,
 ) -> State:
     """One query: of a proposal, or of the start in the first call.
 
     margin_fn: points -> z_y - max_{k != y} z_k [b]; uniforms: of ``draw_proposal``, [b, n].
     """
     iteration = jnp.maximum(state.queries - 1, 0)
-    proposal = propose(images, state.best, iteration, uniforms, options)
+    proposal = propose(images, state.best, iteration, uniforms, threat)
     proposal = where(state.queries == 0, state.best, proposal)
     margin = margin_fn(proposal)
     better = (margin < state.margin) | (margin <= 0)
@@ -95,12 +87,6 @@ def side(iteration: np.ndarray, height: int, width: int, norm: str) -> np.ndarra
     return np.minimum(sides, min(height, width))
 
 
-def _sides(shape: tuple[int, ...], norm: str) -> np.ndarray:
-    """The side at each level of the schedule, [levels]."""
-    first_iterations = np.array([0, *(i + 1 for i in _HALVED_AFTER)])
-    return side(first_iterations, shape[0], shape[1], norm)
-
-
 def _tiles(height: int, width: int) -> tuple[int, list[tuple[int, int]]]:
     """The side and the corners of the start's tiles in l2: 5 x 5 on a square image."""
     tile = max(height // 5, 1)
@@ -123,10 +109,10 @@ def draw_proposal(key: Array, shape: tuple[int, ...], norm: str) -> Array:
     return jax.random.uniform(key, ((2 if norm == "linf" else 5) + shape[-1],))
 
 
-def initial(images: Array, uniforms: Array, options: Options) -> Array:
+def initial(images: Array, uniforms: Array, threat: Threat) -> Array:
     """The start: vertical stripes in linf, tiles of ``pattern`` with random signs in l2."""
-    if options.norm == "linf":
-        return jnp.clip(images + options.eps * _signs(uniforms)[:, None], 0, 1)
+    if threat.norm == "linf":
+        return jnp.clip(images + threat.eps * _signs(uniforms)[:, None], 0, 1)
     delta = jnp.zeros_like(images)
     tile, corners = _tiles(*images.shape[1:3])
     shape = jnp.asarray(pattern(tile), images.dtype)
@@ -135,17 +121,16 @@ def initial(images: Array, uniforms: Array, options: Options) -> Array:
         turned = jnp.where((coin > 0.5)[:, None, None], shape.T, shape)
         patch = turned[..., None] * signs[:, None, None]
         delta = delta.at[:, row : row + tile, column : column + tile].add(patch)
-    return jnp.clip(images + resize_as_official(delta, _l2_size(delta), options.eps), 0, 1)
+    return jnp.clip(images + resize_as_official(delta, _l2_size(delta), threat.eps), 0, 1)
 
 
-def propose(
-    images: Array, best: Array, iteration: Array, uniforms: Array, options: Options
-) -> Array:
+def propose(images: Array, best: Array, iteration: Array, uniforms: Array, threat: Threat) -> Array:
     """The next point to evaluate, [b, H, W, C]; iteration: proposals before this one, [b]."""
-    sides = _sides(images.shape[1:], options.norm)
+    first_iterations = np.array([0, *(i + 1 for i in _HALVED_AFTER)])  # of each level
+    sides = side(first_iterations, *images.shape[1:3], threat.norm)
     level = jnp.sum(iteration[:, None] > jnp.array(_HALVED_AFTER), -1)
-    move = _propose_linf if options.norm == "linf" else _propose_l2
-    return jnp.clip(move(images, best, level, sides, uniforms, options.eps), 0, 1)
+    move = _propose_linf if threat.norm == "linf" else _propose_l2
+    return jnp.clip(move(images, best, level, sides, uniforms, threat.eps), 0, 1)
 
 
 def _propose_linf(images, best, level, sides, uniforms, eps):

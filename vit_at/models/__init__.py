@@ -1,6 +1,7 @@
 """Vision transformers as pure functions of their parameters.
 
 create(name, ...)    a Flax module by timm's name
+build(config, ...)   the same, by a configuration
 NAMES                every name create() knows
 classifier(model)    images in [0, 1] -> logits: normalisation is the first thing inside
 unstack_blocks, stack_blocks   parameters as a loop of such calls wants them, and back
@@ -14,7 +15,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from vit_at.config import check_tokens
 from vit_at.errors import UserError, nearest
 from vit_at.models import blocks, convit, swin, vit
 from vit_at.models.blocks import stack_blocks as stack_blocks
@@ -25,6 +28,7 @@ _FAMILIES = (
     (swin.SwinTransformer, swin.SIZES),
 )
 NAMES = tuple(sorted(name for _, sizes in _FAMILIES for name in sizes))
+_ARCHITECTURE = ("embed_dim", "depth", "num_heads", "mlp_ratio", "qk_scale", "drop_path", "remat")
 
 # A ``Classifier``, or any function
 # apply(params, images01, attn_grad_keep=None, train=False, rngs=None) -> logits.
@@ -82,6 +86,34 @@ def create(
         dtype=dtype,
         **shape,
     )
+
+
+def build(config: ConfigDict, num_classes: int, dtype: str) -> nn.Module:
+    """``config.model`` for ``num_classes`` classes; a field that is 0 keeps the architecture's own.
+
+    Raises:
+      UserError: an unknown name, sizes that do not divide, or too few tokens.
+    """
+    options = config.model
+    overrides = {name: options[name] for name in _ARCHITECTURE if options[name]}
+    model = create(
+        options.name,
+        num_classes=num_classes,
+        image_size=config.data.image_size,
+        patch_size=options.patch_size or None,
+        in_channels=len(config.data.mean),
+        dtype=dtype,
+        **overrides,
+    )
+    check_tokens(config, model.num_tokens)
+    return model
+
+
+def training_dtype(config: ConfigDict, platform: str) -> str:
+    """``config.dtype``, with 'auto' resolved for a platform: 'cpu', 'gpu' or 'tpu'."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if platform == "cpu" else "bfloat16"
 
 
 def init_params(model: nn.Module, key: jax.Array) -> Any:
@@ -148,4 +180,10 @@ def unstack_blocks(apply: Apply, params: Any, platform: str) -> Any:
     """
     if platform != "cpu" or not isinstance(apply, Classifier):
         return params
-    return blocks.unstack(params, {stack.split("/")[0] for stack in apply.model.stacks})
+    names = {stack.split("/")[0] for stack in apply.model.stacks}
+
+    def of_each(stack):
+        rows = range(len(jax.tree.leaves(stack)[0]))
+        return blocks.Unstacked(tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in rows))
+
+    return {name: of_each(tree) if name in names else tree for name, tree in params.items()}

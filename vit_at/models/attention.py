@@ -8,18 +8,6 @@ from vit_at.models import ops
 from vit_at.models.layers import KERNEL_INIT, dense, param_dtype
 
 
-def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
-    """softmax(scale * q k) v for q, k, v [b, n, h, head_dim].
-
-    The softmax runs in float32, or in float64 for float64 inputs (jax.nn's own does not).
-    """
-    wide = param_dtype(q.dtype)
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=wide) * scale
-    out = jnp.einsum("bhqk,bhkd->bhqd", ops.softmax(logits).astype(v.dtype), v)
-    return out.transpose(0, 2, 1, 3)
-
-
 class QueryKeyValue(nn.Module):
     """The queries of the first tokens, and the keys and values of all tokens, by linear layers.
 
@@ -49,7 +37,10 @@ class QueryKeyValue(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; the qkv features are [q | k | v], each heads x head_dim."""
+    """Multi-head self-attention; the qkv features are [q | k | v], each heads x head_dim.
+
+    The softmax runs in float32, or in float64 for float64 inputs (jax.nn's own does not).
+    """
 
     num_heads: int
     qkv_bias: bool
@@ -63,7 +54,10 @@ class Attention(nn.Module):
         b, n, d = x.shape
         head_dim, queries = d // self.num_heads, 1 if self.class_token_only else n
         qkv = QueryKeyValue(self.qkv_bias, self.dtype, name="qkv")(x, queries)
-        q, k, v = (part.reshape(b, -1, self.num_heads, head_dim) for part in qkv)
-        out = dot_product_attention(q, k, v, self.qk_scale or head_dim**-0.5)
-        out = out.reshape(b, queries, d)
+        heads = [part.reshape(b, -1, self.num_heads, head_dim) for part in qkv]
+        q, k, v = (x.transpose(0, 2, 1, 3) for x in heads)
+        wide, scale = param_dtype(self.dtype), self.qk_scale or head_dim**-0.5
+        logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=wide) * scale
+        out = jnp.einsum("bhqk,bhkd->bhqd", ops.softmax(logits).astype(v.dtype), v)
+        out = out.transpose(0, 2, 1, 3).reshape(b, queries, d)
         return dense(d, self.dtype, name="proj")(out)

@@ -3,14 +3,14 @@
 Transformer       what the architectures have in common
 Block             x + attention(norm(x)), then x + mlp(norm(x)), with any attention
 run_blocks        equal blocks in a row, scanned or one by one
-last_blocks       the same, and a last block that computes the class token alone
+last_blocks       the same, a last block that computes the class token alone, and its norm
 stochastic_depth  which blocks drop their attention how often
-unstack, stack_blocks   parameters for blocks that run one by one, and back
+stack_blocks      parameters as they were before ``models.unstack_blocks``
 multiply_adds     cost of blocks
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax
@@ -18,11 +18,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_at.models import layers
 from vit_at.models.layers import LayerNorm, Mlp, drop_path, gate_gradient
+
+Drop = tuple[jax.Array, jax.Array] | None  # (key, rate) of stochastic depth; None: no drops
+Switches = tuple[jax.Array | None, Any]  # (keep, drop), one row per block; None: off
 
 
 class Transformer(nn.Module, kw_only=True):
-    """What the architectures have in common.
+    """What the architectures have in common: patches first, a linear head last.
 
     qk_scale: of the attention logits; 0: head_dim ** -0.5. drop_path: rate of stochastic depth in
     the last block. remat: see ``run_blocks``.
@@ -52,15 +56,28 @@ class Transformer(nn.Module, kw_only=True):
         """Number of patches."""
         return (self.image_size // self.patch_size) ** 2
 
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, attn_grad_keep: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """Logits [b, num_classes] of normalised images [b, H, W, C].
+
+        attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
+        train: stochastic depth, if an rng 'drop_path' is given.
+        """
+        embed = layers.PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")
+        x = self._features(embed(images), (attn_grad_keep, stochastic_depth(self, train)))
+        return layers.dense(self.num_classes, layers.param_dtype(self.dtype), name="head")(x)
+
+    def _features(self, x: jax.Array, switches: Switches) -> jax.Array:
+        """Patches [b, num_tokens, embed_dim] -> what the head reads, [b, d]."""
+        raise NotImplementedError
+
     def forward_flops(self) -> float:
         """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
-        return 2.0 * sum(self._multiply_adds())
+        return 2.0 * sum(self.multiply_adds())
 
-    def attention_flops(self) -> float:
-        """The part of ``forward_flops`` that is products of two activations."""
-        return 2.0 * self._multiply_adds()[1]
-
-    def _multiply_adds(self) -> tuple[float, float]:
+    def multiply_adds(self) -> tuple[float, float]:
         """(in linear layers, in products of two activations), for one image."""
         raise NotImplementedError
 
@@ -69,16 +86,6 @@ class Unstacked(flax.struct.PyTreeNode):
     """The parameters of equal blocks as one tree per block, instead of stacked along axis 0."""
 
     blocks: tuple[Any, ...]
-
-
-def unstack(params: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """``params`` with the stacks of these names as ``Unstacked``."""
-
-    def of_each(stack):
-        count = len(jax.tree.leaves(stack)[0])
-        return Unstacked(tuple(jax.tree.map(lambda x, i=i: x[i], stack) for i in range(count)))
-
-    return {name: of_each(tree) if name in names else tree for name, tree in params.items()}
 
 
 def stack_blocks(params: Any) -> Any:
@@ -92,7 +99,7 @@ def stack_blocks(params: Any) -> Any:
     return jax.tree.map(stack, params, is_leaf=lambda tree: isinstance(tree, Unstacked))
 
 
-def stochastic_depth(model: nn.Module, train: bool) -> tuple[jax.Array, jax.Array] | None:
+def stochastic_depth(model: Transformer, train: bool) -> Drop:
     """(keys [depth], rates [depth]) of ``drop_path``, the rates growing from 0; None: no drops.
 
     Needs an rng 'drop_path'. The keys of all blocks are drawn here, so they do not depend on how
@@ -136,25 +143,16 @@ class Block(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        keep: jax.Array | None,
-        drop: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, keep: jax.Array | None, drop: Drop) -> tuple[jax.Array, None]:
         """x [b, n, d]; keep: scalar bool (ARD); drop: (key, rate) of stochastic depth, or None."""
         norm1 = LayerNorm(self.norm_eps, self.dtype, name="norm1")
         a = attention_branch(norm1, self.attention(name="attn"), x, keep)
         if drop is not None:
-            key, rate = drop
-            a = drop_path(key, a, rate)
+            a = drop_path(drop[0], a, drop[1])
         x = x[:, : a.shape[1]] + a
         hidden_dim = int(x.shape[-1] * self.mlp_ratio)
         y = LayerNorm(self.norm_eps, self.dtype, name="norm2")(x)
         return x + Mlp(hidden_dim, self.dtype, name="mlp")(y), None
-
-
-Switches = tuple[jax.Array | None, Any]  # (keep, drop), one row per block; None: off
 
 
 def rows(switches: Switches, which: slice | int) -> Switches:
@@ -163,66 +161,59 @@ def rows(switches: Switches, which: slice | int) -> Switches:
 
 
 def run_blocks(
-    parent: nn.Module,
+    model: Transformer,
     name: str,
     count: int,
     block: Callable[..., nn.Module],
     x: jax.Array,
     switches: Switches,
-    remat: bool,
 ) -> jax.Array:
-    """x after ``count`` equal blocks in a row, the children ``name`` of ``parent``.
+    """x after ``count`` equal blocks in a row, the children ``name`` of ``model``.
 
     Where their parameters are stacked along axis 0, the blocks are scanned: the program holds one
     block, so compile time does not grow with depth. Where they are ``Unstacked``, the program holds
     every block: longer to compile, but nothing is copied from and to stacks.
 
     block: a functools.partial of a module's class, called as (x, *its switches) -> (x, None).
-    remat: a gradient keeps only the input of each block, and computes the block once more.
+    With ``model.remat``, a gradient keeps only the input of each block, and computes it once more.
     """
-    params = None if parent.is_initializing() else parent.get_variable("params", name)
+    params = None if model.is_initializing() else model.get_variable("params", name)
     if isinstance(params, Unstacked):
 
         @jax.jit  # so that the block is traced once, not ``count`` times
         def run(params, x, switches):
             return block(parent=None).apply({"params": params}, x, *switches)[0]
 
-        run = jax.checkpoint(run) if remat else run
+        run = jax.checkpoint(run) if model.remat else run
         for i, of_block in enumerate(params.blocks):
             x = run(of_block, x, rows(switches, i))
         return x
-    kind = nn.remat(block.func, prevent_cse=False) if remat else block.func
-    scanned = nn.scan(
-        kind,
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True},
-        in_axes=0,
-        length=count,
-    )
+    kind = nn.remat(block.func, prevent_cse=False) if model.remat else block.func
+    axes, split = {"params": 0, "intermediates": 0}, {"params": True}
+    scanned = nn.scan(kind, variable_axes=axes, split_rngs=split, in_axes=0, length=count)
     return scanned(*block.args, name=name)(x, *switches)[0]
 
 
 def last_blocks(
-    parent: nn.Module,
+    model: Transformer,
     attention: Callable[..., nn.Module],
-    fields: tuple[float, float, str],
     x: jax.Array,
     count: int,
     switches: Switches,
-    remat: bool,
 ) -> jax.Array:
-    """x [b, n, d] -> the class token [b, d] after ``count`` blocks with these ``fields``.
+    """x [b, n, d] -> the class token [b, d] after ``count`` blocks and the final norm.
 
     The head reads only the class token, so the last block, ``last_block``, computes no other: this
     saves nearly a twelfth of the work of twelve blocks. The others are the stack ``blocks``.
     """
+    fields = (model.mlp_ratio, model.norm_eps, model.dtype)
     if count > 1:
         block = functools.partial(Block, attention, *fields)
-        first = rows(switches, slice(count - 1))
-        x = run_blocks(parent, "blocks", count - 1, block, x, first, remat)
+        x = run_blocks(model, "blocks", count - 1, block, x, rows(switches, slice(count - 1)))
     class_token = functools.partial(attention, class_token_only=True)
     x, _ = Block(class_token, *fields, name="last_block")(x, *rows(switches, count - 1))
-    return x[:, 0]
+    weights = layers.param_dtype(model.dtype)
+    return LayerNorm(model.norm_eps, weights, name="norm")(x[:, 0])
 
 
 def multiply_adds(

@@ -33,11 +33,6 @@ def relative_positions(num_tokens: int, dtype: jnp.dtype) -> jax.Array:
     return jnp.stack([dx, dy, dx**2 + dy**2], axis=-1).astype(dtype)
 
 
-def _identity_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    del key
-    return jnp.eye(*shape, dtype=dtype)
-
-
 def _local_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
     """Each head of [3, heads] looks at another neighbour, as a convolution's tap (eq. 7 there).
 
@@ -67,21 +62,19 @@ class GatedPositionalAttention(nn.Module):
         heads, weights = self.num_heads, layers.param_dtype(self.dtype)
         linear = functools.partial(layers.dense, dtype=self.dtype, use_bias=False)
         qk = linear(2 * d, name="qk")(x)
-        v = linear(d, kernel_init=_identity_init, name="v")(x)
+        v = linear(d, kernel_init=lambda _, shape, dtype: jnp.eye(*shape, dtype=dtype), name="v")(x)
+        v = v.reshape(b, n, heads, -1)
         q, k = jnp.moveaxis(qk.reshape(b, n, 2, heads, d // heads), 2, 0)
         scale = self.qk_scale or (d // heads) ** -0.5
         content = jnp.einsum("bqhc,bkhc->bhqk", q, k, preferred_element_type=weights) * scale
 
-        to_heads = nn.Dense(
-            heads, dtype=weights, param_dtype=weights, kernel_init=_local_init, name="pos_proj"
-        )
+        fields = {"dtype": weights, "param_dtype": weights, "kernel_init": _local_init}
+        to_heads = nn.Dense(heads, **fields, name="pos_proj")
         position = jnp.moveaxis(to_heads(relative_positions(n, weights)), -1, 0)  # [h, n, n]
         gate = self.param("gating_param", nn.initializers.ones, (heads,), weights)
         gate = jax.nn.sigmoid(gate)[:, None, None]
         attention = (1 - gate) * ops.softmax(content) + gate * ops.softmax(position)
-        out = jnp.einsum(
-            "bhqk,bkhc->bqhc", attention.astype(self.dtype), v.reshape(b, n, heads, -1)
-        )
+        out = jnp.einsum("bhqk,bkhc->bqhc", attention.astype(self.dtype), v)
         return layers.dense(d, self.dtype, name="proj")(out.reshape(b, n, d))
 
 
@@ -110,40 +103,24 @@ class ConViT(blocks.Transformer):
         names = tuple(f"blocks.{i}" for i in range(self.depth))
         return {"local_blocks": names[: self.local_blocks], "blocks": names[self.local_blocks : -1]}
 
-    @nn.compact
-    def __call__(
-        self, images: jax.Array, attn_grad_keep: jax.Array | None = None, train: bool = False
-    ) -> jax.Array:
-        """Logits [b, num_classes] of normalised images [b, H, W, C].
-
-        attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
-        train: stochastic depth, if an rng 'drop_path' is given.
-        """
-        b, d, split = images.shape[0], self.embed_dim, self.local_blocks
-        weights = layers.param_dtype(self.dtype)
-        init = layers.EMBEDDING_INIT
-        x = layers.PatchEmbed(self.patch_size, d, self.dtype, name="patch_embed")(images)
+    def _features(self, x: jax.Array, switches: blocks.Switches) -> jax.Array:
+        (b, _, d), init, split = x.shape, layers.EMBEDDING_INIT, self.local_blocks
+        weights, rest = layers.param_dtype(self.dtype), (self.qk_scale, self.dtype)
         pos_embed = self.param("pos_embed", init, (1, self.num_tokens, d), weights)
         x = x + pos_embed.astype(x.dtype)
 
-        gpsa = functools.partial(
-            GatedPositionalAttention, self.num_heads, self.qk_scale, self.dtype
-        )
-        attention = functools.partial(Attention, self.num_heads, False, self.qk_scale, self.dtype)
+        gpsa = functools.partial(GatedPositionalAttention, self.num_heads, *rest)
+        attention = functools.partial(Attention, self.num_heads, False, *rest)
         fields = (self.mlp_ratio, self.norm_eps, self.dtype)
-        switches = (attn_grad_keep, blocks.stochastic_depth(self, train))
         local = functools.partial(blocks.Block, gpsa, *fields)
         first, last = (blocks.rows(switches, r) for r in (slice(split), slice(split, None)))
-        x = blocks.run_blocks(self, "local_blocks", split, local, x, first, self.remat)
+        x = blocks.run_blocks(self, "local_blocks", split, local, x, first)
         cls_token = self.param("cls_token", init, (1, 1, d), weights)
         cls_token = jnp.broadcast_to(cls_token, (b, 1, d))
         x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1)
-        count = self.depth - split
-        x = blocks.last_blocks(self, attention, fields, x, count, last, self.remat)
-        x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x)
-        return layers.dense(self.num_classes, weights, name="head")(x)
+        return blocks.last_blocks(self, attention, x, self.depth - split, last)
 
-    def _multiply_adds(self) -> tuple[float, float]:
+    def multiply_adds(self) -> tuple[float, float]:
         n, d, local = self.num_tokens, self.embed_dim, self.local_blocks
         kinds = [(local, n, n), (self.depth - local - 1, n + 1, n + 1), (1, n + 1, 1)]
         linear, attention = blocks.multiply_adds(kinds, d, self.mlp_ratio)

@@ -48,16 +48,13 @@ class PatchEmbed(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         b, height, width, channels = images.shape
         p = self.patch_size
-        kernel = self.param(
-            "kernel",
-            nn.initializers.lecun_normal(in_axis=(0, 1, 2)),
-            (p, p, channels, self.embed_dim),
-            param_dtype(self.dtype),
-        )
-        bias = self.param("bias", nn.initializers.zeros, (self.embed_dim,), param_dtype(self.dtype))
+        d, weights = self.embed_dim, param_dtype(self.dtype)
+        init = nn.initializers.lecun_normal(in_axis=(0, 1, 2))
+        kernel = self.param("kernel", init, (p, p, channels, d), weights)
+        bias = self.param("bias", nn.initializers.zeros, (d,), weights)
         patches = images.reshape(b, height // p, p, width // p, p, channels)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * channels)
-        kernel = kernel.reshape(-1, self.embed_dim).astype(self.dtype)
+        kernel = kernel.reshape(-1, d).astype(self.dtype)
         tokens = ops.linear(patches.astype(self.dtype), kernel)
         return tokens + bias.astype(self.dtype)
 
@@ -68,24 +65,13 @@ def _linear(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = N
     return ops.linear(x, kernel)
 
 
-def dense(
-    features: int,
-    dtype: str,
-    *,
-    use_bias: bool = True,
-    kernel_init: nn.initializers.Initializer = KERNEL_INIT,
-    name: str | None = None,
-) -> nn.Dense:
-    """A linear layer with this project's initialisation and precision."""
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=param_dtype(dtype),
-        kernel_init=kernel_init,
-        dot_general=_linear,
-        name=name,
-    )
+def dense(features: int, dtype: str, **fields: Any) -> nn.Dense:
+    """A linear layer with this project's precision and, unless told otherwise, initialisation.
+
+    fields: of ``nn.Dense``.
+    """
+    ours = {"param_dtype": param_dtype(dtype), "kernel_init": KERNEL_INIT, "dot_general": _linear}
+    return nn.Dense(features, dtype=dtype, **(ours | fields))
 
 
 class LayerNorm(nn.Module):
@@ -111,8 +97,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         d = x.shape[-1]
-        x = dense(self.hidden_dim, self.dtype, name="fc1")(x)
-        x = ops.gelu(x)
+        x = ops.gelu(dense(self.hidden_dim, self.dtype, name="fc1")(x))
         return dense(d, self.dtype, name="fc2")(x)
 
 

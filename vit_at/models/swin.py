@@ -96,12 +96,8 @@ class WindowAttention(nn.Module):
         heads, weights = self.num_heads, layers.param_dtype(self.dtype)
         qkv = layers.dense(3 * d, self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(b, w, n, 3, heads, d // heads), 3, 0)
-        table = self.param(
-            "relative_position_bias_table",
-            layers.EMBEDDING_INIT,
-            ((2 * self.window - 1) ** 2, heads),
-            weights,
-        )
+        init, shape = layers.EMBEDDING_INIT, ((2 * self.window - 1) ** 2, heads)
+        table = self.param("relative_position_bias_table", init, shape, weights)
         bias = jnp.moveaxis(table[relative_position_index(self.window)], -1, 0)  # [heads, n, n]
         if self.shift:
             mask = shift_mask(padded_side, self.window, self.shift)
@@ -125,16 +121,12 @@ class Pair(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        keep: jax.Array | None,
-        drop: tuple[jax.Array, jax.Array] | None,
+        self, x: jax.Array, keep: jax.Array | None, drop: blocks.Drop
     ) -> tuple[jax.Array, None]:
         """x [b, n, d]; keep, drop: those of a ``blocks.Block``, a row for each of the two."""
         for i, (name, shift) in enumerate((("even", 0), ("odd", self.shift))):
-            attention = functools.partial(
-                WindowAttention, self.num_heads, self.window, shift, self.qk_scale, self.dtype
-            )
+            fields = (self.num_heads, self.window, shift, self.qk_scale, self.dtype)
+            attention = functools.partial(WindowAttention, *fields)
             block = blocks.Block(attention, self.mlp_ratio, self.norm_eps, self.dtype, name=name)
             x, _ = block(x, *blocks.rows((keep, drop), i))
         return x, None
@@ -195,57 +187,33 @@ class SwinTransformer(blocks.Transformer):
             for start, name in enumerate(("even", "odd"))
         }
 
-    def stage_windows(self) -> list[tuple[int, int, int]]:
-        """Per stage: side of its grid, side of a window, shift of the odd blocks."""
+    def stages(self) -> list[tuple[int, int, int, int]]:
+        """Per stage: blocks, side of its grid, side of a window, shift of the odd blocks."""
         sides = [self.image_size // self.patch_size // 2**i for i in range(STAGES)]
         windows = [min(side, self.window_size) for side in sides]
-        return [(s, w, w // 2 if s > w else 0) for s, w in zip(sides, windows, strict=True)]
+        shifts = [w // 2 if s > w else 0 for s, w in zip(sides, windows, strict=True)]
+        return list(zip(self.depths, sides, windows, shifts, strict=True))
 
-    @nn.compact
-    def __call__(
-        self, images: jax.Array, attn_grad_keep: jax.Array | None = None, train: bool = False
-    ) -> jax.Array:
-        """Logits [b, num_classes] of normalised images [b, H, W, C].
-
-        attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
-        train: stochastic depth, if an rng 'drop_path' is given.
-        """
-        weights = layers.param_dtype(self.dtype)
-        x = layers.PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")(
-            images
-        )
+    def _features(self, x: jax.Array, switches: blocks.Switches) -> jax.Array:
         x = layers.LayerNorm(self.norm_eps, self.dtype, name="patch_norm")(x)
-        switches = (attn_grad_keep, blocks.stochastic_depth(self, train))
         in_pairs = jax.tree.map(lambda a: a.reshape(-1, 2, *a.shape[1:]), switches)
+        fields = (self.qk_scale, self.mlp_ratio, self.norm_eps, self.dtype)
         first = 0
-        for i, (depth, (_, window, shift)) in enumerate(
-            zip(self.depths, self.stage_windows(), strict=True)
-        ):
+        for i, (depth, _, window, shift) in enumerate(self.stages()):
             if i:
                 x = Merging(self.norm_eps, self.dtype, name=f"layers_{i - 1}_downsample")(x)
-            pair = functools.partial(
-                Pair,
-                self.num_heads * 2**i,
-                window,
-                shift,
-                self.qk_scale,
-                self.mlp_ratio,
-                self.norm_eps,
-                self.dtype,
-            )
+            pair = functools.partial(Pair, self.num_heads * 2**i, window, shift, *fields)
             count = depth // 2
             of_stage = blocks.rows(in_pairs, slice(first, first + count))
-            x = blocks.run_blocks(self, f"layers_{i}", count, pair, x, of_stage, self.remat)
+            x = blocks.run_blocks(self, f"layers_{i}", count, pair, x, of_stage)
             first += count
-        x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x).mean(axis=1)
-        return layers.dense(self.num_classes, weights, name="head")(x)
+        weights = layers.param_dtype(self.dtype)
+        return layers.LayerNorm(self.norm_eps, weights, name="norm")(x).mean(axis=1)
 
-    def _multiply_adds(self) -> tuple[float, float]:
+    def multiply_adds(self) -> tuple[float, float]:
         d, attention = self.embed_dim, 0.0
         linear = float(self.num_tokens * self.patch_size**2 * self.in_channels * d)
-        for i, (depth, (side, window, _)) in enumerate(
-            zip(self.depths, self.stage_windows(), strict=True)
-        ):
+        for i, (depth, side, window, _) in enumerate(self.stages()):
             if i:
                 linear += side**2 * 4 * d * 2 * d
                 d *= 2

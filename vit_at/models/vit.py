@@ -6,7 +6,6 @@ All blocks but the last are one scanned module, their parameters stacked along a
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -44,34 +43,19 @@ class VisionTransformer(blocks.Transformer):
         """
         return {"blocks": tuple(f"blocks.{i}" for i in range(self.depth - 1))}
 
-    @nn.compact
-    def __call__(
-        self, images: jax.Array, attn_grad_keep: jax.Array | None = None, train: bool = False
-    ) -> jax.Array:
-        """Logits [b, num_classes] of normalised images [b, H, W, C].
-
-        attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
-        train: stochastic depth, if an rng 'drop_path' is given.
-        """
-        b, d = images.shape[0], self.embed_dim
+    def _features(self, x: jax.Array, switches: blocks.Switches) -> jax.Array:
+        (b, _, d), init = x.shape, layers.EMBEDDING_INIT
         weights = layers.param_dtype(self.dtype)
-        init = layers.EMBEDDING_INIT
-        x = layers.PatchEmbed(self.patch_size, d, self.dtype, name="patch_embed")(images)
         cls_token = self.param("cls_token", init, (1, 1, d), weights)
         pos_embed = self.param("pos_embed", init, (1, 1 + self.num_tokens, d), weights)
         cls_token = jnp.broadcast_to(cls_token, (b, 1, d))
         x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1) + pos_embed.astype(x.dtype)
 
-        attention = functools.partial(
-            Attention, self.num_heads, self.qkv_bias, self.qk_scale, self.dtype
-        )
-        fields = (self.mlp_ratio, self.norm_eps, self.dtype)
-        switches = (attn_grad_keep, blocks.stochastic_depth(self, train))
-        x = blocks.last_blocks(self, attention, fields, x, self.depth, switches, self.remat)
-        x = layers.LayerNorm(self.norm_eps, weights, name="norm")(x)
-        return layers.dense(self.num_classes, weights, name="head")(x)
+        fields = (self.num_heads, self.qkv_bias, self.qk_scale, self.dtype)
+        attention = functools.partial(Attention, *fields)
+        return blocks.last_blocks(self, attention, x, self.depth, switches)
 
-    def _multiply_adds(self) -> tuple[float, float]:
+    def multiply_adds(self) -> tuple[float, float]:
         n, d = 1 + self.num_tokens, self.embed_dim
         kinds = [(self.depth - 1, n, n), (1, n, 1)]
         linear, attention = blocks.multiply_adds(kinds, d, self.mlp_ratio)

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from vit_at import weights
 from vit_at.errors import UserError
 from vit_at.evaluation.protocol import weights_digest
-from vit_at.models.build import build
+from vit_at.models import build
 from vit_at.models.convit import ConViT
 from vit_at.models.swin import STAGES, SwinTransformer
 from vit_at.reporting.model_card import model_card

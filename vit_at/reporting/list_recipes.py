@@ -18,7 +18,7 @@ from vit_at.configs import common
 from vit_at.configs.study import base
 from vit_at.console import with_prefix
 from vit_at.errors import Parser, UserError, one_sentence_errors
-from vit_at.models.build import build
+from vit_at.models import build
 from vit_at.reporting.list_models import count_parameters
 from vit_at.training.metrics import step_flops
 

@@ -16,6 +16,7 @@ from clu.metrics import Collection
 from etils import epath
 from ml_collections import ConfigDict
 
+from vit_at import models
 from vit_at.attacks import Threat
 from vit_at.console import Progress
 from vit_at.data import pipeline
@@ -24,7 +25,7 @@ from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store
 from vit_at.evaluation.protocol import parse_attacks
 from vit_at.training import metrics, optim
 from vit_at.training.objectives import OBJECTIVES
-from vit_at.training.setup import Setup, StepFn, compile_step, float32_classifier, initial_state
+from vit_at.training.setup import Setup, StepFn, compile_step, initial_state
 from vit_at.training.signals import Interrupted, Signals
 from vit_at.training.step import TrainState
 from vit_at.workdir.checkpoint import Checkpoints
@@ -100,8 +101,8 @@ def _describe(setup: Setup, state: TrainState, workdir: epath.Path) -> None:
     label = OBJECTIVES[config.objective].label
     logging.info("%s of %s, matrix products in %s", label, config.model.name, config.dtype)
     logging.info("%s: %d images, %d held out", setup.train_set.name, len(setup.train_set), held_out)
-    kind = setup.mesh.devices.flat[0].device_kind
-    logging.info("devices: %d of kind %s", setup.mesh.size, kind)
+    devices = setup.mesh.devices.flat
+    logging.info("devices: %d of kind %s", len(devices), devices[0].device_kind)
     logging.info("%s", metrics.cost_estimate(flops, setup.total_steps, parameters))
     if done:
         logging.info("resuming at step %d of %d", done, setup.total_steps)
@@ -124,7 +125,10 @@ class Loop:
         self._best = best
         self._unlogged: list[Collection] = []  # the metrics of the steps since the last line
         self._collapse = metrics.Collapse(setup.train_set.num_classes)
-        self._evaluator = _validation_evaluator(setup)
+        options, held_out = self._config.eval, setup.validation_set
+        self._evaluator: Evaluator | None = None
+        if held_out is not None and options.every_epochs:
+            self._evaluator = _evaluator(setup, f"clean,{options.validation_attack}", held_out)
 
     def run(self, state: TrainState) -> TrainState:
         """Takes all remaining steps."""
@@ -168,8 +172,10 @@ class Loop:
         logs = step % config.log_every_steps == 0
         save = epoch_ends or ending or self._save_is_due(step, logs)
         text = self._log(step) if save or logs else ""
-        if epoch_ends and self._evaluator and self._validates(step // per_epoch):
-            self._validate(self._evaluator, state, step)
+        if epoch_ends and self._evaluator:
+            epoch, every = step // per_epoch, config.eval.every_epochs
+            if epoch % every == 0 or epoch == config.epochs:
+                self._validate(self._evaluator, state, step)
         if save:
             self._checkpoints.last.save(step, state.trees, self._values(step))
             self._saved = time.monotonic()
@@ -185,9 +191,6 @@ class Loop:
         minutes = (time.monotonic() - self._saved) / 60
         return processes.agree(minutes >= options.every_minutes)
 
-    def _validates(self, epoch: int) -> bool:
-        return epoch % self._config.eval.every_epochs == 0 or epoch == self._config.epochs
-
     def _log(self, step: int) -> str:
         """Writes the means since the last line; returns the text beside the progress bar."""
         count, epoch = len(self._unlogged), step / self._setup.steps_per_epoch
@@ -196,7 +199,8 @@ class Loop:
         if not (math.isfinite(means["loss"]) and math.isfinite(means["gradient_norm"])):
             self._progress.close()
             self._checkpoints.wait()
-            raise Diverged(metrics.diverged(step))
+            found = f"the loss or its gradient is not finite at step {step}: training diverged"
+            raise Diverged(f"{found}; {metrics.CAUSES}")
         seconds, self._logged = time.monotonic() - self._logged, time.monotonic()
         means["images_per_second"] = count * self._config.batch_size / seconds
         self._writer.write(step, {"epoch": epoch} | means)
@@ -221,25 +225,15 @@ class Loop:
 
     def _values(self, step: int) -> dict[str, Any]:
         data = self._setup.train_set
-        return {
-            "step": step,
-            "best": self._best,
-            "num_classes": data.num_classes,
-            "class_names": list(data.class_names),
-        }
-
-
-def _validation_evaluator(setup: Setup) -> Evaluator | None:
-    config = setup.config
-    if setup.validation_set is None or not config.eval.every_epochs:
-        return None
-    return _evaluator(setup, f"clean,{config.eval.validation_attack}", setup.validation_set)
+        classes = {"num_classes": data.num_classes, "class_names": list(data.class_names)}
+        return {"step": step, "best": self._best} | classes
 
 
 def _evaluator(setup: Setup, attacks: str, examples: Any) -> Evaluator:
     config = setup.config
+    model = models.build(config, setup.train_set.num_classes, "float32")
     return Evaluator(
-        float32_classifier(setup),
+        models.classifier(model, config.data.mean, config.data.std),
         examples,
         parse_attacks(attacks, Threat.of(config.threat)),
         setup.mesh,
@@ -266,20 +260,10 @@ def _tested_weights(
 def _final_evaluation(
     setup: Setup, params: Any, weights: dict[str, Any], workdir: epath.Path
 ) -> list[dict[str, Any]]:
-    config = setup.config
-    logging.info(
-        "testing the %s weights (step %d) on %d images of %s",
-        weights["checkpoint"],
-        weights["step"],
-        len(setup.test_set),
-        setup.test_set.name,
-    )
+    config, examples = setup.config, setup.test_set
+    tested = "{checkpoint} weights (step {step})".format(**weights)
+    logging.info("testing the %s on %d images of %s", tested, len(examples), examples.name)
+    evaluator = _evaluator(setup, config.eval.attacks, examples)
+    about = {"seed": config.seed, "weights": weights}
     with locked(workdir, "evaluation"):
-        return evaluate_and_store(
-            _evaluator(setup, config.eval.attacks, setup.test_set),
-            params,
-            setup.test_set,
-            Results(workdir),
-            seed=config.seed,
-            weights=weights,
-        )
+        return evaluate_and_store(evaluator, params, examples, Results(workdir), **about)

@@ -35,13 +35,7 @@ class Masking:
     @classmethod
     def of(cls, options: ConfigDict, model_patch_size: int) -> "Masking":
         """The masking of ``config.masking``."""
-        return cls(
-            options.ard,
-            options.prm,
-            options.warmup_epochs,
-            options.keep_max,
-            options.patch_size or model_patch_size,
-        )
+        return cls(**{**options, "patch_size": options.patch_size or model_patch_size})
 
 
 def keep_probability(masking: Masking, progress: float | Array) -> Array:

@@ -101,10 +101,8 @@ class Collapse:
     """Notices a run that has stopped learning; see ``check``."""
 
     def __init__(self, num_classes: int, windows: int = 20):
-        self._chance, self._windows = 1 / num_classes, windows
-        self._losses: collections.deque[float] = collections.deque(maxlen=windows)
-        self._accuracies: collections.deque[float] = collections.deque(maxlen=windows)
-        self._said = False
+        self._chance, self._count, self._said = 1 / num_classes, windows, False
+        self._windows: collections.deque[tuple[float, float]] = collections.deque(maxlen=windows)
 
     def check(self, means: dict[str, Any]) -> str | None:
         """A warning if the last windows show a collapse, given once; None otherwise.
@@ -112,13 +110,13 @@ class Collapse:
         A run has collapsed if its accuracy is at chance and its loss is constant: the mean over the
         newer half of the windows is within 1 % of that over the older half.
         """
-        self._losses.append(means["loss"])
-        self._accuracies.append(max(means[n] for n in means if n.startswith("accuracy")))
-        if self._said or len(self._losses) < self._windows:
+        accuracy = max(means[n] for n in means if n.startswith("accuracy"))
+        self._windows.append((means["loss"], accuracy))
+        if self._said or len(self._windows) < self._count:
             return None
-        half = len(self._losses) // 2
-        older, newer = np.mean(list(self._losses)[:half]), np.mean(list(self._losses)[half:])
-        accuracy = float(np.mean(self._accuracies))
+        losses, accuracies = np.array(self._windows).T
+        older, newer = losses[: self._count // 2].mean(), losses[self._count // 2 :].mean()
+        accuracy = float(accuracies.mean())
         if accuracy > 1.25 * self._chance or abs(newer - older) > 0.01 * abs(older):
             return None
         self._said = True
@@ -126,11 +124,6 @@ class Collapse:
             f"this run looks collapsed: training accuracy {accuracy:.1%} is at chance "
             f"({self._chance:.1%}) and the loss stands at {newer:.3f}; {CAUSES}"
         )
-
-
-def diverged(step: int) -> str:
-    """The sentence for a loss or gradient of NaN or infinity."""
-    return f"the loss or its gradient is not finite at step {step}: training diverged; {CAUSES}"
 
 
 def status_line(means: dict[str, float], epoch: float, epochs: int) -> str:

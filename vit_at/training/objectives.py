@@ -24,7 +24,7 @@ from vit_at.models import Apply
 
 Array = jax.Array
 Terms = dict[str, tuple[Array, float]]
-CLEAN, ADVERSARIAL = "clean", "adversarial"
+BOTH = CLEAN, ADVERSARIAL = "clean", "adversarial"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Objective:
       attack.
     terms: what the update minimises, (clean logits, adversarial logits, targets, beta) ->
       {name: (scalar, weight)}; logits of images not in ``images`` are None.
-    images: what the update passes over: CLEAN, ADVERSARIAL or both.
+    images: what the update passes over: CLEAN, ADVERSARIAL or BOTH.
     start: of the perturbation: 'uniform' in the ball, or 'gaussian', tiny (TRADES and MART).
     zero_start: whether the attack has a gradient at the image, so that it may start there.
     attack_needs_clean: whether the attack takes the clean logits: one pass more.
@@ -55,23 +55,19 @@ class Objective:
 
 def ce_attack(logits: Array, targets: Array, clean: Array | None) -> Array:
     """Cross-entropy, [B]."""
-    del clean
     return losses.cross_entropy(logits, targets)
 
 
 def kl_attack(logits: Array, targets: Array, clean: Array) -> Array:
     """KL(clean || adversarial), [B]."""
-    del targets
     return losses.kl_divergence(clean, logits)
 
 
 def _natural_terms(clean: Array, adv: None, targets: Array, beta: float) -> Terms:
-    del adv, beta
     return {"natural": (losses.cross_entropy(clean, targets).mean(), 1.0)}
 
 
 def _at_terms(clean: None, adv: Array, targets: Array, beta: float) -> Terms:
-    del clean, beta
     return {"ce_adv": (losses.cross_entropy(adv, targets).mean(), 1.0)}
 
 
@@ -101,20 +97,13 @@ OBJECTIVES = {
         "TRADES",
         kl_attack,
         _trades_terms,
-        (CLEAN, ADVERSARIAL),
+        BOTH,
         start="gaussian",
         zero_start=False,  # KL has no gradient where both logits are equal
         attack_needs_clean=True,
         plain_labels=True,
     ),
-    "mart": Objective(
-        "MART",
-        ce_attack,
-        _mart_terms,
-        (CLEAN, ADVERSARIAL),
-        start="gaussian",
-        plain_labels=True,
-    ),
+    "mart": Objective("MART", ce_attack, _mart_terms, BOTH, start="gaussian", plain_labels=True),
 }
 
 

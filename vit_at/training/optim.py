@@ -21,11 +21,8 @@ def learning_rate(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
     peak, total = options.learning_rate, config.epochs * steps_per_epoch
     warmup = round(options.warmup_epochs * steps_per_epoch)
     if options.schedule == "cyclic":
-        rise = optax.linear_schedule(0.0, peak, warmup)
-        return optax.join_schedules(
-            [rise, optax.linear_schedule(peak, 0.0, total - warmup)], [warmup]
-        )
-    if options.schedule == "cosine":
+        shape = optax.linear_schedule(peak, 0.0, total - warmup)
+    elif options.schedule == "cosine":
         shape = optax.cosine_decay_schedule(peak, total - warmup)
     elif options.schedule == "step":
         shape = _step_schedule(config, steps_per_epoch, warmup)
@@ -43,10 +40,8 @@ def _step_schedule(config: ConfigDict, steps_per_epoch: int, offset: int) -> opt
     reference).
     """
     options = config.optimizer
-    drops = [
-        max(1, math.ceil((config.epochs - before) * steps_per_epoch)) - offset
-        for before in options.drop_before_end
-    ]
+    ends = [(config.epochs - before) * steps_per_epoch for before in options.drop_before_end]
+    drops = [max(1, math.ceil(end)) - offset for end in ends]
 
     def schedule(step):
         passed = sum((step >= drop) * 1 for drop in drops)

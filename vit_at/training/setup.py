@@ -23,7 +23,6 @@ from vit_at.distributed import sharding
 from vit_at.errors import UserError
 from vit_at.evaluation.evaluator import select
 from vit_at.evaluation.protocol import parse_attacks
-from vit_at.models.build import build, training_dtype
 from vit_at.training import objectives
 from vit_at.training.masking import Masking
 from vit_at.training.step import Step, TrainState, init_state, train_step
@@ -64,10 +63,10 @@ class Setup(NamedTuple):
         sharding.check_batch_size("batch_size", config.batch_size, mesh, parts)
         sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
         _check_evaluation(config)
-        build(config, 1, config.dtype)  # to refuse its fields before any data is read
+        models.build(config, 1, config.dtype)  # to refuse its fields before any data is read
         data, threads = config.data, config.data.threads
         everything = sources.load(data, data.train_split, threads=threads)
-        model = build(config, everything.num_classes, config.dtype)
+        model = models.build(config, everything.num_classes, config.dtype)
         train_set, held_out = sources.hold_out(everything, data.validation_examples, config.seed)
         steps_per_epoch = pipeline.steps_per_epoch(len(train_set), config.batch_size)
         test_set = sources.load(data, data.test_split, threads=threads)
@@ -83,7 +82,7 @@ def resolve(config: ConfigDict, mesh: Mesh) -> ConfigDict:
     """
     objectives.check(config)
     config = ConfigDict(config).unlock()
-    config.dtype = training_dtype(config, sharding.platform(mesh))
+    config.dtype = models.training_dtype(config, sharding.platform(mesh))
     return config.lock()
 
 
@@ -130,10 +129,3 @@ def compile_step(setup: Setup, optimizer: optax.GradientTransformation) -> StepF
         setup.train_set.num_classes,
     )
     return jax.jit(functools.partial(train_step, step), donate_argnums=0)
-
-
-def float32_classifier(setup: Setup) -> models.Apply:
-    """The model for evaluation: images in [0, 1] to logits, in float32."""
-    config = setup.config
-    model = build(config, setup.train_set.num_classes, "float32")
-    return models.classifier(model, config.data.mean, config.data.std)

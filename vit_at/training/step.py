@@ -111,7 +111,9 @@ def train_step(
     input_key, draw_key, train_key = jax.random.split(key, 3)
     progress = (state.step + 1) / step.steps_per_epoch
     images, targets = _inputs(step, input_key, batch)
-    threat = Threat.of(config.threat).scaled(_eps_factor(config, progress))
+    warm_up = config.threat.eps_warmup_epochs
+    factor = jnp.minimum(1.0, progress / warm_up) if warm_up else jnp.ones(())
+    threat = Threat.of(config.threat).scaled(factor)
     draws = draw(
         draw_key,
         objective=config.objective,
@@ -136,30 +138,21 @@ def train_step(
     if masking.ard or masking.prm:
         metrics["keep_probability"] = keep_probability(masking, progress)
     state = _update(state, gradient, step.optimizer, config.ema_decay)
-    return _laid_out(step, state, config.sharding), _collection(metrics)
+    one = jnp.ones((), jnp.int32)  # the metrics' merge is the mean over steps
+    averages = {name: Average(metrics[name], one) for name in sorted(metrics)}
+    return _laid_out(step, state, config.sharding), Collection.create_collection(**averages)
 
 
 def _inputs(step, key, batch):
     """Augmented, mixed images [B, H, W, C] in [0, 1] and their targets [B, num_classes]."""
     config = step.config
     augment_key, mix_key = jax.random.split(key)
-    images = augment.augment(
-        augment_key,
-        augment.to_float(batch["image"]),
-        crop_padding=config.data.crop_padding,
-        flip=config.data.flip,
-    )
+    options = {"crop_padding": config.data.crop_padding, "flip": config.data.flip}
+    images = augment.augment(augment_key, augment.to_float(batch["image"]), **options)
     targets = augment.one_hot(batch["label"], step.num_classes, config.label_smoothing)
     if config.mixing.probability:
         images, targets = mixing.mix(mix_key, images, targets, **config.mixing)
     return images, targets
-
-
-def _eps_factor(config, progress):
-    """Factor on eps and step size while eps warms up; scalar in (0, 1]."""
-    if not config.threat.eps_warmup_epochs:
-        return jnp.ones(())
-    return jnp.minimum(1.0, progress / config.threat.eps_warmup_epochs)
 
 
 def _laid_out(step, tree, kind):
@@ -227,12 +220,6 @@ def _batch_metrics(aux, targets):
     return metrics
 
 
-def _collection(metrics):
-    """{name: scalar} as metrics whose merge is the mean over steps."""
-    one = jnp.ones((), jnp.int32)
-    return Collection.create_collection(**{n: Average(metrics[n], one) for n in sorted(metrics)})
-
-
 def _mean_over_parts(function, parts):
     """Mean of function(part), a tree of arrays, over the leading axis of ``parts``."""
     first = jax.tree.map(lambda x: x[0], parts)
@@ -251,7 +238,5 @@ def _mean_over_parts(function, parts):
 def _update(state, gradient, optimizer, ema_decay):
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = state.ema
-    if ema is not None:
-        ema = optax.incremental_update(params, ema, 1 - ema_decay)
+    ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
     return TrainState(state.step + 1, params, opt_state, ema)

@@ -100,8 +100,7 @@ def to_timm(params: Any, model: Any, *, names: str = "0.5", buffers: bool = Fals
 def _swin_buffers(model: swin.SwinTransformer) -> StateDict:
     """The buffers of timm 0.5: it stores them, though the architecture determines them."""
     buffers = {}
-    stages = zip(model.depths, model.stage_windows(), strict=True)
-    for i, (depth, (side, window, shift)) in enumerate(stages):
+    for i, (depth, side, window, shift) in enumerate(model.stages()):
         for j in range(depth):
             block = f"layers.{i}.blocks.{j}"
             index = swin.relative_position_index(window)

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from vit_at import models
 from vit_at.distributed import processes, sharding
 from vit_at.errors import UserError
-from vit_at.models.build import build
+from vit_at.models import build
 from vit_at.workdir.files import check_space, disk_errors, read_config
 
 _METADATA = 2**20  # bytes allowed for what orbax writes beside the arrays

@@ -87,20 +87,12 @@ def audit(
     if "randomised" in flags:
         return Audit(flags, {}, {})
 
+    same = {name: getattr(settings, name) for name in ("norm", "batch_size", "seed", "mesh")}
+
     @functools.cache
     def robust(threat, attack="apgd-ce"):
-        found = autoattack.run(
-            logits_fn,
-            images,
-            labels,
-            norm=threat.norm,
-            eps=threat.eps,
-            attacks=[attack],
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            budget=Budget(iterations=threat.steps),
-            mesh=settings.mesh,
-        )
+        own = {"eps": threat.eps, "attacks": [attack], "budget": Budget(iterations=threat.steps)}
+        found = autoattack.run(logits_fn, images, labels, **same, **own)
         return list(found.robust.values())[-1]
 
     threat, count = Threat(settings.norm, settings.eps), int(np.prod(images.shape[1:]))
@@ -122,10 +114,7 @@ def audit(
 
 
 def check_model(
-    logits_fn: Callable[[Array], Array],
-    images: np.ndarray,
-    labels: np.ndarray,
-    settings: Settings,
+    logits_fn: Callable[[Array], Array], images: np.ndarray, labels: np.ndarray, settings: Settings
 ) -> dict[str, str]:
     """The flags that need no attack, on at most a batch of images."""
     batch = jnp.asarray(images[: settings.batch_size], jnp.float32)
@@ -149,7 +138,7 @@ def _check_gradients(logits_fn, images, labels, correct, settings) -> dict[str, 
     """The flags of losses without a gradient, at the image or at APGD's random start."""
     norm, keys = settings.norm, jax.random.split(jax.random.key(0), len(images))
     directions = random_directions(keys, images.shape[1:], norm)
-    begin = apgd.start(images, directions, apgd.Options(norm, settings.eps)).point
+    begin = apgd.start(images, directions, Threat(norm, settings.eps)).point
 
     # The loss is compiled separately. XLA would fuse it with a multiplication at the model's end
     # and round once, so the gradient of a saturated softmax would be rounding errors, not zeros.

@@ -24,8 +24,9 @@ from vit_at.errors import UserError
 from vit_at.workdir.files import write_atomically
 
 LEDGER_FILE, PER_EXAMPLE_FILE = "ledger.npz", "per_example.npz"
+_PART_FILE = "adversarial_{:05d}.npz"
 NOT_ATTACKED, WITHSTOOD, BROKEN = 0, 1, 2
-CLEAN = "clean"
+_SAVED = ("clean", "outcome", "run", "step", "norm")  # of a ``Ledger``, as they are
 _SAME_LOGITS = 1e-3  # allowed difference, relative to the largest: devices round differently
 
 
@@ -56,24 +57,24 @@ class Ledger:
 
     def robust_after(self) -> dict[str, np.ndarray]:
         """{attack: [N] bool} after each attack of the cascade; 'clean' first."""
-        after, robust = {CLEAN: self.clean}, self.clean
+        after, robust = {"clean": self.clean}, self.clean
         for column, attack in enumerate(self.attacks):
             robust = robust & (self.outcome[:, column] != BROKEN)
             after[attack] = robust
         return after
 
-    def broken_by(self) -> np.ndarray:
-        """[N]: the attack's place in the cascade, -1 robust, -2 misclassified from the start."""
-        first = np.argmax(self.outcome == BROKEN, 1)
-        return np.where(self.clean, np.where(self.robust, -1, first), -2).astype(np.int8)
-
     def columns(self) -> dict[str, np.ndarray]:
-        """The columns of ``per_example.npz``."""
+        """The columns of ``per_example.npz``.
+
+        broken_by: the attack's place in the cascade, -1 robust, -2 misclassified from the start.
+        """
+        first = np.argmax(self.outcome == BROKEN, 1)
+        broken_by = np.where(self.clean, np.where(self.robust, -1, first), -2)
         return {
             "attacks": np.array(self.attacks),
             "clean_correct": self.clean,
             "outcome": self.outcome,
-            "broken_by": self.broken_by(),
+            "broken_by": broken_by.astype(np.int8),
             "worst_case_correct": self.robust,
             "run": self.run,
             "step": self.step,
@@ -104,20 +105,16 @@ class Store:
         Raises:
           UserError: it belongs to another model, data or protocol, or can't be read.
         """
-        if self._directory is None:
-            return False
-        if not processes.agree((self._directory / LEDGER_FILE).exists()):
+        if self._directory is None or not processes.agree((self._directory / LEDGER_FILE).exists()):
             return False
         saved = self._read(LEDGER_FILE)
         self._check(saved)
-        for name in ("clean", "outcome", "run", "step", "norm"):
+        for name in _SAVED:
             setattr(ledger, name, saved[name])
         ledger.stage = int(saved["stage"])
         ledger.work = json.loads(str(saved["work"]))
-        prefix = "progress/"
-        ledger.progress = {
-            k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)
-        }
+        running = [name for name in saved if name.startswith("progress/")]
+        ledger.progress = {name.removeprefix("progress/"): saved[name] for name in running}
         self._parts = int(saved["files"])
         for _ in self.parts():  # fail now, not at the end, if a file can't be read
             pass
@@ -128,30 +125,24 @@ class Store:
         """Writes the new adversarial images, then the ledger that counts them."""
         if ledger.found:
             index = np.array(sorted(ledger.found))
-            self._keep(index, np.stack([ledger.found[i] for i in index]))
+            images = np.stack([ledger.found[i] for i in index])
+            if self._directory is None:
+                self._in_memory.append((index, images))
+            else:
+                self._write(_PART_FILE.format(self._parts), {"index": index, "image": images})
+            self._parts += 1
             ledger.found = {}
         if self._directory is None:
             return
         arrays = {
             "protocol": np.array(json.dumps(self._protocol)),
             "logits": self._logits,
-            "clean": ledger.clean,
-            "outcome": ledger.outcome,
-            "run": ledger.run,
-            "step": ledger.step,
-            "norm": ledger.norm,
             "stage": np.array(ledger.stage),
             "files": np.array(self._parts),
             "work": np.array(json.dumps(ledger.work)),
         }
+        arrays |= {name: getattr(ledger, name) for name in _SAVED}
         self._write(LEDGER_FILE, arrays | {f"progress/{k}": v for k, v in ledger.progress.items()})
-
-    def _keep(self, index: np.ndarray, images: np.ndarray) -> None:
-        if self._directory is None:
-            self._in_memory.append((index, images))
-        else:
-            self._write(_adversarial_file(self._parts), {"index": index, "image": images})
-        self._parts += 1
 
     def parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The adversarial images in parts: places [n] and images [n, H, W, C]."""
@@ -159,7 +150,7 @@ class Store:
             yield from self._in_memory
             return
         for number in range(self._parts):
-            part = self._read(_adversarial_file(number))
+            part = self._read(_PART_FILE.format(number))
             yield part["index"], part["image"]
 
     def save_per_example(self, ledger: Ledger) -> None:
@@ -189,9 +180,8 @@ class Store:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
                 return dict(archive)
         except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{path} can't be read ({error}); delete {self._directory} to start over"
-            ) from error
+            reason = f"{path} can't be read ({error})"
+            raise UserError(f"{reason}; delete {self._directory} to start over") from error
 
     def _write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         if jax.process_index():
@@ -200,7 +190,3 @@ class Store:
         content = io.BytesIO()
         np.savez(content, **arrays)
         write_atomically(self._directory / name, content.getvalue())
-
-
-def _adversarial_file(number: int) -> str:
-    return f"adversarial_{number:05d}.npz"

@@ -19,6 +19,7 @@ from vit_at.attacks import apgd, fab, square
 from vit_at.attacks.autoattack.settings import TARGETS, Settings
 from vit_at.attacks.losses import best_wrong_class, is_correct, pick
 from vit_at.attacks.norms import random_directions
+from vit_at.attacks.threat import Threat
 
 Array = jax.Array
 _SAMPLES = 20  # draws of a randomised model for each gradient
@@ -90,6 +91,10 @@ class Method(abc.ABC):
     def read(self, context: Context, state: Any) -> Outcome:
         """The outcome so far."""
 
+    def threat(self, context: Context) -> Threat:
+        """What APGD and Square may do; their first step evaluates the start."""
+        return Threat(self.norm, context.eps, steps=self.steps - 1)
+
     def run_keys(self, context: Context, problem: Problem) -> Array:
         """One key for each run, [b]."""
         key = jax.random.fold_in(jax.random.key(context.seed), zlib.crc32(self.name.encode()))
@@ -128,12 +133,9 @@ class Apgd(Method):
 
     samples: int
 
-    def _options(self, context):
-        return apgd.Options(self.norm, context.eps, self.steps - 1)
-
     def start(self, context, problem):
         directions = self.directions(context, problem)
-        return apgd.start(problem.images, directions, self._options(context))
+        return apgd.start(problem.images, directions, self.threat(context))
 
     def advance(self, context, problem, state):
         keys = None
@@ -146,7 +148,7 @@ class Apgd(Method):
             labels, targets, loss = problem.labels, problem.targets, _LOSSES[self.name]
             return apgd.loss_and_gradient(context.logits_fn, loss, points, labels, targets, keys)
 
-        return apgd.advance(evaluate, problem.images, state, self._options(context))[0]
+        return apgd.advance(evaluate, problem.images, state, self.threat(context))[0]
 
     def read(self, context, state):
         return Outcome(state.iteration + 1, ~state.robust, state.adversarial)
@@ -189,8 +191,7 @@ class Square(Method):
         shape = problem.images.shape[1:]
         draw = jax.vmap(lambda key: square.draw_initial(key, shape, self.norm))
         uniforms = draw(self.run_keys(context, problem))
-        options = square.Options(self.norm, context.eps)
-        return square.start(problem.images, uniforms, options)
+        return square.start(problem.images, uniforms, self.threat(context))
 
     def advance(self, context, problem, state):
         shape = problem.images.shape[1:]
@@ -204,8 +205,7 @@ class Square(Method):
             # A comparison with NaN is false, and would keep the image.
             return jnp.where(jnp.isfinite(logits).all(-1), margin, -jnp.inf)
 
-        options = square.Options(self.norm, context.eps)
-        return square.advance(margin_fn, problem.images, state, uniforms, options)
+        return square.advance(margin_fn, problem.images, state, uniforms, self.threat(context))
 
     def read(self, context, state):
         return Outcome(state.queries, state.margin <= 0, state.best)

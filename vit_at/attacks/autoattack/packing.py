@@ -108,22 +108,19 @@ class Packing:
         running, steps, success = sharding.gather((slots.active, outcome.steps, outcome.success))
         taken = self._image != EMPTY
         self.work["steps"] += int((steps - self._steps)[taken].sum())
-        self.work["computed"] += (
-            int(np.sum(sharding.gather(counts))) * len(taken) // self._mesh.size
-        )
+        steps_of_devices = int(np.sum(sharding.gather(counts)))
+        self.work["computed"] += steps_of_devices * len(taken) // self._mesh.size
         self._steps = np.where(taken, steps, 0)
         broken = taken & success
         adversarial = sharding.gather(outcome.adversarial) if broken.any() else None
         ended = []
         for slot in np.flatnonzero(taken & ~running):
             image, run = int(self._image[slot]), int(self._run[slot])
-            if success[slot]:
-                row = adversarial[slot].copy()
-                ended.append(Finished(image, run, int(steps[slot]), row))
-            elif run + 1 < self.method.runs:
+            if not success[slot] and run + 1 < self.method.runs:
                 self.waiting.insert(0, Waiting(image, run + 1))
             else:
-                ended.append(Finished(image, run, int(steps[slot]), None))
+                row = adversarial[slot].copy() if success[slot] else None
+                ended.append(Finished(image, run, int(steps[slot]), row))
             self._image[slot] = EMPTY
         return ended
 
@@ -142,12 +139,10 @@ class Packing:
         if saved < self._cut.worth_compiling:
             return
         keep = np.argsort(self._image == EMPTY, kind="stable")[:narrow]
-        self._restore_slots(
-            jax.tree.map(lambda x: x[keep], sharding.gather(self._slots)),
-            self._image[keep],
-            self._run[keep],
-            self._steps[keep],
-        )
+        slots = jax.tree.map(lambda x: x[keep], sharding.gather(self._slots))
+        self._image, self._run = self._image[keep], self._run[keep]
+        self._steps = self._steps[keep]
+        self._slots = sharding.split_whole(slots, self._mesh)
 
     def _open(self, width: int) -> None:
         """Empty slots."""
@@ -216,10 +211,6 @@ class Packing:
         self._open(width)
         treedef = jax.tree.structure(self._slots.state)
         leaves = [saved[f"state/{i}"] for i in range(treedef.num_leaves)]
-        self._image, self._run = saved["image"].copy(), saved["run"].copy()
+        self._image, self._run, self._steps = (saved[n].copy() for n in ("image", "run", "steps"))
         slots = Slots(self._problem(), jax.tree.unflatten(treedef, leaves), saved["active"])
-        self._restore_slots(slots, saved["image"], saved["run"], saved["steps"])
-
-    def _restore_slots(self, slots: Slots, image, run, steps) -> None:
-        self._image, self._run, self._steps = image.copy(), run.copy(), steps.copy()
         self._slots = sharding.split_whole(slots, self._mesh)

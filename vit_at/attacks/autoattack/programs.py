@@ -12,6 +12,7 @@ from vit_at.attacks.apgd import where
 from vit_at.attacks.autoattack.checks import as_batch_function
 from vit_at.attacks.autoattack.methods import Context, Method, Outcome, Problem
 from vit_at.distributed import sharding
+from vit_at.distributed.sharding import SPLIT, WHOLE
 
 Array = jax.Array
 
@@ -75,8 +76,7 @@ class Program:
             problem = where(taken, entering, slots.problem)
             return Slots(problem, where(taken, state, slots.state), slots.active | taken)
 
-        split, whole = sharding.SPLIT, sharding.WHOLE
-        mapped = sharding.map_shards(on_device, self.mesh, (whole, split, split, split))
+        mapped = sharding.map_shards(on_device, self.mesh, (WHOLE, SPLIT, SPLIT, SPLIT))
         return mapped(context, slots, entering, taken)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -110,6 +110,5 @@ class Program:
             outcome = method.read(context, state)
             return Slots(slots.problem, state, running), outcome, jnp.full(1, count)
 
-        split, whole = sharding.SPLIT, sharding.WHOLE
-        mapped = sharding.map_shards(on_device, self.mesh, (whole, split, whole))
+        mapped = sharding.map_shards(on_device, self.mesh, (WHOLE, SPLIT, WHOLE))
         return mapped(context, slots, limit)

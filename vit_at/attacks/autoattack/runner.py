@@ -16,14 +16,7 @@ from vit_at.attacks.autoattack import checks, methods
 from vit_at.attacks.autoattack.cascade import Cascade
 from vit_at.attacks.autoattack.ledger import Ledger, Store
 from vit_at.attacks.autoattack.packing import Source
-from vit_at.attacks.autoattack.settings import (
-    OFFICIAL,
-    TARGETS,
-    Budget,
-    Settings,
-    for_classes,
-    parse,
-)
+from vit_at.attacks.autoattack.settings import TARGETS, Budget, Settings, for_classes, parse
 from vit_at.distributed import sharding
 
 Array = jax.Array
@@ -97,7 +90,7 @@ def run(
     seed: int = 0,
     workdir: str | epath.Path | None = None,
     progress: Callable[[str], None] | bool | None = None,
-    budget: Budget = OFFICIAL,
+    budget: Budget = Budget(),  # noqa: B008 - immutable
     mesh: Mesh | None = None,
 ) -> Result:
     """Runs AutoAttack on all devices.
@@ -162,16 +155,9 @@ def _run(logits_fn, images, labels, settings, workdir, report) -> Result:
 
 def _protocol(settings: Settings, names: tuple[str, ...], digest: str) -> dict[str, Any]:
     """What a ledger is of, as JSON values; another protocol can't resume it."""
-    return {
-        "format": _FORMAT,
-        "attacks": list(names),
-        "version": settings.version,
-        "norm": settings.norm,
-        "eps": settings.eps,
-        "seed": settings.seed,
-        "data": digest,
-        **dataclasses.asdict(settings.budget),
-    }
+    own = {name: getattr(settings, name) for name in ("version", "norm", "eps", "seed")}
+    own |= dataclasses.asdict(settings.budget)
+    return {"format": _FORMAT, "attacks": list(names), "data": digest} | own
 
 
 def _as_tree(logits_fn: Callable[..., Array]) -> jax.tree_util.Partial:

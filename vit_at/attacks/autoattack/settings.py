@@ -29,9 +29,6 @@ class Budget:
     queries: int = 5000
 
 
-OFFICIAL = Budget()
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The settings of an evaluation, as for ``autoattack.run``. mesh: default, all devices."""
@@ -41,7 +38,7 @@ class Settings:
     attacks: str | Sequence[str] = "standard"
     batch_size: int = 256
     seed: int = 0
-    budget: Budget = OFFICIAL
+    budget: Budget = Budget()
     mesh: Mesh = dataclasses.field(default_factory=sharding.make_mesh)
 
     @property
