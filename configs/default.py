@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
     data.dir = ""  # TFDS data directory; '': $TFDS_DATA_DIR or ~/tensorflow_datasets
     data.train_split = "train"  # TFDS split to train on, such as train or train[:1000]
     data.test_split = "test"  # TFDS split of the evaluation at the end
+    data.allow_overlap = False  # permit test images that are training images too
     data.validation_examples = 1000  # held out of the training split to choose the best checkpoint
     data.image_size = 32  # images are resized (squashed) to this square
     data.mean = CIFAR_MEAN  # per channel, in pixel units; as many channels are fed to the model

@@ -54,6 +54,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 # Fields that older ``config.json`` files lack, with the value that describes those runs.
 ADDED = {"sharding": "replicated", "model.remat": False, "checkpoint.every_steps": 0}
+ADDED |= {"data.allow_overlap": False}
 
 
 def with_added(stored: dict[str, Any]) -> dict[str, Any]:
@@ -68,6 +69,8 @@ def validate(config: ConfigDict) -> None:
     ``training.objectives.check`` also checks the objective, and what depends on it.
     """
     flat = flatten(config)
+    if not config.name.strip():
+        raise UserError("name is empty, but names the run and its directory; give it a word")
     for field, choices in CHOICES.items():
         value = flat[field]
         if value not in choices:
@@ -114,6 +117,11 @@ def _validate_data(config: ConfigDict) -> None:
         )
     if min(data.std) <= 0:
         raise UserError(f"data.std is {data.std}; every channel must be over 0")
+    if data.crop_padding >= data.image_size:
+        raise UserError(
+            f"data.crop_padding is {data.crop_padding}, so a crop may show nothing of the "
+            f"{data.image_size}-pixel image; it must be less than data.image_size"
+        )
     patch = config.masking.patch_size
     if config.masking.prm and patch and data.image_size % patch:
         raise UserError(
@@ -132,6 +140,14 @@ def _validate_data(config: ConfigDict) -> None:
 
 def _validate_schedule(config: ConfigDict) -> None:
     options = config.optimizer
+    masked = config.masking.ard or config.masking.prm
+    for field, on in (("threat.eps_warmup_epochs", True), ("masking.warmup_epochs", masked)):
+        epochs = flatten(config)[field]
+        if on and epochs > config.epochs:
+            raise UserError(
+                f"{field} is {epochs:g}, but the run ends after {config.epochs} epochs, before "
+                f"full strength; it must be at most {config.epochs}"
+            )
     if not all(isinstance(x, (int, float)) and x >= 0 for x in options.drop_before_end):
         raise UserError(
             f"optimizer.drop_before_end is {options.drop_before_end}; it must hold numbers of "

@@ -80,7 +80,7 @@ def evaluate(
     Raises:
       UserError: a directory, data set or option that can't be used.
     """
-    workdir = epath.Path(source)
+    workdir = epath.Path(source).expanduser()
     exported = (workdir / DESCRIPTION_FILE).exists()
     trained = load_exported(workdir) if exported else load_trained(workdir, checkpoint)
     config = ConfigDict(trained.config).unlock()

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(config: ConfigDict, options: argparse.Namespace) -> int:
-    workdir = epath.Path(options.workdir or os.path.join("runs", config.name))
+    workdir = epath.Path(options.workdir or os.path.join("runs", config.name)).expanduser()
     try:
         records = train(config, workdir)
     except Interrupted as interruption:

@@ -173,6 +173,18 @@ def test_an_image_is_broken_where_the_model_answers_nan(name, num_classes):
     assert not found[distances < 0.8 * eps].any()  # FAB, for one, overshoots the edge
 
 
+def test_an_evaluation_resumes_with_any_batch_size(tmp_path):
+    params, images, labels = problem()
+    eps = median_eps(params, images, labels, "linf")
+    options = {"eps": eps, "attacks": ["apgd-ce"], "workdir": tmp_path}
+    whole = attack(params, images, labels, batch_size=24, **options)
+    for batch_size in (8, 4):
+        resumed = attack(params, images, labels, batch_size=batch_size, **options)
+        np.testing.assert_array_equal(whole.robust["apgd-ce"], resumed.robust["apgd-ce"])
+    with pytest.raises(UserError, match="of another model"):
+        attack((params[0] * 1.1, params[1]), images, labels, batch_size=8, **options)
+
+
 def test_square_counts_nan_as_a_success():
     params, images, labels = sure_problem(5)
     options = {"eps": 0.4, "attacks": ["square"], "batch_size": 8, **SHORT}

@@ -23,6 +23,7 @@ DIGITS_SHA256 = "6c5bf357dcf4e2941347db518b991789d1dc0b1e3181b078659b42c42b04058
 
 def data_config(name="digits", **fields) -> ConfigDict:
     defaults = {"dir": "", "image_size": 8, "mean": (0.5,), "cache_gib": 4.0}
+    defaults["allow_overlap"] = False
     return ConfigDict({"name": name, **defaults, **fields})
 
 
@@ -193,6 +194,36 @@ def test_a_class_that_a_split_lacks_does_not_shift_its_labels(folder):
     assert len(test) == 1
     assert labels.tolist() == [1]
     assert images[0, 0, 0, 0] == 7
+
+
+def test_splits_of_other_classes_are_named(folder):
+    config = data_config(f"folder:{folder}", train_split="train", test_split="test")
+    train, test = (sources.load(config, split) for split in ("train", "test"))
+    with pytest.raises(UserError, match=r"only one of data.train_split 'train' .* the classes a;"):
+        sources.check_splits(config, train, test)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "common"),
+    [
+        ("train", "test", 0),
+        ("train[:90%]", "train[90%:]", 0),
+        ("train", "train", 1438),
+        ("train+test", "test[:48]", 48),
+        ("all", "test", 359),
+        ("train[:100]", "train[90:]", 10),
+    ],
+)
+def test_test_images_among_the_training_images_are_refused(train, test, common):
+    config = data_config("digits", train_split=train, test_split=test)
+    opened = [sources.load(config, split) for split in (train, test)]
+    if not common:
+        sources.check_splits(config, *opened)
+        return
+    with pytest.raises(UserError, match=f"data.test_split '.*' has {common} images of"):
+        sources.check_splits(config, *opened)
+    config.allow_overlap = True
+    sources.check_splits(config, *opened)
 
 
 def test_folder_slices_mix_the_classes_and_partition(folder):

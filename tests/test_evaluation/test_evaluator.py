@@ -186,13 +186,15 @@ def test_outcomes_of_each_image_are_kept_under_their_evaluation(tmp_path):
     store(tmp_path)
     half_step = dataclasses.replace(THREAT, step_size=0.05)
     store(tmp_path, threat=half_step)  # another protocol, so another entry
+    near = dataclasses.replace(THREAT, eps=0.300001)  # not to be rounded to 0.3
+    store(tmp_path, threat=near)
     store(tmp_path, examples=EXAMPLES.take(np.arange(10)))
     records = json.loads((tmp_path / "results.json").read_text())
     with np.load(tmp_path / "per_example.npz") as archive:
         saved = dict(archive)
-    assert len(records) == 5  # clean is the same for the first two
+    assert len(records) == 6  # clean is the same for the first three
     outcomes_kept = {name: value for name, value in saved.items() if name.endswith("/correct")}
-    assert len(outcomes_kept) == 5
+    assert len(outcomes_kept) == 6
     assert sorted(int(v.sum()) for v in outcomes_kept.values()) == sorted(
         entry["correct"] for entry in records
     )

@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 import runs
 from etils import epath
 
+from vit_at.errors import UserError
 from vit_at.training.loop import train
 from vit_at.training.signals import Interrupted, Signals
 
@@ -203,6 +206,33 @@ def test_a_diverged_run_ends_with_status_3_and_keeps_no_broken_checkpoint(tmp_pa
     assert "optimizer.learning_rate" in last
     assert "Traceback" not in ended.stderr
     assert not list((tmp_path / "run" / "checkpoints").glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective": "natural"}, "config.objective 'at' -> 'natural'"),
+        ({"seed": 7}, "config.seed 0 -> 7"),
+        ({"data__train_split": "train[:192]"}, "data.images 128 -> 160"),
+        ({"model__embed_dim": 32}, "config.model.embed_dim 16 -> 32"),
+    ],
+)
+def test_checkpoints_of_another_run_are_left_alone(undisturbed, tmp_path, changes, said):
+    """Also if config.json is gone, by which a work directory is usually known."""
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=re.escape(said)):
+        train(runs.smoke(**runs.QUICK | changes), tmp_path / "run")
+    assert sorted(tmp_path.rglob("*")) == before
+    records = train(runs.smoke(**runs.QUICK), tmp_path / "run")
+    assert records == undisturbed[1]
+
+
+def test_a_work_directory_may_begin_with_a_tilde(undisturbed, monkeypatch):
+    workdir, records = undisturbed
+    monkeypatch.setenv("HOME", str(workdir.parent))
+    assert train(runs.smoke(**runs.QUICK), "~/undisturbed") == records
 
 
 def test_a_work_directory_of_another_configuration_is_left_alone(undisturbed):

@@ -73,7 +73,7 @@ def test_a_killed_process_leaves_no_lock(tmp_path, holder):
 def test_a_second_run_in_a_work_directory_is_refused(tmp_path, holder):
     with pytest.raises(UserError, match="in use by another training"):
         train(runs.smoke(**runs.QUICK), epath.Path(tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", ".training.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {".training.lock"}
 
 
 def test_a_run_from_before_a_field_existed_goes_on(tmp_path):

@@ -31,6 +31,7 @@ class Encoded(NamedTuple):
     indices: np.ndarray  # [n] position in the split on disk of each row
     fetch: Callable[[Sequence[int]], list[tuple[bytes, int]]]  # rows -> encoded images, labels
     where: Callable[[int], str]  # row -> the image's name in an error message
+    origin: list[tuple[str, np.ndarray]]  # (split on disk, positions in it) of all rows
 
 
 def split_rows(split: str, lengths: dict[str, int], name: str) -> list[tuple[str, np.ndarray]]:
@@ -60,13 +61,14 @@ def open_folder(root: Path, split: str) -> Encoded:
     """
     if not root.is_dir():
         raise UserError(f"data.name is 'folder:{root}', which is no directory; correct the path")
-    splits = {folder: _files(root / folder) for folder in _folders(root)}
-    classes = sorted({name for folder in splits for name in _folders(root / folder)})
+    splits = {folder: _files(root / folder) for folder in folders(root)}
+    classes = sorted({name for folder in splits for name in folders(root / folder)})
     if not classes:
         raise UserError(f"{root} has no classes; arrange it as {root}/<split>/<class>/<image>")
     lengths = {name: len(files) for name, files in splits.items()}
     indices, paths = [], []
-    for name, positions in split_rows(split, lengths, str(root)):
+    parts = split_rows(split, lengths, str(root))
+    for name, positions in parts:
         keys = [hashlib.md5(file.encode()).digest() for file in splits[name]]
         chosen = np.array(sorted(range(len(keys)), key=keys.__getitem__), int)[positions]
         indices.append(chosen)
@@ -78,17 +80,19 @@ def open_folder(root: Path, split: str) -> Encoded:
         indices=np.concatenate(indices),
         fetch=lambda rows: [(paths[i].read_bytes(), number[paths[i].parent.name]) for i in rows],
         where=lambda row: str(paths[row]),
+        origin=[(name, rows) for (name, _), rows in zip(parts, indices, strict=True)],
     )
 
 
-def _folders(path: Path) -> list[str]:
+def folders(path: Path) -> list[str]:
+    """The sorted names of the visible folders in a directory."""
     return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _files(split: Path) -> list[str]:
     """The sorted <class>/<image> of a split."""
     files, left_out, kinds = [], 0, ", ".join(IMAGE_SUFFIXES)
-    for folder in _folders(split):
+    for folder in folders(split):
         names = os.listdir(split / folder)
         found = sorted(n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and n[0] != ".")
         left_out += len(names) - len(found)
@@ -181,7 +185,8 @@ def open_tfds(name: str, data_dir: str, split: str) -> Encoded:
             f"'label', and has {', '.join(sorted(features))}; choose another"
         )
     lengths = {key: value.num_examples for key, value in info.splits.items()}
-    indices = np.concatenate([rows for _, rows in split_rows(split, lengths, info.full_name)])
+    origin = split_rows(split, lengths, info.full_name)
+    indices = np.concatenate([rows for _, rows in origin])
     # Images stay encoded: `sources.decode` resizes them. TFDS's decoding warns about OpenCV.
     images = [key for key, value in features.items() if isinstance(value, tfds.features.Image)]
     skip = {key: tfds.decode.SkipDecoding() for key in images}
@@ -192,4 +197,5 @@ def open_tfds(name: str, data_dir: str, split: str) -> Encoded:
         indices=indices,
         fetch=lambda rows: [(r["image"], r["label"]) for r in records.__getitems__(rows)],
         where=lambda row: f"image {indices[row]} of {info.full_name} {split}",
+        origin=origin,
     )

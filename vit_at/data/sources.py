@@ -9,7 +9,7 @@ import dataclasses
 import io
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ class Examples:
       image_shape: (S, S, C).
       indices: [n] position of each example in its split on disk. Slices, `take` and `hold_out`
         keep these numbers; results name an image by its number.
+      origin: (split on disk, positions in it) of everything that was opened.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Examples:
     indices: np.ndarray
     _rows: np.ndarray  # [n] arguments of _read_rows
     _read_rows: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    origin: Sequence[tuple[str, np.ndarray]] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -87,8 +89,35 @@ def load(data: ConfigDict, split: str, *, threads: int = 0) -> Examples:
         raise UserError(f"split '{split}' of {encoded.name} selects no examples; widen its slice")
     shape = (data.image_size, data.image_size, len(data.mean))
     rows, read_rows = np.arange(len(encoded.indices)), partial(_decode_rows, encoded, shape)
-    examples = Examples(encoded.name, encoded.class_names, shape, encoded.indices, rows, read_rows)
+    names, indices = (encoded.name, encoded.class_names), encoded.indices
+    examples = Examples(*names, shape, indices, rows, read_rows, encoded.origin)
     return cached(examples, threads) if examples.nbytes <= data.cache_gib * 2**30 else examples
+
+
+def check_splits(data: ConfigDict, train: Examples, test: Examples) -> None:
+    """Refuses test images that are training images too, and folders that differ in their classes.
+
+    Raises:
+      UserError: one of these; the first is allowed by ``data.allow_overlap``.
+    """
+    pairs = [(x, y) for split, x in train.origin for other, y in test.origin if split == other]
+    overlap = sum(len(np.intersect1d(x, y)) for x, y in pairs)
+    if overlap and not data.allow_overlap:
+        raise UserError(
+            f"data.test_split '{data.test_split}' has {overlap} images of data.train_split "
+            f"'{data.train_split}'; choose splits without common images, or set "
+            "data.allow_overlap=True"
+        )
+    if not data.name.startswith("folder:"):
+        return
+    root = Path(data.name.removeprefix("folder:")).expanduser()
+    found = [{c for s, _ in e.origin for c in backends.folders(root / s)} for e in (train, test)]
+    if single := sorted(found[0] ^ found[1]):
+        raise UserError(
+            f"only one of data.train_split '{data.train_split}' and data.test_split "
+            f"'{data.test_split}' of {root} has the classes {', '.join(single[:5])}; give both the "
+            "same classes"
+        )
 
 
 def cached(examples: Examples, threads: int = 0) -> Examples:

@@ -90,5 +90,5 @@ def evaluate_autoattack(
 def _ledger_name(attack: Attack, examples: Examples, seed: int, digest: str) -> str:
     """A directory name that is unique to the evaluation."""
     data = re.sub(r"[^a-z0-9.]+", "-", examples.name.lower()).strip("-")
-    threat = f"{attack.threat.norm}_{attack.threat.eps:.4g}"
+    threat = f"{attack.threat.norm}_{float(attack.threat.eps)!r}"
     return f"{attack.version}_{threat}_{data}_{len(examples)}_seed{seed}_{digest}"

@@ -156,7 +156,7 @@ def export_workdir(workdir: str | epath.Path, which: str, output: str = "") -> e
     Raises:
       UserError: there are no such weights.
     """
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     trained = load_trained(workdir, which)
     metadata = describe(trained, Results(workdir).records)
     return export(trained.params, trained.model, output or workdir / "export", metadata)

@@ -29,7 +29,7 @@ from vit_at.training.setup import Setup, StepFn, compile_step, initial_state
 from vit_at.training.signals import Interrupted, Signals
 from vit_at.training.step import TrainState
 from vit_at.workdir.checkpoint import Checkpoints
-from vit_at.workdir.files import disk_errors, locked, write_atomically, write_config
+from vit_at.workdir.files import check_config, disk_errors, locked, write_atomically, write_config
 from vit_at.workdir.results import Results
 
 
@@ -56,12 +56,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[dict[str,
       Interrupted: SIGTERM or SIGINT arrived; the state is saved.
       Diverged: loss or gradient became NaN or infinite; the last good state is kept.
     """
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     setup = Setup.of(config)
     optimizer = optim.make_optimizer(setup.config, setup.steps_per_epoch)
     state = initial_state(setup, optimizer)
     with disk_errors(workdir):
-        write_config(workdir, setup.config)
+        check_config(workdir, setup.config)
         with locked(workdir, "training"):
             return _run(setup, optimizer, state, workdir)
 
@@ -72,9 +72,10 @@ def _run(
     """``train`` in a locked work directory."""
     checkpoints = Checkpoints(workdir, setup.config.checkpoint.keep)
     values: dict[str, Any] = {"best": None}
-    if restored := checkpoints.restore(state.trees, setup.mesh):
+    if restored := checkpoints.restore(state.trees, setup.mesh, setup.fingerprint):
         step, trees, values = restored
         state = state.replace(step=sharding.replicate(np.int32(step), setup.mesh), **trees)
+    write_config(workdir, setup.config)
     _describe(setup, state, workdir)
     if int(state.step) < setup.total_steps:
         loop = Loop(setup, compile_step(setup, optimizer), checkpoints, workdir, values["best"])
@@ -226,7 +227,8 @@ class Loop:
     def _values(self, step: int) -> dict[str, Any]:
         data = self._setup.train_set
         classes = {"num_classes": data.num_classes, "class_names": list(data.class_names)}
-        return {"step": step, "best": self._best} | classes
+        run = {"run": self._setup.fingerprint}
+        return {"step": step, "best": self._best} | classes | run
 
 
 def _evaluator(setup: Setup, attacks: str, examples: Any) -> Evaluator:

@@ -4,6 +4,7 @@ Every mistake in a configuration is refused here, before the first file is writt
 """
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,6 +49,13 @@ class Setup(NamedTuple):
         """Updates of the whole run."""
         return self.config.epochs * self.steps_per_epoch
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """The configuration and the training images as JSON values: what checkpoints belong to."""
+        config = json.loads(json.dumps(self.config.to_dict()))
+        data = {"name": self.train_set.name, "images": len(self.train_set)}
+        return {"config": config, "data": data}
+
     @classmethod
     def of(cls, config: ConfigDict, mesh: Mesh | None = None) -> "Setup":
         """Checks a configuration and opens its data and model.
@@ -71,6 +79,7 @@ class Setup(NamedTuple):
         steps_per_epoch = pipeline.steps_per_epoch(len(train_set), config.batch_size)
         test_set = sources.load(data, data.test_split, threads=threads)
         test_set = select(test_set, config.eval.num_examples)
+        sources.check_splits(data, everything, test_set)
         return cls(config, mesh, train_set, held_out, test_set, model, steps_per_epoch)
 
 

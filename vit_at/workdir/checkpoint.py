@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from vit_at import models
+from vit_at.config import differences
 from vit_at.distributed import processes, sharding
 from vit_at.errors import UserError
 from vit_at.models import build
@@ -123,6 +124,8 @@ class Series:
             found, reason = None, "another process could not read it"
             try:
                 found = read(step)
+            except UserError:  # intact, but not to be used
+                raise
             except Exception as error:
                 reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
             if processes.all_of(found is not None):
@@ -163,15 +166,24 @@ class Checkpoints:
         self.best = Series(self._root / "best", 2)  # the second: if one is corrupt
 
     def restore(
-        self, trees: dict[str, Any], mesh: Mesh
+        self, trees: dict[str, Any], mesh: Mesh, run: dict[str, Any] | None = None
     ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """The newest intact (step, trees, values); None if nothing has been saved.
 
-        UserError if there are checkpoints, but none can be read.
+        run: what the checkpoints must be of, compared with their value 'run' if they have one.
+        UserError if they are of another run, or if there are checkpoints and none can be read.
         """
 
         def read(step):
-            return step, self.last.restore(step, trees, mesh), self.last.values(step)
+            values = self.last.values(step)
+            changes = differences(values.get("run") or {}, run or {})
+            if changes and "run" in values and run:
+                raise UserError(
+                    f"the checkpoints in {self._root / 'last'} are of another run "
+                    f"({'; '.join(changes[:4])}); choose another --workdir, or the same "
+                    "configuration and data to resume that run"
+                )
+            return step, self.last.restore(step, trees, mesh), values
 
         started = self.last.latest_step() is not None
         restored = self.last.newest_intact(read)

@@ -100,12 +100,12 @@ def locked(workdir: epath.Path, use: str) -> Iterator[None]:
         yield
 
 
-def write_config(workdir: epath.Path, config: ConfigDict) -> None:
-    """Writes ``config.json``; if there is one with another configuration, raises UserError."""
-    path, text = workdir / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n"
+def check_config(workdir: epath.Path, config: ConfigDict) -> None:
+    """Creates the directory; UserError if its ``config.json`` is of another configuration."""
+    path = workdir / CONFIG_FILE
     if path.exists():
         stored = configuration.with_added(read_json(path))
-        changes = configuration.differences(stored, json.loads(text))
+        changes = configuration.differences(stored, json.loads(json.dumps(config.to_dict())))
         if changes:
             raise UserError(
                 f"the work directory {workdir} holds a run of another configuration "
@@ -114,7 +114,14 @@ def write_config(workdir: epath.Path, config: ConfigDict) -> None:
             )
     elif jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+
+
+def write_config(workdir: epath.Path, config: ConfigDict) -> None:
+    """``check_config``; then writes ``config.json``, unless it is there."""
+    check_config(workdir, config)
+    path = workdir / CONFIG_FILE
+    if jax.process_index() == 0 and not path.exists():
+        write_atomically(path, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:

@@ -61,14 +61,14 @@ class Results:
 
 
 def _key(entry: dict[str, Any]) -> str:
-    """'DIGEST/DATA/359 clean', or '.../359 pgd-20 linf 0.03137 step 0.007843 x1 seed 0'."""
+    """'DIGEST/DATA/359 clean', or '.../359 pgd-20 linf 0.15 step 0.0375 x1 seed 0'."""
     protocol = entry["protocol"]
     place = f"{protocol['weights']['digest']}/{protocol['data']}"
     key = f"{place}/{protocol['num_examples']} {entry['attack']}"
     if "norm" in protocol:
-        key += f" {protocol['norm']} {protocol['eps']:.4g}"
+        key += f" {protocol['norm']} {protocol['eps']!r}"
         if "step_size" in protocol:
-            key += f" step {protocol['step_size']:.4g} x{protocol['restarts']}"
+            key += f" step {protocol['step_size']!r} x{protocol['restarts']}"
         key += f" seed {protocol['seed']}"
     return key
 

@@ -23,6 +23,7 @@ from vit_at.distributed import sharding
 from vit_at.errors import UserError
 
 _BATCH_TOLERANCE = 1e-3  # relative to the largest logit
+_PROBED = 64  # images
 
 
 def check_settings(settings: Settings, count: int) -> None:
@@ -149,7 +150,8 @@ class Survey(NamedTuple):
     """What one pass over the clean images finds.
 
     ranking: [N, k], the classes with the highest logits, highest first; probe: [n, K], logits of
-    the first images; digest: 16 hex digits of the SHA-256 over labels and images.
+    the first images, at most 64, by which a ledger knows its model; digest: 16 hex digits of the
+    SHA-256 over labels and images.
     """
 
     ranking: np.ndarray
@@ -167,7 +169,7 @@ def survey(
         finite or depend on the rest of the batch.
     """
     digest = hashlib.sha256(np.ascontiguousarray(labels).tobytes())
-    ranking, probe, not_finite = [], None, 0
+    ranking, heads, not_finite = [], [], 0
     for begin in range(0, len(labels), batch_size):
         batch = read(images, np.arange(begin, min(begin + batch_size, len(labels))))
         _check_range(batch)
@@ -175,8 +177,10 @@ def survey(
         logits = classify(batch, batch_size)
         not_finite += int((~np.isfinite(logits)).any(1).sum())
         ranking.append(np.argsort(-logits, axis=1, kind="stable")[:, :ranks])
-        if probe is None:
-            first, probe = batch, logits
+        heads.append(logits[: max(_PROBED - begin, 0)])
+        if not begin:
+            first, of_first = batch, logits
+    probe = np.concatenate(heads)
     if not_finite:
         raise UserError(
             f"logits_fn gives NaN or infinity for {not_finite} of {len(labels)} clean images, so "
@@ -188,7 +192,7 @@ def survey(
             f"{probe.shape[1] - 1}; give labels of these classes"
         )
     if not classify.randomised:
-        _check_independence(classify, first, probe, batch_size)
+        _check_independence(classify, first, of_first, batch_size)
     return Survey(np.concatenate(ranking), probe, digest.hexdigest()[:16])
 
 

@@ -130,7 +130,7 @@ def _run(logits_fn, images, labels, settings, workdir, report) -> Result:
     num_classes = clean.probe.shape[1]
     names, notes = for_classes(names, num_classes)
     directory = None if workdir is None else epath.Path(workdir)
-    store = Store(directory, _protocol(settings, names, clean.digest), clean.probe[:64])
+    store = Store(directory, _protocol(settings, names, clean.digest), clean.probe)
     ledger = Ledger(names, len(labels))
     if not store.load(ledger):
         ledger.clean = clean.ranking[:, 0] == labels
