@@ -4,6 +4,7 @@ import importlib
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -277,3 +278,13 @@ def test_a_refused_value_leaves_no_work_directory(tmp_path):
     assert ended.stderr.splitlines()[-1].startswith("error: threat.eps is 8;")
     assert "Traceback" not in ended.stderr
     assert not workdir.exists()
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error():
+    command = [sys.executable, "-m", "vit_at", "recipes"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
