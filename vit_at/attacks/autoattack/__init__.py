@@ -12,8 +12,8 @@ The path from ``run`` to an attack step:
     methods.Method.advance    one step of a batch: apgd.advance, fab.advance or square.advance
 
 Beside it: ``settings`` names the attacks and versions and holds ``Settings`` and ``Budget``,
-``checks`` validates the input and the model, ``ledger`` keeps the outcome of every image on disk,
-and ``audit`` raises flags if a result can't be trusted.
+``functions`` takes a user's model apart for jit, ``checks`` validates it and the input, ``ledger``
+keeps the outcome of every image on disk, and ``audit`` raises flags if a result can't be trusted.
 """
 
 from vit_at.attacks.autoattack.runner import Result, run

@@ -118,7 +118,16 @@ class Classifier:
                 f"logits_fn can't be called with {wanted} ({error}); for a randomised model use "
                 "attacks='rand' and a function of (images, key)"
             ) from error
-        out = jax.eval_shape(self.model, *arguments)
+        try:
+            out = jax.eval_shape(self.model, *arguments)
+        except UserError:
+            raise
+        except Exception as error:  # the model is a user's program
+            reason = (str(error) or repr(error)).strip().splitlines()[0]
+            raise UserError(
+                f"logits_fn can't be traced by JAX ({type(error).__name__}: {reason}); it must be "
+                "a JAX function of images [b, H, W, C], not of NumPy or PyTorch arrays"
+            ) from error
         if getattr(out, "ndim", 0) != 2 or out.shape[0] != 1 or out.shape[1] < 2:
             raise UserError(
                 f"logits_fn gives {out} for one image; it must give logits [1, classes], 2 classes "

@@ -1,7 +1,6 @@
 """``run``, the entry point of AutoAttack, and its ``Result``."""
 
 import dataclasses
-import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 
 from vit_at.attacks.autoattack import checks, methods
 from vit_at.attacks.autoattack.cascade import Cascade
+from vit_at.attacks.autoattack.functions import as_function
 from vit_at.attacks.autoattack.ledger import Ledger, Store
 from vit_at.attacks.autoattack.packing import Source
 from vit_at.attacks.autoattack.settings import TARGETS, Budget, Settings, for_classes, parse
@@ -96,9 +96,10 @@ def run(
     """Runs AutoAttack on all devices.
 
     Args:
-      logits_fn: images [b, H, W, C] float32 in [0, 1] -> logits [b, K]. Bind parameters by
-        ``functools.partial(apply, params)``: the compiled programs then take them as arguments
-        instead of constants. For attacks='rand': (images, key) -> logits.
+      logits_fn: images [b, H, W, C] float32 in [0, 1] -> logits [b, K]; for attacks='rand',
+        (images, key) -> logits. Bind parameters by ``functools.partial(apply, params)``: the
+        compiled programs then take them as arguments instead of constants. A Flax linen pair
+        (module, variables) or an nnx module serves, too.
       images: [N, H, W, C] in [0, 1], or an object with ``shape`` and ``dtype`` for which
         ``images[places]`` returns rows; rows are read when they are needed.
       labels: [N] integers.
@@ -124,7 +125,7 @@ def _run(logits_fn, images, labels, settings, workdir, report) -> Result:
     began, names = time.monotonic(), parse(settings.attacks)
     images, labels = checks.check_shapes(images, labels)
     checks.check_settings(settings, int(np.prod(images.shape[1:])))
-    model = sharding.replicate(_as_tree(logits_fn), settings.mesh)
+    model = sharding.replicate(as_function(logits_fn), settings.mesh)
     classify = checks.Classifier(model, settings, images.shape[1:])
     clean = checks.survey(classify, images, labels, settings.batch_size, 1 + TARGETS)
     num_classes = clean.probe.shape[1]
@@ -158,13 +159,6 @@ def _protocol(settings: Settings, names: tuple[str, ...], digest: str) -> dict[s
     own = {name: getattr(settings, name) for name in ("version", "norm", "eps", "seed")}
     own |= dataclasses.asdict(settings.budget)
     return {"format": _FORMAT, "attacks": list(names), "data": digest} | own
-
-
-def _as_tree(logits_fn: Callable[..., Array]) -> jax.tree_util.Partial:
-    """The function with its bound parameters as a pytree, an argument for jit."""
-    if isinstance(logits_fn, functools.partial):
-        return jax.tree_util.Partial(logits_fn.func, *logits_fn.args, **logits_fn.keywords)
-    return jax.tree_util.Partial(logits_fn)
 
 
 def _reporter(progress: Callable[[str], None] | bool | None) -> Callable[[str], None]:
