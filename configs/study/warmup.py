@@ -7,14 +7,25 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from vit_at.configs import common
 from vit_at.configs.study import base
 
 
+def _warmup(epochs: float) -> Callable[[ConfigDict], None]:
+    def change(config: ConfigDict) -> None:
+        common.VARIANTS["ard_prm"](config)
+        config.masking.warmup_epochs = epochs
+
+    return change
+
+
+OWN = {f"warmup_{epochs}": _warmup(float(epochs)) for epochs in (5, 10, 20, 40)}
+
+
 def get_config(variants: str = "") -> ConfigDict:
-    return base.start("warmup", variants)
+    return base.start("warmup", variants, OWN)
 
 
 def sweep(add: Callable[..., None]) -> None:
-    base.over_seeds(add)
-    for epochs in (5.0, 10.0, 20.0, 40.0):
-        base.over_seeds(add, "ard_prm", masking__warmup_epochs=epochs)
+    for variants in ("", *OWN):
+        base.over_seeds(add, variants)

@@ -8,14 +8,16 @@ Both are plain per-device functions of one shard of a batch, without collectives
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vit_at.attacks import losses
+from vit_at.attacks import inputs, losses
 from vit_at.attacks.threat import Threat, ascend, into_image_range, random_start
+from vit_at.errors import UserError
 
 Array = jax.Array
 LOSSES = ("ce", "cw")
@@ -92,13 +94,12 @@ def pgd_attack(
       Adversarial images [b, H, W, C] in [0, 1], within the ball of the threat.
 
     Raises:
-      ValueError: the loss is unknown, or there is neither a key nor ``init``.
+      UserError: an argument is not allowed; values are checked only outside of jit.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"loss '{loss}' is unknown; use one of {', '.join(LOSSES)}")
+    _check(logits_fn, images, labels, threat, loss, restarts, init)
     if init is None:
         if key is None:
-            raise ValueError("give a key for the random starts, or the starts themselves as init")
+            raise UserError("give a key for the random starts, or the starts themselves as init")
         starts = [random_start(k, images.shape, threat) for k in jax.random.split(key, restarts)]
         init = jnp.stack(starts)
     attack = functools.partial(_one_restart, logits_fn, images, labels, threat, loss)
@@ -116,6 +117,25 @@ def pgd_attack(
     nothing = (jnp.zeros_like(images), jnp.full(labels.shape, -jnp.inf, images.dtype))
     (delta, _), _ = lax.scan(restart, nothing, init)
     return jnp.clip(images + delta, 0, 1)
+
+
+def _check(logits_fn, images, labels, threat, loss, restarts, init) -> None:
+    inputs.check_shapes(images, labels)
+    inputs.check_threat(threat, math.prod(images.shape[1:]))
+    inputs.check_range(images)
+    if loss not in LOSSES:
+        raise UserError(f"loss '{loss}' is unknown; use one of {', '.join(LOSSES)}")
+    if restarts < 1:
+        raise UserError(f"restarts is {restarts}; it must be 1 or more")
+    if init is not None and init.shape[1:] != images.shape:
+        raise UserError(
+            f"init has the shape {init.shape}; it must be [restarts, *{images.shape}], one start "
+            "for each restart and image"
+        )
+    logits = jax.eval_shape(logits_fn, images)
+    if getattr(logits, "shape", ())[:-1] != labels.shape:
+        raise UserError(f"logits_fn gives {logits}; it must give logits [{len(images)}, classes]")
+    inputs.check_classes(labels, logits.shape[1])
 
 
 def _one_restart(logits_fn, images, labels, threat, loss, start):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vit_at.attacks.norms import NORMS, resize
+from vit_at.errors import UserError
 
 Array = jax.Array
 
@@ -27,13 +28,25 @@ class Threat:
 
     A pytree: eps and step_size may be arrays under jit; norm and steps are static.
 
-    eps: radius of the ball; step_size: of one attack step; steps: their number.
+    norm: 'linf' or 'l2', in any case. eps: radius of the ball; step_size: of one attack step;
+    steps: their number. UserError: the norm is unknown, or a number is a text.
     """
 
     norm: str = "linf"
     eps: float | Array = 8 / 255
     step_size: float | Array = 2 / 255
     steps: int = 10
+
+    def __post_init__(self):
+        norm, shown = str(self.norm).lower(), {"eps": self.eps, "step_size": self.step_size}
+        if norm not in NORMS:
+            raise UserError(
+                f"norm is '{self.norm}', which is unknown; use one of {', '.join(NORMS)}"
+            )
+        object.__setattr__(self, "norm", norm)
+        for name, value in shown.items():
+            if isinstance(value, str):
+                raise UserError(f"{name} is the text '{value}'; give a number, such as 8 / 255")
 
     @classmethod
     def of(cls, options: ConfigDict) -> "Threat":

@@ -1,8 +1,8 @@
 """What AutoAttack requires of its input and of the model; UserErrors name what is missing.
 
-check_settings, check_shapes   the arguments
-Classifier                     logits of any number of images, in batches of one width
-survey                         one pass over the clean images: their range, digest and classes
+check_settings   the arguments
+Classifier       logits of any number of images, in batches of one width
+survey           one pass over the clean images: their range, digest and classes
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vit_at.attacks.autoattack.settings import Settings
-from vit_at.attacks.norms import NORMS
+from vit_at.attacks.inputs import check_classes, check_range, check_threat
+from vit_at.attacks.threat import Threat
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
 
@@ -28,44 +29,14 @@ _PROBED = 64  # images
 
 def check_settings(settings: Settings, count: int) -> None:
     """Raises UserError for the first setting that is not allowed; count: values of an image."""
-    norm, eps = settings.norm, settings.eps
-    if norm not in NORMS:
-        raise UserError(f"norm is '{norm}', which is unknown; use one of {', '.join(NORMS)}")
-    if not 0 < eps <= NORMS[norm].diameter(count):
-        raise UserError(
-            f"eps is {eps:g}; it is in pixel units of images in [0, 1] and must be over 0 and at "
-            f"most {NORMS[norm].diameter(count):g}: 8/255, say, not 8"
-        )
+    check_threat(Threat(settings.norm, settings.eps), count)
     positive = {"batch_size": settings.batch_size, **dataclasses.asdict(settings.budget)}
     for name, value in positive.items():
         if value < 1:
             raise UserError(f"{name} is {value}; it must be 1 or more")
+    if not 0 <= settings.seed < 2**32:
+        raise UserError(f"seed is {settings.seed}; it must be from 0 to {2**32 - 1}")
     sharding.check_batch_size("batch_size", settings.batch_size, settings.mesh)
-
-
-def check_shapes(images: Any, labels: Any) -> tuple[Any, np.ndarray]:
-    """Checks images [N, H, W, C] and labels [N]; returns them, labels as int32.
-
-    images: a numpy array, or an object with ``shape`` and ``dtype`` for which ``images[places]``
-      returns rows as an array. They are read a batch at a time, never all at once.
-
-    Raises:
-      UserError: a shape or type is not allowed.
-    """
-    labels = np.asarray(labels)
-    images = images if hasattr(images, "shape") else np.asarray(images)
-    if len(images.shape) != 4 or not images.shape[0]:
-        raise UserError(
-            f"images have the shape {tuple(images.shape)}; they must be [N, H, W, C], N > 0"
-        )
-    if images.dtype == np.uint8:
-        raise UserError("images are uint8; divide them by 255 to bring them into [0, 1]")
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(
-            f"labels are {labels.dtype} of the shape {labels.shape}; they must be one integer for "
-            f"each of the {images.shape[0]} images"
-        )
-    return images, labels.astype(np.int32)
 
 
 def read(images: Any, places: np.ndarray) -> np.ndarray:
@@ -177,11 +148,11 @@ def survey(
       UserError: images are outside [0, 1], labels are no classes of the model, or logits are not
         finite or depend on the rest of the batch.
     """
-    digest = hashlib.sha256(np.ascontiguousarray(labels).tobytes())
+    digest = hashlib.sha256(labels.astype(np.int32).tobytes())
     ranking, heads, not_finite = [], [], 0
     for begin in range(0, len(labels), batch_size):
         batch = read(images, np.arange(begin, min(begin + batch_size, len(labels))))
-        _check_range(batch)
+        check_range(batch)
         digest.update(np.ascontiguousarray(batch).tobytes())
         logits = classify(batch, batch_size)
         not_finite += int((~np.isfinite(logits)).any(1).sum())
@@ -195,22 +166,10 @@ def survey(
             f"logits_fn gives NaN or infinity for {not_finite} of {len(labels)} clean images, so "
             "no attack can be evaluated; check the weights and the normalisation"
         )
-    if labels.min() < 0 or labels.max() >= probe.shape[1]:
-        raise UserError(
-            f"labels range from {labels.min()} to {labels.max()}, but the model has classes 0 to "
-            f"{probe.shape[1] - 1}; give labels of these classes"
-        )
+    check_classes(labels, probe.shape[1])
     if not classify.randomised:
         _check_independence(classify, first, of_first, batch_size)
     return Survey(np.concatenate(ranking), probe, digest.hexdigest()[:16])
-
-
-def _check_range(images: np.ndarray) -> None:
-    if not (images.min() >= 0 and images.max() <= 1):
-        raise UserError(
-            f"images range from {images.min():g} to {images.max():g}; they must be in [0, 1], with "
-            "the normalisation inside logits_fn"
-        )
 
 
 def _check_independence(

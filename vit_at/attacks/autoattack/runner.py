@@ -17,6 +17,7 @@ from vit_at.attacks.autoattack.functions import as_function
 from vit_at.attacks.autoattack.ledger import Ledger, Store
 from vit_at.attacks.autoattack.packing import Source
 from vit_at.attacks.autoattack.settings import TARGETS, Budget, Settings, for_classes, parse
+from vit_at.attacks.inputs import check_shapes
 from vit_at.distributed import sharding
 
 Array = jax.Array
@@ -116,19 +117,21 @@ def run(
       UserError: the input, the model's output or the ledger is not usable.
     """
     mesh = mesh or sharding.make_mesh()
-    settings = Settings(norm, float(eps), attacks, batch_size, seed, budget, mesh)
+    settings = Settings(norm, eps, attacks, batch_size, seed, budget, mesh)
     with jax.default_matmul_precision("highest"):
         return _run(logits_fn, images, labels, settings, workdir, _reporter(progress))
 
 
 def _run(logits_fn, images, labels, settings, workdir, report) -> Result:
     began, names = time.monotonic(), parse(settings.attacks)
-    images, labels = checks.check_shapes(images, labels)
+    images = images if hasattr(images, "shape") else np.asarray(images)
+    labels = np.asarray(labels)
+    check_shapes(images, labels)
     checks.check_settings(settings, int(np.prod(images.shape[1:])))
     model = sharding.replicate(as_function(logits_fn), settings.mesh)
     classify = checks.Classifier(model, settings, images.shape[1:])
     clean = checks.survey(classify, images, labels, settings.batch_size, 1 + TARGETS)
-    num_classes = clean.probe.shape[1]
+    num_classes, labels = clean.probe.shape[1], labels.astype(np.int32)
     names, notes = for_classes(names, num_classes)
     directory = None if workdir is None else epath.Path(workdir)
     store = Store(directory, _protocol(settings, names, clean.digest), clean.probe)

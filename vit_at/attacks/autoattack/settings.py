@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
+from vit_at.attacks.threat import Threat
 from vit_at.distributed import sharding
 from vit_at.errors import UserError, nearest
 
@@ -40,6 +41,11 @@ class Settings:
     seed: int = 0
     budget: Budget = Budget()
     mesh: Mesh = dataclasses.field(default_factory=sharding.make_mesh)
+
+    def __post_init__(self):
+        threat = Threat(self.norm, self.eps)  # checks both
+        object.__setattr__(self, "norm", threat.norm)
+        object.__setattr__(self, "eps", float(self.eps))
 
     @property
     def version(self) -> str:

@@ -1,0 +1,95 @@
+"""What is refused at the front door of the attacks: one sentence each, from PGD and AutoAttack."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_at.attacks import Threat, autoattack, pgd_attack
+from vit_at.attacks.autoattack import Settings
+from vit_at.errors import UserError
+
+IMAGES, LABELS = np.full((5, 8, 8, 3), 0.5, np.float32), np.arange(5)
+
+
+def logits_fn(images):
+    return jax.nn.one_hot(jnp.arange(len(images)) * 0, 5) + images.mean((1, 2, 3))[:, None]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"norm": "l3"}, "norm is 'l3', which is unknown; use one of linf, l2"),
+        ({"eps": 8}, "eps is 8; .* 8/255, say, not 8"),
+        ({"norm": "L2", "eps": 14}, "eps is 14; .* at most 13.8564"),
+        ({"eps": 0}, "eps is 0"),
+        ({"eps": float("nan")}, "eps is nan"),
+        ({"eps": "8/255"}, "eps is the text '8/255'; give a number"),
+        ({"step_size": "2/255"}, "step_size is the text"),
+        ({"steps": 0}, "steps is 0; it must be 1 or more"),
+    ],
+)
+def test_a_threat_that_is_none_is_refused(options, said):
+    with pytest.raises(UserError, match=said):
+        pgd_attack(logits_fn, IMAGES, LABELS, jax.random.key(0), Threat(**options))
+    if options.keys() & {"norm", "eps"}:
+        with pytest.raises(UserError, match=said):
+            autoattack.run(logits_fn, IMAGES, LABELS, **options)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "LINF", "L2", "l2"])
+def test_a_norm_is_known_in_any_case(norm):
+    assert Threat(norm).norm == Settings(norm).norm == norm.lower()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "said"),
+    [
+        (IMAGES[0], LABELS, r"images have the shape \(8, 8, 3\)"),
+        (IMAGES[:0], LABELS[:0], "N > 0"),
+        (np.zeros((5, 3, 8, 8), np.float32), LABELS, r"looks like \[N, C, H, W\]; .*transpose"),
+        (np.zeros((5, 8, 8, 3), np.uint8), LABELS, "images are uint8; divide them by 255"),
+        (255 * IMAGES, LABELS, "images range from 127.5 to 127.5"),
+        (IMAGES * np.nan, LABELS, "images range from nan"),
+        (IMAGES, LABELS[:4], "one integer for each of the 5 images"),
+        (IMAGES, LABELS / 2, "labels are float64"),
+        (IMAGES, LABELS - 1, "labels range from -1 to 3, but the model has classes 0 to 4"),
+        (IMAGES, LABELS + 1, "labels range from 1 to 5"),
+        (IMAGES, LABELS + 2**32, "labels range from 4294967296"),  # 0 to 4 as int32
+    ],
+)
+def test_images_and_labels_that_are_none_are_refused_by_every_attack(images, labels, said):
+    with pytest.raises(UserError, match=said):
+        pgd_attack(logits_fn, images, labels, jax.random.key(0), Threat())
+    with pytest.raises(UserError, match=said):
+        autoattack.run(logits_fn, images, labels, batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"loss": "dlr"}, "loss 'dlr' is unknown; use one of ce, cw"),
+        ({"key": None}, "give a key"),
+        ({"restarts": 0}, "restarts is 0"),
+        ({"init": np.zeros((5, 8, 8, 3))}, r"init has the shape .* \[restarts, "),
+        ({"logits_fn": lambda x: x}, "logits_fn gives"),
+    ],
+)
+def test_other_arguments_of_pgd(options, said):
+    defaults = {"logits_fn": logits_fn, "key": jax.random.key(0)}
+    options = defaults | options
+    first = (options.pop("logits_fn"), IMAGES, LABELS, options.pop("key"), Threat())
+    with pytest.raises(UserError, match=said):
+        pgd_attack(*first, **options)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**40])
+def test_a_seed_out_of_range_is_refused(seed):
+    with pytest.raises(UserError, match=f"seed is {seed}; it must be from 0 to"):
+        autoattack.run(logits_fn, IMAGES, LABELS, batch_size=8, seed=seed)
+
+
+def test_pgd_works_on_traced_arrays():
+    threat = Threat(steps=2)
+    attack = jax.jit(lambda x, y: pgd_attack(logits_fn, x, y, jax.random.key(0), threat))
+    assert attack(IMAGES, LABELS).shape == IMAGES.shape
