@@ -140,14 +140,6 @@ def _validate_data(config: ConfigDict) -> None:
 
 def _validate_schedule(config: ConfigDict) -> None:
     options = config.optimizer
-    masked = config.masking.ard or config.masking.prm
-    for field, on in (("threat.eps_warmup_epochs", True), ("masking.warmup_epochs", masked)):
-        epochs = flatten(config)[field]
-        if on and epochs > config.epochs:
-            raise UserError(
-                f"{field} is {epochs:g}, but the run ends after {config.epochs} epochs, before "
-                f"full strength; it must be at most {config.epochs}"
-            )
     if not all(isinstance(x, (int, float)) and x >= 0 for x in options.drop_before_end):
         raise UserError(
             f"optimizer.drop_before_end is {options.drop_before_end}; it must hold numbers of "

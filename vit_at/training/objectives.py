@@ -168,8 +168,19 @@ def check(config: ConfigDict) -> None:
             f"mixing.probability is {config.mixing.probability:g}, but {name} needs plain labels; "
             "set it to 0 or use objective 'at'"
         )
-    if (config.masking.ard or config.masking.prm) and row.attack is None:
+    masked = config.masking.ard or config.masking.prm
+    if masked and row.attack is None:
         raise UserError(
             f"masking.ard or masking.prm is on, but objective '{name}' has no attack to mask; "
             "turn them off or choose another objective"
         )
+    warmups = {
+        "threat.eps_warmup_epochs": config.threat.eps_warmup_epochs if row.attack else 0,
+        "masking.warmup_epochs": config.masking.warmup_epochs if masked else 0,
+    }
+    for field, epochs in warmups.items():
+        if epochs > config.epochs:
+            raise UserError(
+                f"{field} is {epochs:g}, but the run ends after {config.epochs} epochs, before "
+                f"full strength; it must be at most {config.epochs}"
+            )
