@@ -9,6 +9,7 @@ stack_blocks      parameters as they were before ``models.unstack_blocks``
 multiply_adds     cost of blocks
 """
 
+import abc
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,17 +70,17 @@ class Transformer(nn.Module, kw_only=True):
         x = self._features(embed(images), (attn_grad_keep, stochastic_depth(self, train)))
         return layers.dense(self.num_classes, layers.param_dtype(self.dtype), name="head")(x)
 
+    @abc.abstractmethod
     def _features(self, x: jax.Array, switches: Switches) -> jax.Array:
         """Patches [b, num_tokens, embed_dim] -> what the head reads, [b, d]."""
-        raise NotImplementedError
 
     def forward_flops(self) -> float:
         """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
         return 2.0 * sum(self.multiply_adds())
 
+    @abc.abstractmethod
     def multiply_adds(self) -> tuple[float, float]:
         """(in linear layers, in products of two activations), for one image."""
-        raise NotImplementedError
 
 
 class Unstacked(flax.struct.PyTreeNode):
