@@ -96,13 +96,13 @@ def pgd_attack(
     Raises:
       UserError: an argument is not allowed; values are checked only outside of jit.
     """
-    _check(logits_fn, images, labels, threat, loss, restarts, init)
+    num_classes = _check(logits_fn, images, labels, threat, loss, restarts, init)
     if init is None:
         if key is None:
             raise UserError("give a key for the random starts, or the starts themselves as init")
         starts = [random_start(k, images.shape, threat) for k in jax.random.split(key, restarts)]
         init = jnp.stack(starts)
-    attack = functools.partial(_one_restart, logits_fn, images, labels, threat, loss)
+    attack = functools.partial(_one_restart, logits_fn, images, labels, num_classes, threat, loss)
     if len(init) == 1:  # the score is not needed, so XLA removes the pass that computes it
         delta, _ = attack(init[0].astype(images.dtype))
         return jnp.clip(images + delta, 0, 1)
@@ -119,7 +119,8 @@ def pgd_attack(
     return jnp.clip(images + delta, 0, 1)
 
 
-def _check(logits_fn, images, labels, threat, loss, restarts, init) -> None:
+def _check(logits_fn, images, labels, threat, loss, restarts, init) -> int:
+    """Raises UserError for an argument that is not allowed; returns the number of classes."""
     inputs.check_shapes(images, labels)
     inputs.check_threat(threat, math.prod(images.shape[1:]))
     inputs.check_range(images)
@@ -136,11 +137,12 @@ def _check(logits_fn, images, labels, threat, loss, restarts, init) -> None:
     if getattr(logits, "shape", ())[:-1] != labels.shape:
         raise UserError(f"logits_fn gives {logits}; it must give logits [{len(images)}, classes]")
     inputs.check_classes(labels, logits.shape[1])
+    return logits.shape[1]
 
 
-def _one_restart(logits_fn, images, labels, threat, loss, start):
+def _one_restart(logits_fn, images, labels, num_classes, threat, loss, start):
     """(delta, score [b]) of one run. The score is the loss, or infinite for a success."""
-    targets = jax.nn.one_hot(labels, jax.eval_shape(logits_fn, images).shape[-1])
+    targets = jax.nn.one_hot(labels, num_classes)
 
     def losses_at(delta):
         logits = logits_fn(images + delta)
