@@ -28,7 +28,9 @@ _FAMILIES = (
     (swin.SwinTransformer, swin.SIZES),
 )
 NAMES = tuple(sorted(name for _, sizes in _FAMILIES for name in sizes))
-_ARCHITECTURE = ("embed_dim", "depth", "num_heads", "mlp_ratio", "qk_scale", "drop_path", "remat")
+_ARCHITECTURE = (
+    *("stem", "embed_dim", "depth", "num_heads", "mlp_ratio", "qk_scale", "drop_path", "remat"),
+)
 
 # A ``Classifier``, or any function
 # apply(params, images01, attn_grad_keep=None, train=False, rngs=None) -> logits.
@@ -50,7 +52,7 @@ def create(
     Args:
       image_size, patch_size: sides in pixels; patch_size None: the one in the name.
       dtype: of the matrix products: bfloat16, float32, or float64 for exact checks.
-      **overrides: fields of the architecture: embed_dim, depth, num_heads, mlp_ratio, qk_scale, ...
+      **overrides: fields of the architecture: stem, embed_dim, depth, num_heads, ...
 
     Returns:
       A module with ``apply({"params": p}, images, attn_grad_keep=None, train=False, rngs=None)``

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_at.models import layers
+from vit_at.models import stem as stems
 from vit_at.models.layers import LayerNorm, Mlp, drop_path, gate_gradient
 
 Drop = tuple[jax.Array, jax.Array] | None  # (key, rate) of stochastic depth; None: no drops
@@ -27,8 +28,9 @@ Switches = tuple[jax.Array | None, Any]  # (keep, drop), one row per block; None
 
 
 class Transformer(nn.Module, kw_only=True):
-    """What the architectures have in common: patches first, a linear head last.
+    """What the architectures have in common: a stem first, a linear head last.
 
+    stem: one of ``stem.NAMES``.
     qk_scale: of the attention logits; 0: head_dim ** -0.5. drop_path: rate of stochastic depth in
     the last block. remat: see ``run_blocks``.
     """
@@ -42,6 +44,7 @@ class Transformer(nn.Module, kw_only=True):
     mlp_ratio: float
     norm_eps: float
     in_channels: int = 3
+    stem: str = "patch"
     qk_scale: float = 0.0
     drop_path: float = 0.0
     remat: bool = False
@@ -66,7 +69,7 @@ class Transformer(nn.Module, kw_only=True):
         attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
         train: stochastic depth, if an rng 'drop_path' is given.
         """
-        embed = layers.PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")
+        embed = stems.create(self.stem, self.patch_size, self.embed_dim, self.dtype)
         x = self._features(embed(images), (attn_grad_keep, stochastic_depth(self, train)))
         return layers.dense(self.num_classes, layers.param_dtype(self.dtype), name="head")(x)
 
@@ -77,6 +80,11 @@ class Transformer(nn.Module, kw_only=True):
     def forward_flops(self) -> float:
         """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
         return 2.0 * sum(self.multiply_adds())
+
+    def stem_multiply_adds(self) -> float:
+        """Multiply-adds of the stem, for one image."""
+        sizes = (self.image_size, self.patch_size, self.embed_dim, self.in_channels)
+        return stems.multiply_adds(self.stem, *sizes)
 
     @abc.abstractmethod
     def multiply_adds(self) -> tuple[float, float]:

@@ -124,6 +124,5 @@ class ConViT(blocks.Transformer):
         n, d, local = self.num_tokens, self.embed_dim, self.local_blocks
         kinds = [(local, n, n), (self.depth - local - 1, n + 1, n + 1), (1, n + 1, 1)]
         linear, attention = blocks.multiply_adds(kinds, d, self.mlp_ratio)
-        patch = n * self.patch_size**2 * self.in_channels * d
         position = local * 3 * n * n * self.num_heads
-        return linear + patch + position + d * self.num_classes, attention
+        return linear + self.stem_multiply_adds() + position + d * self.num_classes, attention

@@ -59,5 +59,4 @@ class VisionTransformer(blocks.Transformer):
         n, d = 1 + self.num_tokens, self.embed_dim
         kinds = [(self.depth - 1, n, n), (1, n, 1)]
         linear, attention = blocks.multiply_adds(kinds, d, self.mlp_ratio)
-        patch = self.num_tokens * self.patch_size**2 * self.in_channels * d
-        return linear + patch + d * self.num_classes, attention
+        return linear + self.stem_multiply_adds() + d * self.num_classes, attention

@@ -50,7 +50,7 @@ def _rows(path: tuple[str, ...], model: Any) -> tuple[list[str], bool]:
             prefixes, rest = names, path[len(parts) :]
     *modules, leaf = rest
     renamed = _MODULE_NAMES | {"last_block": f"blocks.{model.depth - 1}"}
-    modules = [renamed.get(m, re.sub(r"layers_(\d)_", r"layers.\1.", m)) for m in modules]
+    modules = [renamed.get(m, re.sub(r"_(\d+)_?", r".\1.", m).rstrip(".")) for m in modules]
     name = ".".join([*modules, _LEAF_NAMES.get(leaf, leaf)])
     if prefixes is None:
         return [name], False
