@@ -9,10 +9,10 @@ from ml_collections import ConfigDict
 
 from vit_at.errors import UserError, nearest
 
-# The weights that the paper starts from, under their present names on the model hub. ViT-small of
-# depth 8 is only a file of timm 0.5's release, to be fetched by hand.
+# Published weights, under their present names on the model hub: those of the paper, then more.
+# ViT-small of depth 8 is only a file of timm 0.5's release, to be fetched by hand.
 PUBLISHED = {
-    "vit_small_patch16_224": "vit_small_p16_224-15ec54c9.pth",
+    "vit_small_patch16_224_timm05": "vit_small_p16_224-15ec54c9.pth",
     "vit_base_patch16_224": "hf:timm/vit_base_patch16_224.orig_in21k_ft_in1k",
     "vit_base_patch16_224_in21k": "hf:timm/vit_base_patch16_224.orig_in21k",
     "vit_large_patch16_224": "hf:timm/vit_large_patch16_224.augreg_in21k_ft_in1k",
@@ -28,6 +28,23 @@ PUBLISHED = {
     "swin_base_patch4_window7_224_in22k": "hf:timm/swin_base_patch4_window7_224.ms_in22k",
     "swin_large_patch4_window7_224": "hf:timm/swin_large_patch4_window7_224.ms_in22k_ft_in1k",
     "swin_large_patch4_window7_224_in22k": "hf:timm/swin_large_patch4_window7_224.ms_in22k",
+    "deit_base_patch16_384": "hf:timm/deit_base_patch16_384.fb_in1k",
+    "deit_tiny_distilled_patch16_224": "hf:timm/deit_tiny_distilled_patch16_224.fb_in1k",
+    "deit_small_distilled_patch16_224": "hf:timm/deit_small_distilled_patch16_224.fb_in1k",
+    "deit_base_distilled_patch16_224": "hf:timm/deit_base_distilled_patch16_224.fb_in1k",
+    "deit_base_distilled_patch16_384": "hf:timm/deit_base_distilled_patch16_384.fb_in1k",
+    "vit_tiny_patch16_224": "hf:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+    "vit_tiny_patch16_384": "hf:timm/vit_tiny_patch16_384.augreg_in21k_ft_in1k",
+    "vit_small_patch16_224": "hf:timm/vit_small_patch16_224.augreg_in21k_ft_in1k",
+    "vit_small_patch16_384": "hf:timm/vit_small_patch16_384.augreg_in21k_ft_in1k",
+    "vit_small_patch32_224": "hf:timm/vit_small_patch32_224.augreg_in21k_ft_in1k",
+    "vit_small_patch32_384": "hf:timm/vit_small_patch32_384.augreg_in21k_ft_in1k",
+    "vit_base_patch8_224": "hf:timm/vit_base_patch8_224.augreg_in21k_ft_in1k",
+    "vit_base_patch16_384": "hf:timm/vit_base_patch16_384.augreg_in21k_ft_in1k",
+    "vit_base_patch32_224": "hf:timm/vit_base_patch32_224.augreg_in21k_ft_in1k",
+    "vit_base_patch32_384": "hf:timm/vit_base_patch32_384.augreg_in21k_ft_in1k",
+    "vit_large_patch16_384": "hf:timm/vit_large_patch16_384.augreg_in21k_ft_in1k",
+    "vit_large_patch32_384": "hf:timm/vit_large_patch32_384.orig_in21k_ft_in1k",
 }
 
 
@@ -36,7 +53,7 @@ def use_published(config: ConfigDict, name: str) -> ConfigDict:
     config.model.name = name
     config.model.pretrained = PUBLISHED.get(name, "")
     # timm 0.5 scales the attention of these weights by the whole width.
-    config.model.qk_scale = 768**-0.5 if name == "vit_small_patch16_224" else 0.0
+    config.model.qk_scale = 768**-0.5 if name == "vit_small_patch16_224_timm05" else 0.0
     return config
 
 

@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.model = model = ConfigDict()  # the network, and the weights that it starts from
     model.name = "vit_base_patch16_224"  # timm's name; 'vit-at models' lists them
     model.patch_size = 4  # side of a patch in pixels; 0: the one in the name
+    model.stem = "patch"  # before the blocks: patch (one linear map), or conv (3x3 convolutions)
     model.embed_dim = 0  # width of a token; 0: the architecture's
     model.depth = 0  # number of blocks; 0: the architecture's
     model.num_heads = 0  # attention heads of a block; 0: the architecture's

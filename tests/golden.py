@@ -72,6 +72,7 @@ def arrays(tag: str) -> dict[str, np.ndarray]:
 def create(tag: str, dtype: str = "float32", **overrides):
     """Our model of a tag."""
     name, size = tag.split("_", 1)[1], FACTS["models"][tag]["image_size"]
+    name = name.replace("vit_small_patch16_224", "vit_small_patch16_224_timm05")
     if name.endswith("_qkscale768"):  # ViT-small with pretrained weights
         name, overrides["qk_scale"] = name.removesuffix("_qkscale768"), 768**-0.5
     if size == 32:

@@ -14,6 +14,7 @@ from vit_at.errors import UserError, nearest
 
 CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
+    "model.stem": ("patch", "conv"),
     "sharding": ("replicated", "fsdp"),
     "threat.norm": ("linf", "l2"),
     "threat.start": ("random", "zero"),
@@ -54,7 +55,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 
 # Fields that older ``config.json`` files lack, with the value that describes those runs.
 ADDED = {"sharding": "replicated", "model.remat": False, "checkpoint.every_steps": 0}
-ADDED |= {"data.allow_overlap": False}
+ADDED |= {"data.allow_overlap": False, "model.stem": "patch"}
 
 
 def with_added(stored: dict[str, Any]) -> dict[str, Any]:

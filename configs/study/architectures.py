@@ -18,5 +18,5 @@ def get_config(variants: str = "") -> ConfigDict:
 
 
 def sweep(add: Callable[..., None]) -> None:
-    for name in ("deit_tiny_patch16_224", "vit_small_patch16_224", "convit_tiny"):
+    for name in ("deit_tiny_patch16_224", "vit_small_patch16_224_timm05", "convit_tiny"):
         base.over_seeds(add, f"model={name}")

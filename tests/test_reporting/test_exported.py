@@ -20,8 +20,8 @@ from vit_at.workdir.checkpoint import Trained
 
 CASES = [  # every family, with whatever changes what timm must be told
     ("deit_tiny_patch16_224", {"image_size": 32, "patch_size": 4, "depth": 2}),
-    ("vit_small_patch16_224", {"depth": 2, "embed_dim": 96}),
-    ("vit_small_patch16_224", {"depth": 2, "embed_dim": 96, "qk_scale": 768**-0.5}),
+    ("vit_small_patch16_224_timm05", {"depth": 2, "embed_dim": 96}),
+    ("vit_small_patch16_224_timm05", {"depth": 2, "embed_dim": 96, "qk_scale": 768**-0.5}),
     ("vit_base_patch16_224_in21k", {"depth": 1, "mlp_ratio": 2.0, "embed_dim": 96}),
     ("convit_tiny", {"image_size": 32, "patch_size": 4}),
     ("convit_small", {"depth": 3, "qk_scale": 0.2}),

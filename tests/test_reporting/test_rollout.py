@@ -20,14 +20,18 @@ def random_params(model):
     return jax.tree.map(lambda s: 0.3 * rng.normal(size=s.shape).astype(np.float32), shapes)
 
 
-@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "convit_tiny"])
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "convit_tiny"]
+)
 def test_the_maps_are_the_attention_that_the_model_applies(name):
     model = models.create(name, num_classes=3, **SIZES)
     params = random_params(model)
     images = np.random.default_rng(1).normal(size=(4, 8, 8, 3)).astype(np.float32)
     maps = jax.jit(functools.partial(rollout.attention_maps, model))(params, images)
-    first = {"deit_tiny_patch16_224": 17, "convit_tiny": 16}[name]
-    assert [attention.shape for attention in maps] == [(4, 2, first, first), (4, 2, 1, 17)]
+    read = 2 if "distilled" in name else 1
+    first, last = (16 if "convit" in name else 16 + read), 16 + read
+    assert [attention.shape for attention in maps] == [(4, 2, first, first), (4, 2, read, last)]
+    assert rollout.rollout(model, params, images).shape == (4, 4, 4)
     # What each attention module gives out, from the maps and the values it captured.
     capture = {"capture_intermediates": True, "mutable": ["intermediates"]}
     run = jax.jit(functools.partial(model.apply, **capture))

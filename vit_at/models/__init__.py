@@ -24,11 +24,14 @@ from vit_at.models.blocks import stack_blocks as stack_blocks
 
 _FAMILIES = (
     (vit.VisionTransformer, vit.SIZES),
+    (vit.DistilledTransformer, vit.DISTILLED_SIZES),
     (convit.ConViT, convit.SIZES),
     (swin.SwinTransformer, swin.SIZES),
 )
 NAMES = tuple(sorted(name for _, sizes in _FAMILIES for name in sizes))
-_ARCHITECTURE = ("embed_dim", "depth", "num_heads", "mlp_ratio", "qk_scale", "drop_path", "remat")
+_ARCHITECTURE = (
+    *("stem", "embed_dim", "depth", "num_heads", "mlp_ratio", "qk_scale", "drop_path", "remat"),
+)
 
 # A ``Classifier``, or any function
 # apply(params, images01, attn_grad_keep=None, train=False, rngs=None) -> logits.
@@ -39,7 +42,7 @@ def create(
     name: str,
     *,
     num_classes: int,
-    image_size: int = 224,
+    image_size: int | None = None,
     patch_size: int | None = None,
     in_channels: int = 3,
     dtype: str = "float32",
@@ -48,9 +51,9 @@ def create(
     """Builds a model by timm's name.
 
     Args:
-      image_size, patch_size: sides in pixels; patch_size None: the one in the name.
+      image_size, patch_size: sides in pixels; None: those in the name.
       dtype: of the matrix products: bfloat16, float32, or float64 for exact checks.
-      **overrides: fields of the architecture: embed_dim, depth, num_heads, mlp_ratio, qk_scale, ...
+      **overrides: fields of the architecture: stem, embed_dim, depth, num_heads, ...
 
     Returns:
       A module with ``apply({"params": p}, images, attn_grad_keep=None, train=False, rngs=None)``
@@ -66,13 +69,13 @@ def create(
     unknown = sorted(overrides.keys() - {field.name for field in dataclasses.fields(family)})
     if unknown:
         raise UserError(f"{name} has no field {', '.join(unknown)}; remove it from the overrides")
-    shape = sizes[name] | overrides
-    if patch_size is not None:
-        shape["patch_size"] = patch_size
-    if image_size % shape["patch_size"]:
+    sides = {"image_size": image_size, "patch_size": patch_size}
+    shape = {"image_size": 224} | sizes[name] | overrides
+    shape |= {side: pixels for side, pixels in sides.items() if pixels is not None}
+    if shape["image_size"] % shape["patch_size"]:
         raise UserError(
-            f"model.patch_size {shape['patch_size']} does not divide data.image_size {image_size}; "
-            "choose a patch that does"
+            f"model.patch_size {shape['patch_size']} does not divide data.image_size "
+            f"{shape['image_size']}; choose a patch that does"
         )
     if shape["embed_dim"] % shape["num_heads"]:
         raise UserError(
@@ -81,7 +84,6 @@ def create(
         )
     return family(
         num_classes=num_classes,
-        image_size=image_size,
         in_channels=in_channels,
         dtype=dtype,
         **shape,

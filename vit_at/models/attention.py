@@ -46,13 +46,13 @@ class Attention(nn.Module):
     qkv_bias: bool
     qk_scale: float  # of the attention logits; 0: head_dim ** -0.5
     dtype: str
-    class_token_only: bool = False
+    queries: int = 0  # the first tokens, which attend to all; 0: all tokens
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, n, d] -> [b, n, d], or [b, 1, d] of the class token, which attends to all tokens."""
+        """[b, n, d] -> [b, n, d], or [b, queries, d] of the first tokens."""
         b, n, d = x.shape
-        head_dim, queries = d // self.num_heads, 1 if self.class_token_only else n
+        head_dim, queries = d // self.num_heads, self.queries or n
         qkv = QueryKeyValue(self.qkv_bias, self.dtype, name="qkv")(x, queries)
         heads = [part.reshape(b, -1, self.num_heads, head_dim) for part in qkv]
         q, k, v = (x.transpose(0, 2, 1, 3) for x in heads)

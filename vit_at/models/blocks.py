@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_at.models import layers
+from vit_at.models import stem as stems
 from vit_at.models.layers import LayerNorm, Mlp, drop_path, gate_gradient
 
 Drop = tuple[jax.Array, jax.Array] | None  # (key, rate) of stochastic depth; None: no drops
@@ -27,8 +28,9 @@ Switches = tuple[jax.Array | None, Any]  # (keep, drop), one row per block; None
 
 
 class Transformer(nn.Module, kw_only=True):
-    """What the architectures have in common: patches first, a linear head last.
+    """What the architectures have in common: a stem first, a linear head last.
 
+    stem: one of ``stem.NAMES``.
     qk_scale: of the attention logits; 0: head_dim ** -0.5. drop_path: rate of stochastic depth in
     the last block. remat: see ``run_blocks``.
     """
@@ -42,6 +44,7 @@ class Transformer(nn.Module, kw_only=True):
     mlp_ratio: float
     norm_eps: float
     in_channels: int = 3
+    stem: str = "patch"
     qk_scale: float = 0.0
     drop_path: float = 0.0
     remat: bool = False
@@ -66,9 +69,16 @@ class Transformer(nn.Module, kw_only=True):
         attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
         train: stochastic depth, if an rng 'drop_path' is given.
         """
-        embed = layers.PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")
+        embed = stems.create(self.stem, self.patch_size, self.embed_dim, self.dtype)
         x = self._features(embed(images), (attn_grad_keep, stochastic_depth(self, train)))
-        return layers.dense(self.num_classes, layers.param_dtype(self.dtype), name="head")(x)
+        return self._logits(x)
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        """Features [b, d] -> logits [b, num_classes]."""
+        return self._head("head", x)
+
+    def _head(self, name: str, x: jax.Array) -> jax.Array:
+        return layers.dense(self.num_classes, layers.param_dtype(self.dtype), name=name)(x)
 
     @abc.abstractmethod
     def _features(self, x: jax.Array, switches: Switches) -> jax.Array:
@@ -77,6 +87,11 @@ class Transformer(nn.Module, kw_only=True):
     def forward_flops(self) -> float:
         """Floating-point operations of one image's forward pass (a multiply-add counts as two)."""
         return 2.0 * sum(self.multiply_adds())
+
+    def stem_multiply_adds(self) -> float:
+        """Multiply-adds of the stem, for one image."""
+        sizes = (self.image_size, self.patch_size, self.embed_dim, self.in_channels)
+        return stems.multiply_adds(self.stem, *sizes)
 
     @abc.abstractmethod
     def multiply_adds(self) -> tuple[float, float]:
@@ -201,20 +216,21 @@ def last_blocks(
     x: jax.Array,
     count: int,
     switches: Switches,
+    read: int = 1,
 ) -> jax.Array:
-    """x [b, n, d] -> the class token [b, d] after ``count`` blocks and the final norm.
+    """x [b, n, d] -> the first tokens [b, read, d] after ``count`` blocks and the final norm.
 
-    The head reads only the class token, so the last block, ``last_block``, computes no other: this
+    The head reads only these tokens, so the last block, ``last_block``, computes no other: this
     saves nearly a twelfth of the work of twelve blocks. The others are the stack ``blocks``.
     """
     fields = (model.mlp_ratio, model.norm_eps, model.dtype)
     if count > 1:
         block = functools.partial(Block, attention, *fields)
         x = run_blocks(model, "blocks", count - 1, block, x, rows(switches, slice(count - 1)))
-    class_token = functools.partial(attention, class_token_only=True)
-    x, _ = Block(class_token, *fields, name="last_block")(x, *rows(switches, count - 1))
+    of_first = functools.partial(attention, queries=read)
+    x, _ = Block(of_first, *fields, name="last_block")(x, *rows(switches, count - 1))
     weights = layers.param_dtype(model.dtype)
-    return LayerNorm(model.norm_eps, weights, name="norm")(x[:, 0])
+    return LayerNorm(model.norm_eps, weights, name="norm")(x)
 
 
 def multiply_adds(

@@ -118,12 +118,11 @@ class ConViT(blocks.Transformer):
         cls_token = self.param("cls_token", init, (1, 1, d), weights)
         cls_token = jnp.broadcast_to(cls_token, (b, 1, d))
         x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1)
-        return blocks.last_blocks(self, attention, x, self.depth - split, last)
+        return blocks.last_blocks(self, attention, x, self.depth - split, last)[:, 0]
 
     def multiply_adds(self) -> tuple[float, float]:
         n, d, local = self.num_tokens, self.embed_dim, self.local_blocks
         kinds = [(local, n, n), (self.depth - local - 1, n + 1, n + 1), (1, n + 1, 1)]
         linear, attention = blocks.multiply_adds(kinds, d, self.mlp_ratio)
-        patch = n * self.patch_size**2 * self.in_channels * d
         position = local * 3 * n * n * self.num_heads
-        return linear + patch + position + d * self.num_classes, attention
+        return linear + self.stem_multiply_adds() + position + d * self.num_classes, attention

@@ -1,6 +1,5 @@
 """The layers of a vision transformer, and the gate through which ARD acts.
 
-PatchEmbed     images -> patch tokens
 dense          a linear layer
 LayerNorm      with float32 statistics
 Mlp            the two-layer perceptron of a block
@@ -31,32 +30,6 @@ EMBEDDING_INIT = nn.initializers.truncated_normal(0.02)
 def param_dtype(dtype: str) -> jnp.dtype:
     """float32, or float64 for the exact checks."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-class PatchEmbed(nn.Module):
-    """Cuts [b, H, W, C] images into patches in row-major order and projects each to width d.
-
-    The kernel has the layout of a Flax convolution, [patch, patch, C, d]. With the stride equal to
-    the kernel the convolution is one matrix product over the flattened patches.
-    """
-
-    patch_size: int
-    embed_dim: int
-    dtype: str
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        b, height, width, channels = images.shape
-        p = self.patch_size
-        d, weights = self.embed_dim, param_dtype(self.dtype)
-        init = nn.initializers.lecun_normal(in_axis=(0, 1, 2))
-        kernel = self.param("kernel", init, (p, p, channels, d), weights)
-        bias = self.param("bias", nn.initializers.zeros, (d,), weights)
-        patches = images.reshape(b, height // p, p, width // p, p, channels)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * channels)
-        kernel = kernel.reshape(-1, d).astype(self.dtype)
-        tokens = ops.linear(patches.astype(self.dtype), kernel)
-        return tokens + bias.astype(self.dtype)
 
 
 def _linear(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:

@@ -212,7 +212,7 @@ class SwinTransformer(blocks.Transformer):
 
     def multiply_adds(self) -> tuple[float, float]:
         d, attention = self.embed_dim, 0.0
-        linear = float(self.num_tokens * self.patch_size**2 * self.in_channels * d)
+        linear = self.stem_multiply_adds()
         for i, (depth, side, window, _) in enumerate(self.stages()):
             if i:
                 linear += side**2 * 4 * d * 2 * d

@@ -1,7 +1,7 @@
-"""ViT and DeiT: Dosovitskiy et al. 2021, Touvron et al. 2021, in the shapes of timm 0.5.
+"""ViT and DeiT: Dosovitskiy et al. 2021, Touvron et al. 2021, in the shapes of timm.
 
 All blocks but the last are one scanned module, their parameters stacked along a leading axis
-[depth - 1, ...]. The last block computes only the class token, which is all that the head reads.
+[depth - 1, ...]. The last block computes only the tokens that the head reads.
 """
 
 import functools
@@ -12,21 +12,38 @@ import jax.numpy as jnp
 from vit_at.models import blocks, layers
 from vit_at.models.attention import Attention
 
-_DEIT = {"mlp_ratio": 4.0, "qkv_bias": True, "norm_eps": 1e-6, "patch_size": 16}
-_VIT_BASE = dict(embed_dim=768, depth=12, num_heads=12, **_DEIT)
+_TRUNKS = {  # width, depth, heads
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+_VARIANTS = {  # patch and image of timm's models
+    "tiny": ("16_224", "16_384"),
+    "small": ("16_224", "16_384", "32_224", "32_384"),
+    "base": ("8_224", "16_224", "16_384", "32_224", "32_384", "16_224_in21k"),
+    "large": ("16_224", "16_384", "32_384"),
+}
+
+
+def _shape(trunk: str, variant: str) -> dict:
+    (width, depth, heads), (patch, image) = _TRUNKS[trunk], variant.split("_")[:2]
+    sizes = {"embed_dim": width, "depth": depth, "num_heads": heads, "image_size": int(image)}
+    return sizes | {"patch_size": int(patch), "mlp_ratio": 4.0, "qkv_bias": True, "norm_eps": 1e-6}
+
 
 # The `_in21k` ViT-B is plain ViT-B here: its extra representation layer exists only with the
-# pretraining's own classes. ViT-small is timm 0.5's, of depth 8 and width 768.
-SIZES = {
-    "vit_small_patch16_224": dict(
-        _DEIT, embed_dim=768, depth=8, num_heads=8, mlp_ratio=3.0, qkv_bias=False, norm_eps=1e-5
-    ),
-    "vit_base_patch16_224": _VIT_BASE,
-    "vit_base_patch16_224_in21k": _VIT_BASE,
-    "vit_large_patch16_224": dict(_DEIT, embed_dim=1024, depth=24, num_heads=16),
-    "deit_tiny_patch16_224": dict(_DEIT, embed_dim=192, depth=12, num_heads=3),
-    "deit_small_patch16_224": dict(_DEIT, embed_dim=384, depth=12, num_heads=6),
-    "deit_base_patch16_224": _VIT_BASE,
+# pretraining's own classes. The paper's ViT-small is timm 0.5's, of depth 8 and width 768.
+SIZES = {f"vit_{t}_patch{v}": _shape(t, v) for t, each in _VARIANTS.items() for v in each} | {
+    f"deit_{t}_patch16_{image}": _shape(t, f"16_{image}")
+    for t, image in (("tiny", 224), ("small", 224), ("base", 224), ("base", 384))
+}
+_TIMM05 = {"depth": 8, "num_heads": 8, "mlp_ratio": 3.0, "qkv_bias": False, "norm_eps": 1e-5}
+SIZES["vit_small_patch16_224_timm05"] = SIZES["vit_base_patch16_224"] | _TIMM05
+DISTILLED_SIZES = {
+    name.replace("_patch", "_distilled_patch"): shape
+    for name, shape in SIZES.items()
+    if name.startswith("deit_")
 }
 
 
@@ -44,20 +61,45 @@ class VisionTransformer(blocks.Transformer):
         return {"blocks": tuple(f"blocks.{i}" for i in range(self.depth - 1))}
 
     def _features(self, x: jax.Array, switches: blocks.Switches) -> jax.Array:
-        (b, _, d), init = x.shape, layers.EMBEDDING_INIT
+        return self._first_tokens(x, switches, ("cls_token",))[:, 0]
+
+    def _first_tokens(
+        self, x: jax.Array, switches: blocks.Switches, names: tuple[str, ...]
+    ) -> jax.Array:
+        """Learnt tokens of these names, put before the patches, after all blocks: [b, names, d]."""
+        (b, _, d), init, count = x.shape, layers.EMBEDDING_INIT, len(names)
         weights = layers.param_dtype(self.dtype)
-        cls_token = self.param("cls_token", init, (1, 1, d), weights)
-        pos_embed = self.param("pos_embed", init, (1, 1 + self.num_tokens, d), weights)
-        cls_token = jnp.broadcast_to(cls_token, (b, 1, d))
-        x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1) + pos_embed.astype(x.dtype)
+        first = [self.param(name, init, (1, 1, d), weights) for name in names]
+        pos_embed = self.param("pos_embed", init, (1, count + self.num_tokens, d), weights)
+        tokens = [jnp.broadcast_to(token, (b, 1, d)).astype(x.dtype) for token in first]
+        x = jnp.concatenate([*tokens, x], axis=1) + pos_embed.astype(x.dtype)
 
         fields = (self.num_heads, self.qkv_bias, self.qk_scale, self.dtype)
         attention = functools.partial(Attention, *fields)
-        return blocks.last_blocks(self, attention, x, self.depth, switches)
+        return blocks.last_blocks(self, attention, x, self.depth, switches, read=count)
 
     def multiply_adds(self) -> tuple[float, float]:
-        n, d = 1 + self.num_tokens, self.embed_dim
-        kinds = [(self.depth - 1, n, n), (1, n, 1)]
+        return self._multiply_adds(read=1)
+
+    def _multiply_adds(self, read: int) -> tuple[float, float]:
+        n, d = read + self.num_tokens, self.embed_dim
+        kinds = [(self.depth - 1, n, n), (1, n, read)]
         linear, attention = blocks.multiply_adds(kinds, d, self.mlp_ratio)
-        patch = self.num_tokens * self.patch_size**2 * self.in_channels * d
-        return linear + patch + d * self.num_classes, attention
+        return linear + self.stem_multiply_adds() + read * d * self.num_classes, attention
+
+
+class DistilledTransformer(VisionTransformer):
+    """DeiT with a distillation token, whose head's logits are averaged with the class token's.
+
+    Touvron et al. 2021, section 4. Both in training and in evaluation, as an attack needs one
+    function of the image.
+    """
+
+    def _features(self, x: jax.Array, switches: blocks.Switches) -> jax.Array:
+        return self._first_tokens(x, switches, ("cls_token", "dist_token"))
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        return (self._head("head", x[:, 0]) + self._head("head_dist", x[:, 1])) / 2
+
+    def multiply_adds(self) -> tuple[float, float]:
+        return self._multiply_adds(read=2)

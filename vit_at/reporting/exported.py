@@ -66,7 +66,7 @@ def export(params: Any, model: Any, path: str | epath.Path, metadata: dict[str, 
 def timm_arguments(model: Any, name: str) -> dict[str, Any]:
     """The arguments of timm's ``create_model`` for this model, with its overrides."""
     arguments = {
-        "model_name": re.sub("_in2[12]k$", "", name),  # one architecture, two weights
+        "model_name": re.sub("_in2[12]k$|_timm05$", "", name),  # one name for several weights
         "num_classes": model.num_classes,
         "img_size": model.image_size,
         "patch_size": model.patch_size,

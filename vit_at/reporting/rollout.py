@@ -37,14 +37,14 @@ def rollout(model: Any, params: Any, images: Array) -> Array:
             total = jnp.pad(total, ((0, 0), (1, 0), (1, 0))).at[:, 0, 0].set(1)
         total = mixing if total is None else mixing @ total
     side = model.image_size // model.patch_size
-    return total[:, 0, 1:].reshape(-1, side, side)
+    return total[:, 0, -(side**2) :].reshape(-1, side, side)
 
 
 def attention_maps(model: Any, params: Any, images: Array) -> list[Array]:
     """[b, heads, n, n] for each block in forward order; each row adds up to 1.
 
     Token 0 is the class token, which ConViT's first blocks lack. The last block computes only the
-    class token: its map is [b, heads, 1, n].
+    tokens that the head reads: its map is [b, heads, 1, n], or 2 queries for a distilled DeiT.
     """
     _, state = model.apply(
         {"params": params},

@@ -50,7 +50,7 @@ def _rows(path: tuple[str, ...], model: Any) -> tuple[list[str], bool]:
             prefixes, rest = names, path[len(parts) :]
     *modules, leaf = rest
     renamed = _MODULE_NAMES | {"last_block": f"blocks.{model.depth - 1}"}
-    modules = [renamed.get(m, re.sub(r"layers_(\d)_", r"layers.\1.", m)) for m in modules]
+    modules = [renamed.get(m, re.sub(r"_(\d+)_?", r".\1.", m).rstrip(".")) for m in modules]
     name = ".".join([*modules, _LEAF_NAMES.get(leaf, leaf)])
     if prefixes is None:
         return [name], False
@@ -169,13 +169,14 @@ def convert(state_dict: StateDict, model: Any, key: jax.Array | None = None) -> 
     report.loaded = [n for n in shapes if n in values and n not in report.adapted]
 
     # Under jit, no parameter but the head is computed.
-    new_head = jax.jit(lambda k: models.init_params(model, k)["head"])
-    fresh = new_head(key) if report.initialised else {}
+    heads = sorted({name.partition(".")[0] for name in report.initialised})
+    init_heads = jax.jit(lambda k: [models.init_params(model, k)[head] for head in heads])
+    fresh = dict(zip(heads, init_heads(key), strict=True)) if heads else {}
     params = {}
     for path, leaf in flax.traverse_util.flatten_dict(abstract).items():
         names, stacked = _rows(path, model)
         if names[0] in report.initialised:
-            params[path] = fresh[path[-1]]
+            params[path] = fresh[path[0]][path[-1]]
             continue
         rows = [_layout(path, values[name], to_timm=False) for name in names]
         params[path] = jnp.asarray(np.stack(rows) if stacked else rows[0], leaf.dtype)
@@ -200,18 +201,19 @@ def _canonical(state_dict: StateDict, model: Any) -> tuple[StateDict, bool]:
 
 
 def _drop_head(values: StateDict, shapes: dict[str, tuple[int, ...]], report: Report) -> None:
-    """Drops a head with another number of classes, and the representation layer before it."""
-    weight, shape = values.get("head.weight"), shapes["head.weight"]
-    if weight is None or weight.ndim != 2 or weight.shape == shape:
-        return
-    classes = len(weight)
-    bias = values.get("head.bias")
-    if weight.shape[1] != shape[1] or bias is None or bias.shape != (classes,):
-        return
-    for name in [n for n in values if n in ("head.weight", "head.bias") or "pre_logits" in n]:
-        report.dropped[name] = f"made for {classes} classes, not {shape[0]}"
-        del values[name]
-    report.initialised = ["head.weight", "head.bias"]
+    """Drops heads with another number of classes, and the representation layer before them."""
+    for head in ("head", "head_dist"):
+        parts = (f"{head}.weight", f"{head}.bias")
+        weight, bias, shape = values.get(parts[0]), values.get(parts[1]), shapes.get(parts[0])
+        if weight is None or shape is None or weight.ndim != 2 or weight.shape == shape:
+            continue
+        classes = len(weight)
+        if weight.shape[1] != shape[1] or bias is None or bias.shape != (classes,):
+            continue
+        for name in [n for n in values if n in parts or "pre_logits" in n]:
+            report.dropped[name] = f"made for {classes} classes, not {shape[0]}"
+            del values[name]
+        report.initialised += parts
 
 
 def _is_float(value: np.ndarray) -> bool:
