@@ -61,7 +61,8 @@ def embedded(page: str | epath.Path) -> str:
     source = html.escape(epath.Path(page).read_text())
     grow = "this.style.height = this.contentDocument.documentElement.scrollHeight + 'px'"
     style = "width:100%;height:900px;border:0"  # until it has loaded
-    return f'<iframe srcdoc="{source}" onload="{grow}" style="{style}"></iframe>'
+    frame = f'<iframe srcdoc="{source}" onload="{grow}" style="{style}"></iframe>'
+    return f"<div>{frame}</div>"  # IPython warns about a frame alone
 
 
 def write_after_training(workdir: epath.Path) -> epath.Path | None:
