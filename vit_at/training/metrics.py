@@ -27,6 +27,7 @@ from vit_at.training.objectives import OBJECTIVES
 from vit_at.workdir.files import RemoteFile, is_remote, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+_PROJECT = r"[\w.-][\w. -]{0,127}"
 WANDB_FILE = "wandb_run_id.txt"  # so that a resumed run continues its curves
 
 
@@ -80,10 +81,10 @@ def check_wandb(project: str) -> None:
     """UserError if metrics can't go to this Weights & Biases project; '' is none."""
     if not project:
         return
-    if not project.strip() or len(project) > 128 or re.search(r"[/\\#?%:]|[^\x20-\x7e]", project):
+    if not (isinstance(project, str) and re.fullmatch(_PROJECT, project)):
         raise UserError(
             f"--wandb={project!r} can't name a Weights & Biases project; "
-            "use at most 128 plain characters without / \\ # ? % :"
+            "use at most 128 letters, digits, spaces and _ . -, and no space first"
         )
     try:
         importlib.import_module("wandb")
