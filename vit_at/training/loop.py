@@ -56,6 +56,7 @@ def train(
 
     Raises:
       UserError: the configuration, data set or work directory can't be used; nothing was written.
+        Or Weights & Biases can't start a run; then the work directory exists and can be resumed.
       Interrupted: SIGTERM or SIGINT arrived; the state is saved.
       Diverged: loss or gradient became NaN or infinite; the last good state is kept.
     """
