@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="WORKDIR/report/index.html",
     )
+    add("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases, too; '': not")
     add_process_arguments(parser)
 
 
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(config: ConfigDict, options: argparse.Namespace) -> int:
     workdir = epath.Path(options.workdir or os.path.join("runs", config.name)).expanduser()
     try:
-        records = train(config, workdir)
+        records = train(config, workdir, wandb=options.wandb)
     except Interrupted as interruption:
         return interruption.exit_status
     except KeyboardInterrupt:  # outside the loop, or the second one

@@ -1,6 +1,10 @@
 """What a run says of itself: means, files that survive a crash, the alarm, the estimate of cost."""
 
+import io
 import json
+import os
+import sys
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -8,6 +12,7 @@ from clu.metrics import Average, Collection
 from etils import epath
 
 from vit_at import console
+from vit_at.errors import UserError
 from vit_at.training import metrics
 
 
@@ -57,6 +62,82 @@ def test_a_half_line_without_a_later_step_is_dropped_too(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step"')
     metrics.Writer(epath.Path(tmp_path), 5).close()
     assert lines_of(tmp_path) == [{"step": 1, "loss": 3.0}]
+
+
+class StandIn(types.ModuleType):
+    """wandb as far as it is used; keeps what it gets. broken: the text of the error of init."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, broken=None):
+        super().__init__("wandb")
+        self.broken, self.started, self.logged, self.finished = broken, [], [], 0
+        self.id = "abc123"
+
+    def Settings(self, **settings):
+        return settings
+
+    def init(self, **options):
+        if self.broken:
+            raise self.Error(self.broken)
+        self.started.append(options)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_metrics_go_to_wandb_and_a_resumed_run_continues_there(tmp_path, monkeypatch):
+    wandb = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for resumed in (0, 1):
+        writer = metrics.Writer(epath.Path(tmp_path), resumed, "vits", {"seed": 3})
+        writer.write(resumed + 1, {"loss": 0.5, "note": "not a number"})
+        writer.close()
+    first, second = wandb.started
+    assert first["project"] == second["project"] == "vits"
+    assert first["config"] == {"seed": 3}
+    assert (first["id"], second["id"]) == (None, "abc123")
+    assert second["resume"] == "allow"
+    assert wandb.logged == [(1, {"loss": 0.5}), (2, {"loss": 0.5})]
+    assert wandb.finished == 2
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+
+
+def test_without_a_project_wandb_is_not_imported(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    metrics.check_wandb("")
+    metrics.Writer(epath.Path(tmp_path), 0).close()
+    assert not (tmp_path / metrics.WANDB_FILE).exists()
+
+
+def test_an_error_of_wandb_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", StandIn(broken="no API key\nmore"))
+    with pytest.raises(
+        UserError, match=r"\(no API key\); run 'wandb login', or set WANDB_MODE"
+    ) as e:
+        metrics.Writer(epath.Path(tmp_path), 0, "vits")
+    assert "\n" not in str(e.value)
+
+
+def test_wandb_itself_runs_offline_without_an_account(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for resumed in (0, 1):
+        writer = metrics.Writer(epath.Path(tmp_path), resumed, "vits", {"seed": 3})
+        writer.write(resumed + 1, {"loss": 0.5})
+        writer.close()
+    known = (tmp_path / metrics.WANDB_FILE).read_text().strip()
+    runs = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert runs
+    assert all(run.name.endswith(known) for run in runs)
 
 
 # --- Collapse ---------------------------------------------------------------------------------
@@ -132,6 +213,10 @@ def test_the_status_line_shows_what_there_is():
     line = metrics.status_line(means | {"accuracy_adv": 0.25, "keep_probability": 0.5}, 1.25, 40)
     for part in ("epoch 1.2/40", "loss 1.500", "adv 25.0%", "lr 0.1", "keep 0.50", "100 img/s"):
         assert part in line
+    assert "GiB" not in line
+    assert "12.3 GiB" in metrics.status_line(
+        means | {"accuracy_adv": 0.25, "device_memory_gib": 12.34}, 1.25, 40
+    )
     natural = metrics.status_line(means | {"accuracy_clean": 0.5}, 1.0, 40)
     assert "clean 50.0%" in natural
     assert "keep" not in natural
@@ -147,3 +232,71 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "4/10  loss 1.0  1 min 36 s left"
     assert [line.split("/")[0] for line in lines] == ["4", "6", "8", "10"]
+
+
+def test_the_time_left_leaves_out_compilation_and_what_is_discounted(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    progress = console.Progress(100, unit="steps", every_seconds=30.0)
+    now[0] = 600.0  # compiles
+    progress.update("loss 2.0")
+    for _ in range(20):
+        now[0] += 2.0
+        progress.update()
+    now[0] += 500.0  # the first validation
+    progress.discount(500.0)
+    progress.update("loss 1.0")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "1/100  loss 2.0"  # the pace is not known yet
+    left = 78 * 40.0 / 21  # 21 steps took 40 s
+    assert second == f"22/100  loss 1.0  {console.duration(left)} left"
+
+
+def test_progress_of_a_falling_total_is_an_upper_bound_and_goes_where_it_is_sent(monkeypatch):
+    now, lines = [0.0], []
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    progress = console.Progress(0, at_most=True, enabled=False, write=lines.append)
+    for done, total in ((10, 110), (20, 90), (40, 60)):
+        now[0] += 40.0
+        progress.update("apgd-ce", done=done, total=total)
+    assert lines == [
+        "10/110  apgd-ce",
+        "20/90  apgd-ce  at most 4 min 40 s left",
+        "40/60  apgd-ce  at most 53 s left",
+    ]
+
+
+def test_progress_on_a_terminal_is_one_bar_with_the_same_text(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    now, terminal = [0.0], Terminal()
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = console.Progress(4, unit="steps")
+    for _ in range(3):
+        now[0] += 10.0
+        progress.update("loss 1.0")
+    progress.say("epoch 1")
+    progress._bar.refresh()
+    progress.close()
+    shown = terminal.getvalue()
+    assert "3/4 steps, loss 1.0  10 s left" in shown
+    assert "epoch 1\n" in shown
+
+
+class Device:
+    """Of an accelerator, or of a CPU, which has no statistics."""
+
+    def __init__(self, peak=None):
+        self._peak = peak
+
+    def memory_stats(self):
+        return None if self._peak is None else {"peak_bytes_in_use": self._peak}
+
+
+def test_device_memory_is_that_of_the_fullest_device_where_devices_say():
+    found = metrics.device_memory([Device(2**30), Device(3 * 2**30), Device()])
+    assert found == {"device_memory_gib": 3.0}
+    assert metrics.device_memory([Device()]) == {}

@@ -118,7 +118,7 @@ class Evaluator:
             )
             return correct
         params = sharding.replicate(params, mesh)
-        bar = Progress(-(-len(examples) // batch_size), 0, "batch") if progress else None
+        bar = Progress(-(-len(examples) // batch_size), 0, "batches") if progress else None
         correct, accuracy = np.zeros(len(examples), bool), Average.empty()
         process = (jax.process_index(), jax.process_count())
         for batch in pipeline.eval_batches(

@@ -56,10 +56,13 @@ def write(places: Sequence[str | epath.Path], out: str | epath.Path = "") -> epa
     return path
 
 
-def embedded(page: str | epath.Path, height: int = 900) -> str:
-    """A page as an HTML frame for a notebook, so that neither changes the other's style."""
+def embedded(page: str | epath.Path) -> str:
+    """A page at full height as an HTML frame, whose style and the notebook's stay apart."""
     source = html.escape(epath.Path(page).read_text())
-    return f'<iframe srcdoc="{source}" style="width:100%;height:{height}px;border:0"></iframe>'
+    grow = "this.style.height = this.contentDocument.documentElement.scrollHeight + 'px'"
+    style = "width:100%;height:900px;border:0"  # until it has loaded
+    frame = f'<iframe srcdoc="{source}" onload="{grow}" style="{style}"></iframe>'
+    return f"<div>{frame}</div>"  # IPython warns about a frame alone
 
 
 def write_after_training(workdir: epath.Path) -> epath.Path | None:

@@ -37,7 +37,9 @@ class Diverged(Exception):
     """Loss or gradient is not finite; the text says at which step and what to try."""
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def train(
+    config: ConfigDict, workdir: str | os.PathLike[str], *, wandb: str = ""
+) -> list[dict[str, Any]]:
     """Trains a model as ``config`` says, then evaluates it on the test split.
 
     Uses all devices. Metrics, checkpoints and results go to ``workdir``; if a run with the same
@@ -46,6 +48,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[dict[str,
     Args:
       config: a recipe, as ``get_config()`` of a file in ``configs/`` returns it.
       workdir: a directory, created if need be, or a ``gs://`` address.
+      wandb: the Weights & Biases project that gets the metrics, too; '': none.
 
     Returns:
       The records of the final evaluation, one per attack: name, accuracy from 0 to 1, and protocol.
@@ -53,21 +56,27 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> list[dict[str,
 
     Raises:
       UserError: the configuration, data set or work directory can't be used; nothing was written.
+        Or Weights & Biases can't start a run; then the work directory exists and can be resumed.
       Interrupted: SIGTERM or SIGINT arrived; the state is saved.
       Diverged: loss or gradient became NaN or infinite; the last good state is kept.
     """
     workdir = epath.Path(workdir).expanduser()
+    metrics.check_wandb(wandb)
     setup = Setup.of(config)
     optimizer = optim.make_optimizer(setup.config, setup.steps_per_epoch)
     state = initial_state(setup, optimizer)
     with disk_errors(workdir):
         check_config(workdir, setup.config)
         with locked(workdir, "training"):
-            return _run(setup, optimizer, state, workdir)
+            return _run(setup, optimizer, state, workdir, wandb)
 
 
 def _run(
-    setup: Setup, optimizer: optax.GradientTransformation, state: TrainState, workdir: epath.Path
+    setup: Setup,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    workdir: epath.Path,
+    wandb: str,
 ) -> list[dict[str, Any]]:
     """``train`` in a locked work directory."""
     checkpoints = Checkpoints(workdir, setup.config.checkpoint.keep)
@@ -79,7 +88,7 @@ def _run(
     _describe(setup, state, workdir)
     if int(state.step) < setup.total_steps:
         loop = Loop(setup, compile_step(setup, optimizer), checkpoints, workdir, values["best"])
-        state = loop.run(state)
+        state = loop.run(state, wandb)
     if jax.process_count() > 1:  # JAX's preemption service no longer needs SIGTERM
         processes.end_on_sigterm()
     params, weights = _tested_weights(setup, state, checkpoints)
@@ -125,19 +134,20 @@ class Loop:
         self._step_fn, self._checkpoints, self._workdir = step_fn, checkpoints, workdir
         self._best = best
         self._unlogged: list[Collection] = []  # the metrics of the steps since the last line
+        self._validated = False
         self._collapse = metrics.Collapse(setup.train_set.num_classes)
         options, held_out = self._config.eval, setup.validation_set
         self._evaluator: Evaluator | None = None
         if held_out is not None and options.every_epochs:
             self._evaluator = _evaluator(setup, f"clean,{options.validation_attack}", held_out)
 
-    def run(self, state: TrainState) -> TrainState:
-        """Takes all remaining steps."""
+    def run(self, state: TrainState, wandb: str) -> TrainState:
+        """Takes all remaining steps; wandb: a project, or ''."""
         first = int(state.step)
-        self._progress = Progress(self._setup.total_steps, first, "step")
+        self._progress = Progress(self._setup.total_steps, first, "steps")
         logging.info("compiling the step; the first one takes a while")
         self._saved = self._logged = time.monotonic()
-        writer = metrics.Writer(self._workdir, first)
+        writer = metrics.Writer(self._workdir, first, wandb, self._config.to_dict())
         with contextlib.closing(writer) as self._writer, Signals() as signals:
             for step, batch in enumerate(self._batches(first), start=first + 1):
                 state, step_metrics = self._step_fn(state, batch)
@@ -204,6 +214,7 @@ class Loop:
             raise Diverged(f"{found}; {metrics.CAUSES}")
         seconds, self._logged = time.monotonic() - self._logged, time.monotonic()
         means["images_per_second"] = count * self._config.batch_size / seconds
+        means |= metrics.device_memory(self._setup.mesh.local_devices)
         self._writer.write(step, {"epoch": epoch} | means)
         if alarm := self._collapse.check(means):
             self._progress.say(f"warning: {alarm}")
@@ -211,6 +222,7 @@ class Loop:
 
     def _validate(self, evaluator: Evaluator, state: TrainState, step: int) -> None:
         """Robust validation; saves the weights if they are the best so far."""
+        began = time.monotonic()
         params = sharding.replicate(state.eval_params, self._setup.mesh)
         accuracies = {n: float(c.mean()) for n, c in evaluator(params)}
         robust = accuracies[self._config.eval.validation_attack]
@@ -223,6 +235,9 @@ class Loop:
             self._best = {"step": step, "robust": robust}
             self._checkpoints.save_best(state.eval_params, self._values(step))
         self._logged = time.monotonic()
+        if not self._validated:  # this one has compiled its programs
+            self._progress.discount(self._logged - began)
+            self._validated = True
 
     def _values(self, step: int) -> dict[str, Any]:
         data = self._setup.train_set

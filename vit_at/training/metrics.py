@@ -1,15 +1,18 @@
 """What a run reports: metrics on disk, a status line, an estimate of its cost, a warning.
 
-Writer      metrics.jsonl (one JSON object a line, with its step) and TensorBoard event files
+Writer      metrics.jsonl (one JSON object a line, with its step), TensorBoard event files, and
+            Weights & Biases if asked for
 means       of the metrics of some steps, which stay on the device until then
 Collapse    notices a run that has stopped learning
 """
 
 import collections
 import functools
+import importlib
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,20 +22,33 @@ from clu.metrics import Collection
 from etils import epath
 
 from vit_at.console import with_prefix
+from vit_at.errors import UserError
 from vit_at.training.objectives import OBJECTIVES
 from vit_at.workdir.files import RemoteFile, is_remote, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
+_PROJECT = r"[\w.-][\w. -]{0,127}"
+WANDB_FILE = "wandb_run_id.txt"  # so that a resumed run continues its curves
 
 
 class Writer:
-    """Appends metrics to ``metrics.jsonl`` and to TensorBoard events; silent off process 0."""
+    """Appends metrics to ``metrics.jsonl``, TensorBoard and wandb; silent off process 0."""
 
-    def __init__(self, workdir: epath.Path, resumed_step: int):
-        """Drops the lines after ``resumed_step``, which the resumed run will write again."""
+    def __init__(
+        self,
+        workdir: epath.Path,
+        resumed_step: int,
+        wandb: str = "",
+        config: dict[str, Any] | None = None,
+    ):
+        """Drops the lines after ``resumed_step``, which the resumed run will write again.
+
+        wandb: a Weights & Biases project, which shows ``config`` beside the curves; '': none.
+        """
         self._active = jax.process_index() == 0
         if not self._active:
             return
+        self._wandb = _wandb_run(wandb, workdir, config or {}) if wandb else None
         path = workdir / METRICS_FILE
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) <= resumed_step]
@@ -46,15 +62,62 @@ class Writer:
             return
         self._file.write(json.dumps({"step": step} | values) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, step)
+        numbers = {name: v for name, v in values.items() if isinstance(v, (int, float))}
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
-        """Flushes both."""
+        """Flushes all."""
         if self._active:
             self._file.close()
             self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+
+def check_wandb(project: str) -> None:
+    """UserError if metrics can't go to this Weights & Biases project; '' is none."""
+    if not project:
+        return
+    if not (isinstance(project, str) and re.fullmatch(_PROJECT, project)):
+        raise UserError(
+            f"--wandb={project!r} can't name a Weights & Biases project; "
+            "use at most 128 letters, digits, spaces and _ . -, and no space first"
+        )
+    try:
+        importlib.import_module("wandb")
+    except ImportError:
+        raise UserError(
+            f"--wandb={project} needs the package wandb; install it by pip install "
+            "'vit_at[wandb]', or leave the option out"
+        ) from None
+
+
+def _wandb_run(project: str, workdir: epath.Path, config: dict[str, Any]) -> Any:
+    """Starts a run of Weights & Biases, or continues the one of this work directory."""
+    wandb: Any = importlib.import_module("wandb")
+    place = workdir / WANDB_FILE
+    known = place.read_text().strip() if place.exists() else None
+    try:
+        run = wandb.init(
+            project=project,
+            name=workdir.name,
+            id=known,
+            resume="allow",
+            dir=None if is_remote(workdir) else str(workdir),
+            config=config,
+            settings=wandb.Settings(console="off"),
+        )
+    except wandb.Error as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(
+            f"Weights & Biases can't start a run of --wandb={project} ({reason}); run 'wandb "
+            "login', or set WANDB_MODE=offline to keep the run in the work directory"
+        ) from None
+    write_atomically(place, f"{run.id}\n")
+    return run
 
 
 def _step(line: str) -> float:
@@ -69,6 +132,13 @@ def means(steps: Sequence[Collection]) -> dict[str, float]:
     """The mean of each metric over some steps; fetches all of them from the device at once."""
     merged = functools.reduce(lambda total, step: total.merge(step), jax.device_get(steps))
     return {name: float(value) for name, value in merged.compute().items()}
+
+
+def device_memory(devices: Iterable[jax.Device]) -> dict[str, float]:
+    """{"device_memory_gib": peak use of the fullest device}; empty where devices don't say."""
+    stats = [device.memory_stats() or {} for device in devices]
+    peaks = [known["peak_bytes_in_use"] for known in stats if "peak_bytes_in_use" in known]
+    return {"device_memory_gib": max(peaks) / 2**30} if peaks else {}
 
 
 def step_flops(objective: str, forward: float, batch_size: int, attack_steps: int) -> float:
@@ -130,9 +200,10 @@ def status_line(means: dict[str, float], epoch: float, epochs: int) -> str:
     """The text beside the progress bar."""
     kind = "adv" if "accuracy_adv" in means else "clean"
     keep = f"keep {means['keep_probability']:.2f} " if "keep_probability" in means else ""
+    memory = f" {means['device_memory_gib']:.1f} GiB" if "device_memory_gib" in means else ""
     return (
         f"epoch {epoch:.1f}/{epochs} loss {means['loss']:.3f} "
         f"{kind} {means[f'accuracy_{kind}']:.1%} "
         f"lr {means['learning_rate']:.2g} {keep}grad {means['gradient_norm']:.2f} "
-        f"{means['images_per_second']:.0f} img/s"
+        f"{means['images_per_second']:.0f} img/s{memory}"
     )

@@ -6,7 +6,6 @@ time.
 """
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 
@@ -17,10 +16,10 @@ from vit_at.attacks.autoattack.packing import Finished, Packing, Source
 from vit_at.attacks.autoattack.settings import Settings
 from vit_at.attacks.losses import is_correct
 from vit_at.attacks.norms import largest_size, sizes
+from vit_at.console import Progress
 from vit_at.distributed import processes
 
 _WRITING_SHARE = 0.05  # share of the time that writing the ledger may take
-_SECONDS_BETWEEN_LINES = 30.0
 _CONFIRM_PER_DEVICE = 8  # images in a batch that confirms successes
 
 
@@ -35,11 +34,11 @@ class Cascade:
         ledger: Ledger,
         store: Store,
         settings: Settings,
-        report: Callable[[str], None],
+        progress: Progress,
     ):
         self._methods, self._source, self._classify = methods, source, classify
-        self._ledger, self._store, self._settings, self._report = ledger, store, settings, report
-        self._began = self._last_line = self._last_save = time.monotonic()
+        self._ledger, self._store, self._settings = ledger, store, settings
+        self._progress, self._last_save = progress, time.monotonic()
         self._save_seconds = 0.0
         self._resumed_with = _passes(ledger)
 
@@ -53,7 +52,7 @@ class Cascade:
             ledger.progress = {}
             self._save()
             share = ledger.robust.mean()
-            self._report(f"{method.name}: {share:.2%} robust ({ledger.robust.sum()} images)")
+            self._progress.say(f"{method.name}: {share:.2%} robust ({ledger.robust.sum()} images)")
 
     def _attack(self, method: Method) -> None:
         ledger = self._ledger
@@ -68,7 +67,7 @@ class Cascade:
             ledger.work[method.name] = packing.work | {"passes": method.passes}
             ledger.work[method.name]["unconfirmed"] = unconfirmed
             self._save_now_and_then(packing)
-            self._report_now_and_then(method, packing)
+            self._show(method, packing)
 
     def _record(self, packing: Packing, finished: list[Finished]) -> int:
         """Enters outcomes into the ledger; returns the number of successes that a forward pass does
@@ -135,20 +134,16 @@ class Cascade:
             self._save()
             self._ledger.progress = {}
 
-    def _report_now_and_then(self, method: Method, packing: Packing) -> None:
-        now = time.monotonic()
-        if now - self._last_line < _SECONDS_BETWEEN_LINES:
-            return
-        self._last_line = now
+    def _show(self, method: Method, packing: Packing) -> None:
+        """Progress in forward passes; their total falls with every image that breaks."""
         done = _passes(self._ledger) - self._resumed_with
         left = packing.steps_left() * method.passes
         later = self._methods[self._ledger.stage + 1 :]
-        left += int(self._ledger.robust.sum()) * sum(m.runs * m.steps * m.passes for m in later)
-        seconds = (now - self._began) * left / max(done, 1)
-        self._report(
-            f"{method.name}: {packing.unfinished()} images under attack, "
-            f"{self._ledger.robust.mean():.2%} still robust, at most {seconds / 60:.0f} min left"
-        )
+        robust = self._ledger.robust
+        left += int(robust.sum()) * sum(m.runs * m.steps * m.passes for m in later)
+        text = f"{method.name}: {packing.unfinished()} images under attack, "
+        text += f"{robust.mean():.2%} still robust"
+        self._progress.update(text, done=done, total=done + left)
 
 
 def _passes(ledger: Ledger) -> int:

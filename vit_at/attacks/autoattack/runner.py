@@ -1,7 +1,7 @@
 """``run``, the entry point of AutoAttack, and its ``Result``."""
 
+import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +18,7 @@ from vit_at.attacks.autoattack.ledger import Ledger, Store
 from vit_at.attacks.autoattack.packing import Source
 from vit_at.attacks.autoattack.settings import TARGETS, Budget, Settings, for_classes, parse
 from vit_at.attacks.inputs import check_shapes
+from vit_at.console import Progress
 from vit_at.distributed import sharding
 
 Array = jax.Array
@@ -109,7 +110,7 @@ def run(
       batch_size: over all devices.
       seed: the random numbers of an image follow from it and the image's index.
       workdir: directory of the ledger; the same call resumes from it.
-      progress: called with a line every now and then; True: prints to standard error.
+      progress: called with a line every now and then; True: a bar or lines on standard error.
       budget: iterations and queries of each run; the default is the official one.
       mesh: of ``sharding.make_mesh``; default: all devices.
 
@@ -118,11 +119,11 @@ def run(
     """
     mesh = mesh or sharding.make_mesh()
     settings = Settings(norm, eps, attacks, batch_size, seed, budget, mesh)
-    with jax.default_matmul_precision("highest"):
-        return _run(logits_fn, images, labels, settings, workdir, _reporter(progress))
+    with jax.default_matmul_precision("highest"), contextlib.closing(_bar(progress)) as bar:
+        return _run(logits_fn, images, labels, settings, workdir, bar)
 
 
-def _run(logits_fn, images, labels, settings, workdir, report) -> Result:
+def _run(logits_fn, images, labels, settings, workdir, bar) -> Result:
     began, names = time.monotonic(), parse(settings.attacks)
     images = images if hasattr(images, "shape") else np.asarray(images)
     labels = np.asarray(labels)
@@ -140,7 +141,7 @@ def _run(logits_fn, images, labels, settings, workdir, report) -> Result:
         ledger.clean = clean.ranking[:, 0] == labels
     source = Source(images, labels, clean.ranking)
     attacks = [methods.make(name, settings, num_classes) for name in names]
-    cascade = Cascade(attacks, source, classify, ledger, store, settings, report)
+    cascade = Cascade(attacks, source, classify, ledger, store, settings, bar)
     cascade.run()
     failures = cascade.verify()
     store.save_per_example(ledger)
@@ -164,9 +165,6 @@ def _protocol(settings: Settings, names: tuple[str, ...], digest: str) -> dict[s
     return {"format": _FORMAT, "attacks": list(names), "data": digest} | own
 
 
-def _reporter(progress: Callable[[str], None] | bool | None) -> Callable[[str], None]:
-    if callable(progress):
-        return progress
-    if progress:
-        return lambda line: print(line, file=sys.stderr, flush=True)
-    return lambda line: None
+def _bar(progress: Callable[[str], None] | bool | None) -> Progress:
+    write = progress if callable(progress) else None
+    return Progress(0, unit="passes", at_most=True, enabled=bool(progress), write=write)
