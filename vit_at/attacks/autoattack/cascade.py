@@ -46,14 +46,14 @@ class Cascade:
     def run(self) -> None:
         """Runs the attacks that the ledger does not hold yet."""
         ledger = self._ledger
-        while ledger.stage < len(self._methods) and ledger.robust.any():
+        while ledger.stage < len(self._methods) and ledger.attacked.any():
             method = self._methods[ledger.stage]
             self._attack(method)
             ledger.stage += 1
             ledger.progress = {}
             self._save()
-            share = ledger.robust.mean()
-            self._report(f"{method.name}: {share:.2%} robust ({ledger.robust.sum()} images)")
+            robust = ledger.robust_after()[method.name]
+            self._report(f"{method.name}: {robust.mean():.2%} robust ({robust.sum()} images)")
 
     def _attack(self, method: Method) -> None:
         ledger = self._ledger
@@ -61,7 +61,7 @@ class Cascade:
         if ledger.progress:
             packing.restore(ledger.progress)
         else:
-            packing.begin(np.flatnonzero(ledger.robust))
+            packing.begin(np.flatnonzero(ledger.attacked))
         unconfirmed = ledger.work.get(method.name, {}).get("unconfirmed", 0)
         for finished in packing.rounds():
             unconfirmed += self._record(packing, finished)
@@ -84,8 +84,9 @@ class Cascade:
             if end.image in flaws and packing.continue_with_next_run(end):
                 continue
             broken = end.adversarial is not None and end.image not in flaws
+            first = broken and ledger.robust_at(end.image)
             ledger.outcome[end.image, column] = BROKEN if broken else WITHSTOOD
-            if broken:
+            if first:
                 delta = end.adversarial - read(self._source.images, np.array([end.image]))
                 ledger.found[end.image] = end.adversarial
                 ledger.run[end.image], ledger.step[end.image] = end.run, end.step
@@ -143,7 +144,7 @@ class Cascade:
         done = _passes(self._ledger) - self._resumed_with
         left = packing.steps_left() * method.passes
         later = self._methods[self._ledger.stage + 1 :]
-        left += int(self._ledger.robust.sum()) * sum(m.runs * m.steps * m.passes for m in later)
+        left += int(self._ledger.attacked.sum()) * sum(m.runs * m.steps * m.passes for m in later)
         seconds = (now - self._began) * left / max(done, 1)
         self._report(
             f"{method.name}: {packing.unfinished()} images under attack, "
