@@ -121,7 +121,7 @@ def test_the_worst_image_has_the_same_outcome_and_no_smaller_margin(seed, norm, 
 
 def test_a_ledger_knows_what_it_keeps(tmp_path):
     attack(attacks=["square"], workdir=tmp_path)
-    with pytest.raises(UserError, match="keep first -> worst"):
+    with pytest.raises(UserError, match="keep 'first' -> 'worst'"):
         attack(attacks=["square"], workdir=tmp_path, keep="worst")
     changed = Budget(iterations=12, queries=60, restarts=2)
     with pytest.raises(UserError, match=r"restarts None -> 2"):

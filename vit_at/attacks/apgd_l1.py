@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_at.attacks.apgd import Evaluate, where
-from vit_at.attacks.norms import NORMS, sparse_sign
+from vit_at.attacks.norms import NORMS, l1_shift, sparse_sign
 from vit_at.attacks.threat import Threat
 
 Array = jax.Array
@@ -69,14 +69,15 @@ class State(NamedTuple):
     evaluation: Array
 
 
-def start(images: Array, direction: Array) -> State:
+def start(images: Array, direction: Array, threat: Threat, schedule: tuple[Phase, ...]) -> State:
     """Starts runs at the projection of images + direction, of a normal distribution."""
+    radius = jnp.full(len(images), schedule[0].radius, images.dtype) * threat.eps
     b, dtype = images.shape[0], images.dtype
     zero, nothing = jnp.zeros(b, dtype), jnp.zeros_like(images)
     return State(
         point=images,
         gradient=nothing,
-        best_point=images + direction,
+        best_point=_into_ball(images + direction, images, radius),
         best_gradient=nothing,
         adversarial=images,
         adversarial_loss=zero - jnp.inf,
@@ -129,9 +130,14 @@ def _project(point: Array, images: Array, radius: Array) -> Array:
     return NORMS["l1"].project_image(point, images, radius[:, None, None, None])
 
 
+def _into_ball(point: Array, images: Array, radius: Array) -> Array:
+    """``_project`` as the official code rounds it between phases. Rounding counts as a change."""
+    return point + l1_shift(point - images, images, radius[:, None, None, None])
+
+
 def _open(images: Array, state: State, radius: Array, several: bool) -> State:
     """The start of a phase: the best point before, projected."""
-    point = jnp.clip(_project(state.best_point, images, radius), 0, 1)
+    point = jnp.clip(_into_ball(state.best_point, images, radius), 0, 1)
     count = jnp.full(len(images), images[0].size, images.dtype)
     changed = _changed(point, images) if several else count
     share = changed / count / _CHANGED_TO_MOVED if several else 0 * count + _FIRST_SHARE

@@ -149,11 +149,15 @@ def _l1_project(delta: Array, eps: float | Array) -> Array:
     return jnp.sign(delta) * (size - _l1_shrink(size, jnp.full_like(size, jnp.inf), eps))
 
 
+def l1_shift(delta: Array, images: Array, eps: float | Array) -> Array:
+    """What the projection of images + delta onto the l1 ball and [0, 1] adds, [b, ...]."""
+    room = jnp.where(delta > 0, 1 - images, images)
+    return -jnp.sign(delta) * _l1_shrink(jnp.abs(delta), room, eps)
+
+
 def _l1_project_image(point: Array, images: Array, eps: float | Array) -> Array:
     delta = point - images
-    room = jnp.where(delta > 0, 1 - images, images)
-    loss = _l1_shrink(jnp.abs(delta), room, eps)
-    return images + delta - jnp.sign(delta) * loss
+    return images + delta + l1_shift(delta, images, eps)
 
 
 def _l1_start(key: Array, shape: tuple[int, ...], eps: float | Array) -> Array:

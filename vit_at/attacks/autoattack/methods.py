@@ -192,7 +192,8 @@ class ApgdL1(_AnyApgd):
     schedule: tuple[apgd_l1.Phase, ...]
 
     def start(self, context, problem):
-        return apgd_l1.start(problem.images, self.directions(context, problem))
+        directions, threat = self.directions(context, problem), self.threat(context)
+        return apgd_l1.start(problem.images, directions, threat, self.schedule)
 
     def advance(self, context, problem, state):
         evaluate = self.evaluator(context, problem, state.evaluation)
