@@ -4,6 +4,11 @@
     python benchmarks/official_autoattack.py --images=256 --out=benchmarks/results/autoattack.json
 
 The model is a small robust ViT (tests/data/autoattack) in float32; in PyTorch it is timm's module.
+``--export=DIR`` takes a model that ``vit-at export`` wrote instead, and its test images:
+
+    vit-at train digits_sgd && vit-at export runs/digits_sgd
+    python benchmarks/official_autoattack.py --export=runs/digits_sgd/export --eps=0.15 --images=128
+
 Seconds are the wall time of the whole cascade; ours include compilation. Both run on all cores or
 on the GPU. Forward and backward passes are counted in images. Without PyTorch, timm or autoattack,
 only ours runs.
@@ -11,10 +16,11 @@ only ours runs.
 
 import argparse
 import functools
+import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common  # first: it puts the repository on the path
 
@@ -23,24 +29,84 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import numpy as np
 import reference_autoattack as reference
 
+from vit_at.distributed import devices
 
-def ours(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
-    """Our cascade: the robust images after each attack, seconds and passes through the model.
 
-    images: [n, 32, 32, 3] in [0, 1].
+class Subject(NamedTuple):
+    """What is attacked: images [n, H, W, C] in [0, 1], labels [n], and the model in two forms.
+
+    logits_fn: () -> ours; net: () -> timm's module; mean, std: of its normalisation.
     """
-    from vit_at.attacks import autoattack
-    from vit_at.distributed import devices
 
-    devices.configure(options.batch, cache="")
-    logits_fn = functools.partial(reference.apply(), reference.parameters())
-    eps = reference.EPS[options.norm]
+    images: np.ndarray
+    labels: np.ndarray
+    logits_fn: Any
+    net: Any
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def recorded(count: int) -> Subject:
+    """The recorded model and the first of its images; nothing of JAX is set up yet."""
+    data = reference.arrays("images")
+    images = (data["images"][:count] / np.float32(255)).astype(np.float32)
+
+    def net():
+        import timm
+        import torch
+
+        sizes = {"embed_dim": 96, "depth": 4, "num_heads": 3, "img_size": 32, "patch_size": 4}
+        module = timm.create_model("deit_tiny_patch16_224", num_classes=10, **sizes)
+        state = {n: torch.tensor(v) for n, v in reference.arrays("model_weights").items()}
+        module.load_state_dict(state)
+        return module
+
+    labels = data["labels"][:count].astype(np.int32)
+    logits_fn = lambda: functools.partial(reference.apply(), reference.parameters())  # noqa: E731
+    return Subject(images, labels, logits_fn, net, reference.MEAN, reference.STD)
+
+
+def exported(directory: str, count: int) -> Subject:
+    """A model that ``vit-at export`` wrote, and the first images of its test split."""
+    from vit_at import models
+    from vit_at.data import sources
+    from vit_at.reporting.exported import load_exported
+
+    trained = load_exported(directory)
+    data = trained.config.data
+    pixels, labels = sources.load(data, data.test_split).read(np.arange(count))
+
+    def net():
+        import timm
+        import torch
+        from safetensors.torch import load_file
+
+        about = json.loads((Path(directory) / "model.json").read_text())["timm"]
+        module = timm.create_model(**about["create_model"])
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.LayerNorm):
+                layer.eps = about["layer_norm_eps"]
+        module.load_state_dict(load_file(Path(directory) / "model.safetensors"))
+        return module
+
+    def logits_fn():
+        apply = models.classifier(trained.model, data.mean, data.std)
+        return functools.partial(apply, trained.params)
+
+    images = pixels.astype(np.float32) / 255
+    return Subject(images, labels.astype(np.int32), logits_fn, net, data.mean, data.std)
+
+
+def ours(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
+    """Our cascade: the robust images after each attack, seconds and passes through the model."""
+    from vit_at.attacks import autoattack
+
     result = autoattack.run(
-        logits_fn,
-        images,
-        labels,
+        subject.logits_fn(),
+        subject.images,
+        subject.labels,
         norm=options.norm,
-        eps=eps,
+        eps=options.eps,
         batch_size=options.batch,
         progress=True,
     )
@@ -50,25 +116,21 @@ def ours(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) ->
         forward = done["passes"] - 2 * backward
         work[name] = {"forward": done["steps"] * forward, "backward": done["steps"] * backward}
         work[name]["computed"] = done["computed"] * done["passes"]
-    counts = {name: int(robust.sum()) for name, robust in result.robust.items()}
-    return {"robust": counts, "seconds": result.seconds, "model_evaluations": work}
+    after = {name: robust.tolist() for name, robust in result.robust.items()}
+    return {"robust": after, "seconds": result.seconds, "model_evaluations": work}
 
 
-def official(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace) -> dict[str, Any]:
+def official(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     """The same for the official package, attack by attack as in its own cascade."""
-    import timm
     import torch
     from autoattack import AutoAttack
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = {"embed_dim": 96, "depth": 4, "num_heads": 3, "img_size": 32, "patch_size": 4}
-    net = timm.create_model("deit_tiny_patch16_224", num_classes=10, **sizes)
-    state = {n: torch.tensor(v) for n, v in reference.arrays("model_weights").items()}
-    net.load_state_dict(state)
+    net, labels = subject.net(), subject.labels
     net.to(device).eval().requires_grad_(False)
     mean, std = (
-        torch.tensor(values, device=device).view(1, 3, 1, 1)
-        for values in (reference.MEAN, reference.STD)
+        torch.tensor(values, device=device).view(1, -1, 1, 1)
+        for values in (subject.mean, subject.std)
     )
     seen = {"forward": 0, "backward": 0}
 
@@ -79,12 +141,12 @@ def official(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace
             x.register_hook(lambda g: seen.update(backward=seen["backward"] + len(g)))
         return net((x - mean) / std)
 
-    x = torch.tensor(np.moveaxis(images, -1, 1).copy(), device=device)
+    x = torch.tensor(np.moveaxis(subject.images, -1, 1).copy(), device=device)
     y = torch.tensor(labels, dtype=torch.int64, device=device)
     adversary = AutoAttack(
         model,
         norm=reference.THEIR_NAME[options.norm],
-        eps=reference.EPS[options.norm],
+        eps=options.eps,
         version="standard",
         device=device,
         seed=0,
@@ -93,7 +155,7 @@ def official(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace
     attacks = list(adversary.attacks_to_run)
     robust = np.concatenate([model(part).argmax(1).cpu() for part in x.split(options.batch)])
     robust = robust == labels
-    counts, work, began = {"clean": int(robust.sum())}, {}, time.perf_counter()
+    after, work, began = {"clean": robust.tolist()}, {}, time.perf_counter()
     for name in attacks:  # on the images that are left, as in ``run_standard_evaluation``
         seen.update(forward=0, backward=0)
         left = np.flatnonzero(robust)
@@ -102,11 +164,11 @@ def official(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace
             moved = adversary.run_standard_evaluation(x[left], y[left], bs=options.batch)
             wrong = torch.cat([model(part).argmax(1) for part in moved.split(options.batch)])
             robust[left] = (wrong == y[left]).cpu().numpy()
-        counts[name], work[name] = int(robust.sum()), dict(seen)
+        after[name], work[name] = robust.tolist(), dict(seen)
         spent = time.perf_counter() - began
-        print(f"official {name}: {counts[name]} robust after {spent:.0f} s", file=sys.stderr)
+        print(f"official {name}: {robust.sum()} robust after {spent:.0f} s", file=sys.stderr)
     return {
-        "robust": counts,
+        "robust": after,
         "seconds": time.perf_counter() - began,
         "model_evaluations": work,
         "threads": torch.get_num_threads(),
@@ -115,21 +177,24 @@ def official(images: np.ndarray, labels: np.ndarray, options: argparse.Namespace
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=256, help="how many of the 256 images")
-    parser.add_argument("--norm", default="linf", choices=("linf", "l2"))
+    parser.add_argument("--images", type=int, default=256, help="how many of the images")
+    parser.add_argument("--export", default="", help="directory of an exported model")
+    parser.add_argument("--norm", default="linf", choices=tuple(reference.EPS))
+    parser.add_argument("--eps", type=float, default=0.0, help="default: the recorded model's")
     parser.add_argument("--batch", type=int, default=256, help="batch size of both")
     parser.add_argument("--only", default="", choices=("", "ours", "official"))
     parser.add_argument("--out", default="", help="JSON file for the result")
     options = parser.parse_args()
-    data = reference.arrays("images")  # not as JAX arrays: nothing of JAX is set up yet
-    images = (data["images"][: options.images] / np.float32(255)).astype(np.float32)
-    labels = data["labels"][: options.images].astype(np.int32)
+    devices.configure(options.batch, cache="")
+    options.eps = options.eps or reference.EPS[options.norm]
+    count = options.images
+    subject = exported(options.export, count) if options.export else recorded(count)
     report = {"arguments": {k: v for k, v in vars(options).items() if k != "out"}}
     if options.only != "official":
-        report["ours"] = ours(images, labels, options)
+        report["ours"] = ours(subject, options)
     if options.only != "ours":
         try:
-            report["official"] = official(images, labels, options)
+            report["official"] = official(subject, options)
         except ImportError as error:
             print(f"the official code is skipped: {error}", file=sys.stderr)
     rows = []
@@ -137,7 +202,7 @@ def main() -> None:
         if name in report:
             work = report[name]["model_evaluations"].values()
             passes = [sum(w[kind] for w in work) for kind in ("forward", "backward")]
-            counts = " ".join(str(count) for count in report[name]["robust"].values())
+            counts = " ".join(str(sum(kept)) for kept in report[name]["robust"].values())
             seconds = f"{report[name]['seconds']:.0f}"
             rows.append([name, counts, seconds, f"{passes[0]:,}", f"{passes[1]:,}"])
     report["machine"] = common.machine()
@@ -145,6 +210,10 @@ def main() -> None:
     if len(rows) == 2:
         report["speedup"] = report["official"]["seconds"] / report["ours"]["seconds"]
         print(f"{report['speedup']:.2f} times as fast")
+        theirs = report["official"]["robust"]
+        for name, kept in report["ours"]["robust"].items():
+            differ = sum(a != b for a, b in zip(kept, theirs[name], strict=True))
+            print(f"after {name}: the outcome of {differ} of {len(kept)} images differs")
     common.write_json(options.out, report)
 
 

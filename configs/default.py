@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
     mixing.cutmix_probability = 0.5  # that a mixed batch uses CutMix, where both are on
 
     config.threat = threat = ConfigDict()  # the training attack, and the ball of all evaluations
-    threat.norm = "linf"  # linf or l2
+    threat.norm = "linf"  # linf, l2 or l1
     threat.eps = 8 / 255  # radius of the ball
     threat.step_size = 2 / 255  # of the training attack, and of PGD and CW in evaluation
     threat.steps = 10  # of the training attack

@@ -12,8 +12,8 @@ from vit_at import models, weights
 
 DATA = pathlib.Path(__file__).parent / "data" / "autoattack"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
-EPS = {"linf": 8 / 255, "l2": 0.5}
-THEIR_NAME = {"linf": "Linf", "l2": "L2"}
+EPS = {"linf": 8 / 255, "l2": 0.5, "l1": 4.0}
+THEIR_NAME = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
 @functools.cache

@@ -16,7 +16,7 @@ CHOICES = {
     "dtype": ("auto", "bfloat16", "float32"),
     "model.stem": ("patch", "conv"),
     "sharding": ("replicated", "fsdp"),
-    "threat.norm": ("linf", "l2"),
+    "threat.norm": ("linf", "l2", "l1"),
     "threat.start": ("random", "zero"),
     "optimizer.name": ("sgd", "adamw"),
     "optimizer.schedule": ("step", "cosine", "cyclic", "constant"),
@@ -101,6 +101,12 @@ def _validate_threat(config: ConfigDict) -> None:
         raise UserError(
             f"threat.eps is {threat.eps:g}; an L2 eps is a length in pixel units of images in "
             "[0, 1] and must be over 0 and at most 100, for example 0.5"
+        )
+    values = len(config.data.mean) * config.data.image_size**2
+    if threat.norm == "l1" and not 0 < threat.eps <= values:
+        raise UserError(
+            f"threat.eps is {threat.eps:g}; an L1 eps is a sum over the values of an image in "
+            f"[0, 1] and must be over 0 and at most their number, {values}, for example 12"
         )
     if not 0 < threat.step_size <= 2 * threat.eps:
         raise UserError(

@@ -127,7 +127,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", default="best", choices=("best", "last"))
     add("--split", default="", help="such as test or test[:1000]; default: the configuration's")
     add("--num_examples", type=int, default=0, help="the first so many images; 0: all")
-    add("--norm", default="", choices=("linf", "l2"), help="default: as trained, likewise below")
+    add(
+        "--norm",
+        default="",
+        choices=("linf", "l2", "l1"),
+        help="default: as trained, likewise below",
+    )
     add("--eps", type=fraction, help="in pixel units of images in [0, 1], such as 8/255")
     add("--step_size", type=fraction, help="in the same units")
     add("--restarts", type=int, default=1, help="random starts of PGD and CW")

@@ -55,7 +55,8 @@ def exact_distance(params, images, labels, norm):
     logits = np.asarray(linear(params, images))
     gaps = np.take_along_axis(logits, labels[:, None], 1) - logits
     across = np.asarray(kernel)[:, labels][:, :, None] - np.asarray(kernel)[:, None]
-    across = np.linalg.norm(across, 1 if norm == "linf" else 2, axis=0)
+    dual = {"linf": 1, "l2": 2, "l1": np.inf}[norm]
+    across = np.linalg.norm(across, dual, axis=0)
     across[np.arange(len(labels)), labels] = np.nan
     return np.nanmin(gaps / across, 1)
 
@@ -73,7 +74,7 @@ def median_eps(params, images, labels, norm):
     return float(distances[middle - 1] + distances[middle]) / 2
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize(
     ("name", "num_classes"),
     [("apgd-ce", 2), ("apgd-dlr", 3), ("apgd-t", 5), ("fab", 5), ("fab-t", 5)],
@@ -108,7 +109,7 @@ def test_cascade(version):
 @settings(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 1000),
-    norm=st.sampled_from(["linf", "l2"]),
+    norm=st.sampled_from(["linf", "l2", "l1"]),
     eps=st.floats(0.005, 0.6),
 )
 def test_adversarial_images_stay_in_the_ball_and_the_image_range(seed, norm, eps):
@@ -117,7 +118,7 @@ def test_adversarial_images_stay_in_the_ball_and_the_image_range(seed, norm, eps
     options = {"norm": norm, "eps": eps, "attacks": "plus", "budget": Budget(6, 30)}
     result = attack(params, images, labels, **options)
     delta = (result.adversarial - images).reshape(8, -1).astype(np.float64)
-    order = np.inf if norm == "linf" else 2
+    order = {"linf": np.inf, "l2": 2, "l1": 1}[norm]
     assert np.linalg.norm(delta, order, axis=1).max() <= largest_size(eps, 32, norm)
     assert result.adversarial.min() >= 0
     assert result.adversarial.max() <= 1
@@ -306,13 +307,14 @@ def batch_norm(params, images):
         ({"eps": float("nan")}, "must be over 0"),
         ({"norm": "l2", "eps": 6.0}, "at most 5.65685"),
         ({"norm": "l2", "eps": float("inf")}, "at most 5.65685"),
-        ({"norm": "l1"}, "use one of linf, l2"),
+        ({"norm": "l3"}, "use one of linf, l2, l1"),
+        ({"norm": "l1", "eps": 33.0}, "at most 32"),
         ({"attacks": "standrad"}, "nearest: standard"),
         ({"attacks": ["fab", "fab"]}, "each named once"),
         ({"attacks": "rand"}, "can't be called with \\(images, key\\)"),
         ({"batch_size": 0}, "must be 1 or more"),
         ({"batch_size": 6}, "do not divide"),
-        ({"budget": Budget(iterations=0)}, "iterations is 0; it must be 1 or more"),
+        ({"budget": Budget(iterations=0)}, "iterations is 0; it must be an integer, 1 or more"),
         ({"logits_fn": lambda x: linear(GOOD[0], x) * jnp.nan}, "NaN or infinity for 8 of 8"),
         ({"logits_fn": functools.partial(batch_norm, GOOD[0])}, "inference mode"),
         ({"logits_fn": lambda x: linear(GOOD[0], x)[:, 0]}, "must give logits"),

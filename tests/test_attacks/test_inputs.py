@@ -19,7 +19,7 @@ def logits_fn(images):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"norm": "l3"}, "norm is 'l3', which is unknown; use one of linf, l2"),
+        ({"norm": "l3"}, "norm is 'l3', which is unknown; use one of linf, l2, l1"),
         ({"eps": 8}, "eps is 8; .* 8/255, say, not 8"),
         ({"norm": "L2", "eps": 14}, "eps is 14; .* at most 13.8564"),
         ({"eps": 0}, "eps is 0"),
@@ -37,7 +37,7 @@ def test_a_threat_that_is_none_is_refused(options, said):
             autoattack.run(logits_fn, IMAGES, LABELS, **options)
 
 
-@pytest.mark.parametrize("norm", ["Linf", "LINF", "L2", "l2"])
+@pytest.mark.parametrize("norm", ["Linf", "LINF", "L2", "l2", "L1"])
 def test_a_norm_is_known_in_any_case(norm):
     assert Threat(norm).norm == Settings(norm).norm == norm.lower()
 

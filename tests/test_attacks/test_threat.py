@@ -23,7 +23,19 @@ def points(bound):
 def lengths(norm, delta):
     """[b] of [b, H, W, C], in float64."""
     flat = np.abs(np.asarray(delta, np.float64)).reshape(len(delta), -1)
+    if norm == "l1":
+        return flat.sum(axis=1)
     return flat.max(axis=1) if norm == "linf" else np.sqrt((flat**2).sum(axis=1))
+
+
+def nearest_in_l1(delta, eps):
+    """The projection onto the l1 ball by sorting (Duchi et al. 2008), in float64."""
+    flat = np.asarray(delta, np.float64).reshape(len(delta), -1)
+    ordered = -np.sort(-np.abs(flat), axis=1)
+    levels = (np.cumsum(ordered, 1) - eps) / np.arange(1, flat.shape[1] + 1)
+    last = (ordered > levels).sum(1, keepdims=True) - 1
+    level = np.maximum(np.take_along_axis(levels, np.maximum(last, 0), 1), 0)
+    return (np.sign(flat) * np.maximum(np.abs(flat) - level, 0)).reshape(delta.shape)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -36,6 +48,8 @@ def test_projection_is_the_nearest_point_of_the_ball(norm, delta, eps):
     np.testing.assert_allclose(projected[inside], delta[inside], rtol=1e-6, atol=1e-12)
     if norm == "linf":
         nearest = np.clip(delta, -eps, eps)
+    elif norm == "l1":
+        nearest = nearest_in_l1(delta, eps)
     else:
         factor = np.minimum(1, eps / np.maximum(lengths(norm, delta), 1e-12))
         nearest = delta * factor[:, None, None, None]
@@ -65,7 +79,15 @@ def test_l2_starts_are_uniform_in_volume_and_direction():
     np.testing.assert_allclose(np.asarray(start).mean(axis=0), 0, atol=0.08)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+def test_l1_starts_are_uniform_in_volume_and_sign():
+    start = random_start(jax.random.key(0), (4000, 2, 2, 1), Threat("l1", 2.0))
+    volume = (lengths("l1", start) / 2.0) ** 4
+    counts, _ = np.histogram(volume, bins=4, range=(0, 1))
+    np.testing.assert_allclose(counts / 4000, 1 / 4, atol=0.04)
+    np.testing.assert_allclose(np.asarray(start).mean(axis=0), 0, atol=0.08)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
 @given(delta=points(1.0), eps=EPS)
 @settings(max_examples=50, deadline=None)
 def test_projecting_an_image_is_projecting_its_perturbation(norm, delta, eps):

@@ -26,7 +26,7 @@ Array = jax.Array
 Evaluate = Callable[[Array], tuple[Array, Array, Array]]
 LOSSES = ("ce", "dlr", "targeted dlr")
 _MOMENTUM = 0.75  # alpha: weight of the new step; the rest repeats the last move
-_INCREASES = 0.75  # rho: the step is halved if fewer of a period's iterations increased the loss
+RHO = 0.75  # the step is halved if a smaller share of a period's iterations increased the loss
 
 
 def periods(iterations: int) -> tuple[int, int, int]:
@@ -38,7 +38,8 @@ class State(NamedTuple):
     """One batch of runs. Images and gradients are [b, H, W, C], all else is [b].
 
     point, gradient: the iterate and the gradient of its loss; previous: the iterate before.
-    best_*: where the loss was largest; adversarial: the last misclassified iterate, or the start.
+    best_*: where the loss was largest; adversarial: the misclassified iterate of the largest loss,
+    or the start; adversarial_loss: that loss, -inf if there is none.
     checked_loss, halved: best loss at the last checkpoint, and whether it halved the step.
     increases, since_check: of the loss, and iterations, since the last checkpoint.
     period: iterations between checkpoints; iteration: steps done, -1 before the first evaluation.
@@ -50,6 +51,7 @@ class State(NamedTuple):
     best_point: Array
     best_gradient: Array
     adversarial: Array
+    adversarial_loss: Array
     last_loss: Array
     best_loss: Array
     step_size: Array
@@ -80,6 +82,7 @@ def start_at(point: Array, threat: Threat) -> State:
         best_point=point,
         best_gradient=nothing,
         adversarial=point,
+        adversarial_loss=zero - jnp.inf,
         last_loss=zero,
         best_loss=zero - jnp.inf,
         step_size=zero + 2 * threat.eps,
@@ -93,7 +96,9 @@ def start_at(point: Array, threat: Threat) -> State:
     )
 
 
-def advance(evaluate: Evaluate, images: Array, state: State, threat: Threat) -> tuple[State, Array]:
+def advance(
+    evaluate: Evaluate, images: Array, state: State, threat: Threat, rho: float = RHO
+) -> tuple[State, Array]:
     """One iteration of Algorithm 1, and the loss [b] at the new point.
 
     evaluate: points [b, H, W, C] -> (loss [b], its gradient [b, H, W, C], correct [b] bool).
@@ -104,13 +109,15 @@ def advance(evaluate: Evaluate, images: Array, state: State, threat: Threat) -> 
     better = loss > state.best_loss
     best_loss = jnp.where(better, loss, state.best_loss)
     counts = ~starting
+    found = ~correct & ~(loss <= state.adversarial_loss)  # a NaN is found, too
     state = state._replace(
         point=point,
         previous=state.point,
         gradient=gradient,
         best_point=where(better, point, state.best_point),
         best_gradient=where(better, gradient, state.best_gradient),
-        adversarial=where(correct, state.adversarial, point),
+        adversarial=where(found, point, state.adversarial),
+        adversarial_loss=jnp.where(found, loss, state.adversarial_loss),
         # As in the official code, the first step's loss is compared with 0, not with the start's.
         last_loss=jnp.where(starting, 0, loss),
         best_loss=best_loss,
@@ -120,7 +127,7 @@ def advance(evaluate: Evaluate, images: Array, state: State, threat: Threat) -> 
         since_check=state.since_check + counts,
         iteration=state.iteration + 1,
     )
-    return _checkpoint(state, threat), loss
+    return _checkpoint(state, threat, rho), loss
 
 
 def _move(images: Array, state: State, threat: Threat) -> Array:
@@ -140,11 +147,11 @@ def _project(point: Array, images: Array, threat: Threat) -> Array:
     return jnp.clip(NORMS[threat.norm].project_image(point, images, threat.eps), 0, 1)
 
 
-def _checkpoint(state: State, threat: Threat) -> State:
+def _checkpoint(state: State, threat: Threat, rho: float) -> State:
     """At the end of a period: conditions 1 and 2 of section 3.2, and the restart from the best."""
     _, decrement, shortest = periods(threat.steps)
     due = state.since_check == state.period
-    oscillates = state.increases <= _INCREASES * state.period
+    oscillates = state.increases <= rho * state.period
     stalls = ~state.halved & (state.checked_loss >= state.best_loss)
     halve = due & (oscillates | stalls)
     return state._replace(

@@ -153,7 +153,8 @@ def project(points: Array, normal: Array, offset: Array, norm: str) -> Array:
 
     In the shortest step every pixel moves up to a common level or to its bound: by min(level, room)
     in linf, by |normal| min(level, room / |normal|) in l2. ``_water_level`` finds the level that
-    reaches the hyperplane.
+    reaches the hyperplane. In l1 the pixels with the largest normal move to their bounds, one after
+    the other.
     """
     shape = points.shape
     points, normal = (x.reshape(len(x), -1) for x in (points, normal))
@@ -165,11 +166,28 @@ def project(points: Array, normal: Array, offset: Array, norm: str) -> Array:
         level = _water_level(size, room, jnp.abs(excess))
         return (-jnp.sign(normal) * jnp.minimum(level[:, None], room)).reshape(shape)
     moves = size > _WEIGHT_FLOOR
+    if norm == "l1":
+        step = _largest_first(jnp.where(moves, size, 0), room, jnp.abs(excess))
+        return (-jnp.sign(normal) * step).reshape(shape)
     weights = jnp.where(moves, normal**2, 0)
     room = jnp.where(moves, room / jnp.where(moves, size, 1), 0)
     level = _water_level(weights, room, jnp.abs(excess))
     step = jnp.where(moves, -normal * jnp.minimum(level[:, None], room), 0)
     return step.reshape(shape)
+
+
+def _largest_first(weights: Array, room: Array, total: Array) -> Array:
+    """The step [b, n] of at most ``room`` with sum_i weights_i step_i = total, or
+    the nearest to it, in which values of large weight move first.
+    """
+    order = jnp.argsort(-weights, -1)
+    weight, gain = (jnp.take_along_axis(x, order, -1) for x in (weights, weights * room))
+    before = jnp.cumsum(gain, -1) - gain
+    missing = jnp.maximum(total[:, None] - before, 0)
+    partial = missing / jnp.where(weight > 0, weight, 1)
+    step = jnp.minimum(partial, jnp.take_along_axis(room, order, -1))
+    step = jnp.where(weight > 0, step, 0)
+    return jnp.take_along_axis(step, jnp.argsort(order, -1), -1)
 
 
 def _water_level(weights: Array, room: Array, total: Array) -> Array:

@@ -21,6 +21,8 @@ import numpy as np
 Array = jax.Array
 Resize = Callable[[Array, Array, float | Array], Array]
 _FLOOR = 1e-12  # prevents 0 / 0: a zero gradient gives a zero step
+_L1_SHARE = 0.05  # of the values that a step of PGD moves
+_L1_BISECTIONS = 30
 _PIXEL_ROUNDING = 1.2e-7  # what float32 may add to the difference of two pixels in [0, 1]
 
 
@@ -41,9 +43,11 @@ class Norm(NamedTuple):
     dual_size: x -> the dual norm, [b, 1, ...].
     diameter: number of values of an image -> norm of the largest perturbation in [0, 1].
     steepest_step: (gradient, step_size, resize) -> the perturbation of size ``step_size`` in whose
-      direction the loss grows fastest.
+      direction the loss grows fastest. In l1 that is a step of one value, which soon is at its
+      bound, so the 5 % of the values with the largest gradient move (Tramer and Boneh 2019).
     project: (delta, eps) -> the nearest perturbation in the ball of radius eps.
-    project_image: (point, images, eps) -> the nearest point in the ball around the images.
+    project_image: (point, images, eps) -> the nearest point in the ball around the images; in l1,
+      in the part of the ball that lies in [0, 1].
     random_start: (key, shape [b, ...], eps) -> a uniform draw from the ball.
     random_direction: (key, shape) -> a random direction, of any size.
     """
@@ -88,6 +92,81 @@ def _l2_start(key: Array, shape: tuple[int, ...], eps: float | Array) -> Array:
     return resize(direction, _l2_size(direction), radius)
 
 
+def _l1_size(x: Array, xp: ModuleType = jnp) -> Array:
+    return xp.sum(xp.abs(x), **_axes(x))
+
+
+def sparse_sign(gradient: Array, share: float | Array) -> Array:
+    """The signs of the values with the largest gradients, 0 elsewhere; share [b]: of the values.
+
+    As in the official APGD-L1, all values of the size of the smallest one count.
+    """
+    b, count = len(gradient), gradient[0].size
+    first = jnp.clip((1 - jnp.broadcast_to(share, b)) * count, 0, count - 1).astype(jnp.int32)
+    ordered = jnp.sort(jnp.abs(gradient).reshape(b, -1), -1)
+    least = jnp.take_along_axis(ordered, first[:, None], -1)
+    least = least.reshape(-1, *[1] * (gradient.ndim - 1))
+    return jnp.where(jnp.abs(gradient) >= least, jnp.sign(gradient), 0)
+
+
+def _l1_step(gradient: Array, step_size: float | Array, to: Resize) -> Array:
+    signs = sparse_sign(gradient, _L1_SHARE)
+    return to(signs, _l1_size(signs), step_size)
+
+
+def _l1_shrink(size: Array, room: Array, eps: float | Array) -> Array:
+    """What each value of a perturbation loses in the projection onto the l1 ball and a box.
+
+    size: of the values; room: their largest size in the box; both [b, ...]. Each value loses the
+    same level, at least what is outside of the box and at most all. The level follows from the
+    values that lose just that; bisection finds which these are.
+    """
+    kept = jnp.minimum(size, room)
+
+    def left(level):
+        return jnp.sum(jnp.clip(size - level, 0, room), **_axes(size))
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        over = left(middle) > eps
+        return jnp.where(over, middle, low), jnp.where(over, high, middle)
+
+    high = jnp.max(size, **_axes(size))
+    low, high = jax.lax.fori_loop(0, _L1_BISECTIONS, halve, (jnp.zeros_like(high), high))
+    middle = (low + high) / 2
+    free = (size > middle) & (size - room < middle)
+    fixed = jnp.sum(jnp.where(size - room >= middle, room, 0), **_axes(size))
+    total = jnp.sum(jnp.where(free, size, 0), **_axes(size))
+    number = jnp.sum(free, **_axes(size))
+    exact = jnp.clip((total + fixed - eps) / jnp.maximum(number, 1), low, high)
+    level = jnp.where(jnp.sum(kept, **_axes(size)) > eps, exact, 0)
+    return jnp.minimum(jnp.maximum(size - room, level), size)
+
+
+def _l1_project(delta: Array, eps: float | Array) -> Array:
+    size = jnp.abs(delta)
+    return jnp.sign(delta) * (size - _l1_shrink(size, jnp.full_like(size, jnp.inf), eps))
+
+
+def l1_shift(delta: Array, images: Array, eps: float | Array) -> Array:
+    """What the projection of images + delta onto the l1 ball and [0, 1] adds, [b, ...]."""
+    room = jnp.where(delta > 0, 1 - images, images)
+    return -jnp.sign(delta) * _l1_shrink(jnp.abs(delta), room, eps)
+
+
+def _l1_project_image(point: Array, images: Array, eps: float | Array) -> Array:
+    delta = point - images
+    return images + delta + l1_shift(delta, images, eps)
+
+
+def _l1_start(key: Array, shape: tuple[int, ...], eps: float | Array) -> Array:
+    direction_key, rest_key = jax.random.split(key)
+    direction = jax.random.laplace(direction_key, shape)
+    rest = jax.random.exponential(rest_key, (shape[0],) + (1,) * (len(shape) - 1))
+    return eps * direction / (_l1_size(direction) + rest)
+
+
 NORMS = {
     "linf": Norm(
         size=lambda x, xp=jnp: xp.max(xp.abs(x), **_axes(x)),
@@ -107,6 +186,16 @@ NORMS = {
         project=_l2_project,
         project_image=_l2_project_image,
         random_start=_l2_start,
+        random_direction=jax.random.normal,
+    ),
+    "l1": Norm(
+        size=_l1_size,
+        dual_size=lambda x: jnp.max(jnp.abs(x), **_axes(x)),
+        diameter=float,
+        steepest_step=_l1_step,
+        project=_l1_project,
+        project_image=_l1_project_image,
+        random_start=_l1_start,
         random_direction=jax.random.normal,
     ),
 }

@@ -28,7 +28,7 @@ class Threat:
 
     A pytree: eps and step_size may be arrays under jit; norm and steps are static.
 
-    norm: 'linf' or 'l2', in any case. eps: radius of the ball; step_size: of one attack step;
+    norm: 'linf', 'l2' or 'l1', in any case. eps: radius of the ball; step_size: of one attack step;
     steps: their number. UserError: the norm is unknown, or a number is a text.
     """
 

@@ -122,7 +122,7 @@ def describe(trained: Trained, records: Sequence[dict[str, Any]]) -> dict[str, A
         "reported": robust,
         "autoattack_acc": robust,
         "unreliable": False,
-        "threat_model": {"linf": "Linf", "l2": "L2"}[config.threat.norm],
+        "threat_model": {"linf": "Linf", "l2": "L2", "l1": "L1"}[config.threat.norm],
         "num_classes": trained.model.num_classes,
         "normalisation": {"mean": list(config.data.mean), "std": list(config.data.std)},
         "training": config.to_dict(),

@@ -198,12 +198,13 @@ def judge_result(result: Result) -> dict[str, str]:
     unconfirmed = sum(work["unconfirmed"] for work in result.work.values())
     if unconfirmed or result.failures:
         flags["unconfirmed"] = f"{unconfirmed} in the attacks, {len(result.failures)} at the end"
-    accuracies = {name: float(kept.mean()) for name, kept in result.robust.items()}
-    names = list(accuracies)
+    names = list(result.robust)
     if "square" not in names[2:]:  # after 'clean' and a white-box attack
         return flags
-    before = accuracies[names[names.index("square") - 1]]
-    fell = before - accuracies["square"]
+    earlier = [result.robust[name] for name in names[: names.index("square")]]
+    kept = np.logical_and.reduce(earlier)  # of attacks that ran individually, too
+    before = float(kept.mean())
+    fell = before - float((kept & result.robust["square"]).mean())
     if fell > _MARGIN:
         flags["square-wins"] = f"the robust accuracy fell from {before:.2%} by {fell:.2%}"
     return flags

@@ -45,14 +45,14 @@ class Cascade:
     def run(self) -> None:
         """Runs the attacks that the ledger does not hold yet."""
         ledger = self._ledger
-        while ledger.stage < len(self._methods) and ledger.robust.any():
+        while ledger.stage < len(self._methods) and ledger.attacked.any():
             method = self._methods[ledger.stage]
             self._attack(method)
             ledger.stage += 1
             ledger.progress = {}
             self._save()
-            share = ledger.robust.mean()
-            self._progress.say(f"{method.name}: {share:.2%} robust ({ledger.robust.sum()} images)")
+            robust = ledger.robust_after()[method.name]
+            self._progress.say(f"{method.name}: {robust.mean():.2%} robust ({robust.sum()} images)")
 
     def _attack(self, method: Method) -> None:
         ledger = self._ledger
@@ -60,7 +60,7 @@ class Cascade:
         if ledger.progress:
             packing.restore(ledger.progress)
         else:
-            packing.begin(np.flatnonzero(ledger.robust))
+            packing.begin(np.flatnonzero(ledger.attacked))
         unconfirmed = ledger.work.get(method.name, {}).get("unconfirmed", 0)
         for finished in packing.rounds():
             unconfirmed += self._record(packing, finished)
@@ -83,8 +83,9 @@ class Cascade:
             if end.image in flaws and packing.continue_with_next_run(end):
                 continue
             broken = end.adversarial is not None and end.image not in flaws
+            first = broken and ledger.robust_at(end.image)
             ledger.outcome[end.image, column] = BROKEN if broken else WITHSTOOD
-            if broken:
+            if first:
                 delta = end.adversarial - read(self._source.images, np.array([end.image]))
                 ledger.found[end.image] = end.adversarial
                 ledger.run[end.image], ledger.step[end.image] = end.run, end.step
@@ -139,10 +140,9 @@ class Cascade:
         done = _passes(self._ledger) - self._resumed_with
         left = packing.steps_left() * method.passes
         later = self._methods[self._ledger.stage + 1 :]
-        robust = self._ledger.robust
-        left += int(robust.sum()) * sum(m.runs * m.steps * m.passes for m in later)
+        left += int(self._ledger.attacked.sum()) * sum(m.runs * m.steps * m.passes for m in later)
         text = f"{method.name}: {packing.unfinished()} images under attack, "
-        text += f"{robust.mean():.2%} still robust"
+        text += f"{self._ledger.robust.mean():.2%} still robust"
         self._progress.update(text, done=done, total=done + left)
 
 

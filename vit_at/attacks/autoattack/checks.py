@@ -30,10 +30,17 @@ _PROBED = 64  # images
 def check_settings(settings: Settings, count: int) -> None:
     """Raises UserError for the first setting that is not allowed; count: values of an image."""
     check_threat(Threat(settings.norm, settings.eps), count)
-    positive = {"batch_size": settings.batch_size, **dataclasses.asdict(settings.budget)}
-    for name, value in positive.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be 1 or more")
+    numbers = {"batch_size": settings.batch_size, **dataclasses.asdict(settings.budget)}
+    rho, unset = numbers.pop("rho"), ("restarts", "targets")
+    for name, value in numbers.items():
+        if value is None and name in unset:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise UserError(f"{name} is {value!r}; it must be an integer, 1 or more")
+    if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 <= rho <= 1:
+        raise UserError(
+            f"rho is {rho!r}; it must be a share, from 0 to 1; the official one is 0.75"
+        )
     if not 0 <= settings.seed < 2**32:
         raise UserError(f"seed is {settings.seed}; it must be from 0 to {2**32 - 1}")
     sharding.check_batch_size("batch_size", settings.batch_size, settings.mesh)

@@ -36,11 +36,13 @@ class Ledger:
     clean: [N] bool, classified correctly; outcome: [N, attacks] int8, 0 not attacked, 1 withstood,
     2 broken; run, step: [N], of the success; norm: [N], of the adversarial perturbation.
     found: {image: adversarial image [H, W, C] float32} since the last ``Store.save``.
+    individually: whether each attack runs on all correct images; run, step, norm and the
+    adversarial image are then of the first attack that broke an image.
     stage: number of finished attacks; progress: ``Packing.snapshot`` of the current one.
     """
 
-    def __init__(self, attacks: tuple[str, ...], count: int):
-        self.attacks = attacks
+    def __init__(self, attacks: tuple[str, ...], count: int, individually: bool = False):
+        self.attacks, self.individually = attacks, individually
         self.clean = np.zeros(count, bool)
         self.outcome = np.zeros((count, len(attacks)), np.int8)
         self.run, self.step = np.full(count, -1, np.int16), np.full(count, -1, np.int32)
@@ -55,9 +57,24 @@ class Ledger:
         """[N] bool: correct, and broken by no attack so far."""
         return self.clean & ~(self.outcome == BROKEN).any(1)
 
+    def robust_at(self, image: int) -> bool:
+        """``robust`` of one image."""
+        return bool(self.clean[image]) and not (self.outcome[image] == BROKEN).any()
+
+    @property
+    def attacked(self) -> np.ndarray:
+        """[N] bool: the images that the next attack runs on."""
+        return self.clean if self.individually else self.robust
+
     def robust_after(self) -> dict[str, np.ndarray]:
-        """{attack: [N] bool} after each attack of the cascade; 'clean' first."""
+        """{attack: [N] bool} after each attack of the cascade; 'clean' first. If the attacks ran
+        individually, each one's own outcome, and under 'all' what withstood every attack.
+        """
         after, robust = {"clean": self.clean}, self.clean
+        if self.individually:
+            withstood = self.clean[:, None] & (self.outcome != BROKEN)
+            own = dict(zip(self.attacks, withstood.T, strict=True))
+            return after | own | {"all": self.robust}
         for column, attack in enumerate(self.attacks):
             robust = robust & (self.outcome[:, column] != BROKEN)
             after[attack] = robust

@@ -15,15 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vit_at.attacks import apgd, fab, square
-from vit_at.attacks.autoattack.settings import TARGETS, Settings
+from vit_at.attacks import apgd, apgd_l1, fab, square
+from vit_at.attacks.autoattack.settings import Settings
 from vit_at.attacks.losses import best_wrong_class, is_correct, pick
 from vit_at.attacks.norms import random_directions
 from vit_at.attacks.threat import Threat
 
 Array = jax.Array
-_SAMPLES = 20  # draws of a randomised model for each gradient
-_RESTARTS = {"plus": {"apgd-ce": 5, "apgd-dlr": 5, "fab": 5}}  # elsewhere 1
 _LOSSES = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "targeted dlr"}
 
 
@@ -31,7 +29,7 @@ class Problem(NamedTuple):
     """The runs of a batch.
 
     images: [b, H, W, C]; labels, targets: [b] classes; index: [b], the image's place in the data;
-    run: [b], number of the restart, or rank of the target class.
+    run: [b], number of the run: all restarts of a target before the next target.
     """
 
     images: Array
@@ -64,15 +62,31 @@ class Context(NamedTuple):
 class Method(abc.ABC):
     """One attack. Hashable, as a static argument of compiled programs.
 
-    runs: for an image that withstands all of them; steps: of one run; passes: cost of a step in
-    forward passes, a backward pass counting as 2.
+    restarts, targets: numbers of them; steps: of one run; passes: cost of a step in forward passes,
+    a backward pass counting as 2. worst: a success does not end the run, whose adversarial image
+    of the highest loss is kept.
     """
 
     name: str
     norm: str
-    runs: int
+    restarts: int
+    targets: int
     steps: int
     passes: int
+    worst: bool
+
+    @property
+    def runs(self) -> int:
+        """Number of runs for an image that withstands all of them."""
+        return self.restarts * self.targets
+
+    def rank(self, run: Any) -> Any:
+        """The rank of a run's target class, from 0."""
+        return run // self.restarts
+
+    def ended(self, steps: Array, success: Array) -> Array:
+        """Whether a success counts now [b]: at once, or if the worst image is kept at the end."""
+        return success & (steps >= self.steps) if self.worst else success
 
     @property
     def targeted(self) -> bool:
@@ -113,34 +127,34 @@ class Method(abc.ABC):
 
 def make(name: str, settings: Settings, num_classes: int) -> Method:
     """An attack with the official parameters; custom lists have those of the standard version."""
-    budget, version = settings.budget, settings.version
-    runs = _RESTARTS.get(version, {}).get(name, 1)
-    if name.endswith("-t"):
-        runs = min(TARGETS, num_classes - 1)
+    budget = settings.budget
+    runs = (settings.restarts(name), settings.targets(name, num_classes))
+    worst = settings.keep == "worst"
     if name.startswith("apgd"):
-        samples = _SAMPLES if settings.randomised else 0
-        passes = 3 * max(samples, 1)
-        return Apgd(name, settings.norm, runs, 1 + budget.iterations, passes, samples)
+        samples = budget.samples if settings.randomised else 0
+        schedule = apgd_l1.phases(budget.iterations, settings.in_phases)
+        own = (3 * max(samples, 1), worst, samples)
+        if settings.norm == "l1":
+            steps = budget.iterations + len(schedule)
+            return ApgdL1(name, "l1", *runs, steps, *own, schedule)
+        return Apgd(name, settings.norm, *runs, 1 + budget.iterations, *own, budget.rho)
     if name.startswith("fab"):
         passes = 4 if name == "fab-t" else 2 + 2 * num_classes
-        return Fab(name, settings.norm, runs, budget.iterations, passes)
-    return Square(name, settings.norm, runs, 1 + budget.queries, passes=1)
+        return Fab(name, settings.norm, *runs, budget.iterations, passes, worst=False)
+    return Square(name, settings.norm, *runs, 1 + budget.queries, 1, worst)
 
 
 @dataclasses.dataclass(frozen=True)
-class Apgd(Method):
+class _AnyApgd(Method):
     """APGD on one of three losses. samples: draws of a randomised model; 0: the model has none."""
 
     samples: int
 
-    def start(self, context, problem):
-        directions = self.directions(context, problem)
-        return apgd.start(problem.images, directions, self.threat(context))
-
-    def advance(self, context, problem, state):
+    def evaluator(self, context: Context, problem: Problem, step: Array) -> apgd.Evaluate:
+        """The loss, its gradient and whether points are correct, as in the step [b] of a run."""
         keys = None
         if self.samples:
-            step_keys = self.step_keys(context, problem, state.iteration + 1)
+            step_keys = self.step_keys(context, problem, step)
             draws = jax.vmap(lambda key: jax.random.split(key, self.samples))(step_keys)
             keys = jnp.swapaxes(draws, 0, 1)
 
@@ -148,23 +162,63 @@ class Apgd(Method):
             labels, targets, loss = problem.labels, problem.targets, _LOSSES[self.name]
             return apgd.loss_and_gradient(context.logits_fn, loss, points, labels, targets, keys)
 
-        return apgd.advance(evaluate, problem.images, state, self.threat(context))[0]
+        return evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class Apgd(_AnyApgd):
+    """APGD in linf and l2. rho: see ``Budget``."""
+
+    rho: float
+
+    def start(self, context, problem):
+        directions = self.directions(context, problem)
+        return apgd.start(problem.images, directions, self.threat(context))
+
+    def advance(self, context, problem, state):
+        evaluate = self.evaluator(context, problem, state.iteration + 1)
+        threat = self.threat(context)
+        return apgd.advance(evaluate, problem.images, state, threat, self.rho)[0]
 
     def read(self, context, state):
-        return Outcome(state.iteration + 1, ~state.robust, state.adversarial)
+        steps = state.iteration + 1
+        return Outcome(steps, self.ended(steps, ~state.robust), state.adversarial)
+
+
+@dataclasses.dataclass(frozen=True)
+class ApgdL1(_AnyApgd):
+    """APGD in l1. schedule: its phases."""
+
+    schedule: tuple[apgd_l1.Phase, ...]
+
+    def start(self, context, problem):
+        directions, threat = self.directions(context, problem), self.threat(context)
+        return apgd_l1.start(problem.images, directions, threat, self.schedule)
+
+    def advance(self, context, problem, state):
+        evaluate = self.evaluator(context, problem, state.evaluation)
+        threat = self.threat(context)
+        return apgd_l1.advance(evaluate, problem.images, state, threat, self.schedule)[0]
+
+    def read(self, context, state):
+        steps = state.evaluation
+        return Outcome(steps, self.ended(steps, ~state.robust), state.adversarial)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fab(Method):
-    """FAB, or FAB-T towards the target classes."""
+    """FAB, or FAB-T towards the target classes. It looks for the nearest adversarial image, so it
+    ends at the first one in the ball.
+    """
 
     def start(self, context, problem):
         images = problem.images
-        if self.targeted:
+        if self.restarts == 1:
             return fab.start(images, images)
         directions = self.directions(context, problem)
         restart = fab.random_point(images, directions, self.norm, context.eps)
-        return fab.start(images, apgd.where(problem.run > 0, restart, images))
+        again = problem.run % self.restarts > 0
+        return fab.start(images, apgd.where(again, restart, images))
 
     def advance(self, context, problem, state):
         logits_fn, labels = context.logits_fn, problem.labels
@@ -208,4 +262,4 @@ class Square(Method):
         return square.advance(margin_fn, problem.images, state, uniforms, self.threat(context))
 
     def read(self, context, state):
-        return Outcome(state.queries, state.margin <= 0, state.best)
+        return Outcome(state.queries, self.ended(state.queries, state.margin <= 0), state.best)

@@ -178,7 +178,7 @@ class Packing:
             images[rows] = read(self._source.images, places)
             labels[rows] = self._source.labels[places]
             if self.method.targeted:  # column 0 is the predicted class
-                targets[rows] = self._source.ranking[places, 1 + self._run[rows]]
+                targets[rows] = self._source.ranking[places, 1 + self.method.rank(self._run[rows])]
         index = np.maximum(self._image, 0).astype(np.uint32)
         return Problem(images, labels, targets, index, self._run.astype(np.int32))
 

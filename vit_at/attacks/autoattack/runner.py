@@ -29,7 +29,8 @@ _FORMAT = 1
 class Result:
     """The outcomes of N images.
 
-    robust: {attack: [N] bool} after each attack of the cascade, 'clean' first.
+    robust: {attack: [N] bool} after each attack of the cascade, 'clean' first. If the attacks ran
+      individually: each one's own outcome, and last, under 'all', what withstood every attack.
     columns: of ``per_example.npz``.
     failures: {image: reason} of adversarial images that failed the final verification.
     notes: deviations from the version's definition, as sentences.
@@ -93,6 +94,8 @@ def run(
     workdir: str | epath.Path | None = None,
     progress: Callable[[str], None] | bool | None = None,
     budget: Budget = Budget(),  # noqa: B008 - immutable
+    individually: bool = False,
+    keep: str = "first",
     mesh: Mesh | None = None,
 ) -> Result:
     """Runs AutoAttack on all devices.
@@ -105,20 +108,25 @@ def run(
       images: [N, H, W, C] in [0, 1], or an object with ``shape`` and ``dtype`` for which
         ``images[places]`` returns rows; rows are read when they are needed.
       labels: [N] integers.
-      norm: 'linf' or 'l2'; eps: in pixel units.
+      norm: 'linf', 'l2' or 'l1'; eps: in pixel units.
       attacks: 'standard', 'plus', 'rand', or a list of ``settings.NAMES``, in order.
       batch_size: over all devices.
       seed: the random numbers of an image follow from it and the image's index.
       workdir: directory of the ledger; the same call resumes from it.
       progress: called with a line every now and then; True: a bar or lines on standard error.
-      budget: iterations and queries of each run; the default is the official one.
+      budget: iterations, queries, restarts, targets, EOT samples and rho; the default is the
+        official one.
+      individually: each attack runs on all correct images, not only on those still robust.
+      keep: 'first' ends a run at its first adversarial image; 'worst' lets it go on to its last
+        step and keeps the adversarial image of highest loss, for transfer and for 8-bit files
+        (not in FAB, which looks for the nearest). The outcomes are the same.
       mesh: of ``sharding.make_mesh``; default: all devices.
 
     Raises:
       UserError: the input, the model's output or the ledger is not usable.
     """
     mesh = mesh or sharding.make_mesh()
-    settings = Settings(norm, eps, attacks, batch_size, seed, budget, mesh)
+    settings = Settings(norm, eps, attacks, batch_size, seed, budget, individually, keep, mesh)
     with jax.default_matmul_precision("highest"), contextlib.closing(_bar(progress)) as bar:
         return _run(logits_fn, images, labels, settings, workdir, bar)
 
@@ -131,12 +139,13 @@ def _run(logits_fn, images, labels, settings, workdir, bar) -> Result:
     checks.check_settings(settings, int(np.prod(images.shape[1:])))
     model = sharding.replicate(as_function(logits_fn), settings.mesh)
     classify = checks.Classifier(model, settings, images.shape[1:])
-    clean = checks.survey(classify, images, labels, settings.batch_size, 1 + TARGETS)
+    targets = settings.budget.targets or TARGETS
+    clean = checks.survey(classify, images, labels, settings.batch_size, 1 + targets)
     num_classes, labels = clean.probe.shape[1], labels.astype(np.int32)
-    names, notes = for_classes(names, num_classes)
+    names, notes = for_classes(names, num_classes, targets)
     directory = None if workdir is None else epath.Path(workdir)
     store = Store(directory, _protocol(settings, names, clean.digest), clean.probe)
-    ledger = Ledger(names, len(labels))
+    ledger = Ledger(names, len(labels), settings.individually)
     if not store.load(ledger):
         ledger.clean = clean.ranking[:, 0] == labels
     source = Source(images, labels, clean.ranking)
@@ -160,7 +169,8 @@ def _run(logits_fn, images, labels, settings, workdir, bar) -> Result:
 
 def _protocol(settings: Settings, names: tuple[str, ...], digest: str) -> dict[str, Any]:
     """What a ledger is of, as JSON values; another protocol can't resume it."""
-    own = {name: getattr(settings, name) for name in ("version", "norm", "eps", "seed")}
+    names_of_own = ("version", "norm", "eps", "seed", "individually", "keep")
+    own = {name: getattr(settings, name) for name in names_of_own}
     own |= dataclasses.asdict(settings.budget)
     return {"format": _FORMAT, "attacks": list(names), "data": digest} | own
 

@@ -14,8 +14,11 @@ VERSIONS = {
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
 }
+KEEP = ("first", "worst")
+_APGD = ("apgd-ce", "apgd-dlr")
+_RESTARTED = {"plus": (*_APGD, "fab")}  # 5 times
 NAMES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
-TARGETS = 9  # of the targeted attacks, or all wrong classes if there are fewer
+TARGETS = 9  # of the targeted attacks, 5 of APGD-T in l1; all wrong classes if there are fewer
 _CLASSES_NEEDED = {"apgd-dlr": 3, "apgd-t": 4}
 
 
@@ -23,16 +26,26 @@ _CLASSES_NEEDED = {"apgd-dlr": 3, "apgd-t": 4}
 class Budget:
     """What one run of an attack may compute; the default is the official one.
 
-    iterations: of APGD and FAB; queries: of Square.
+    iterations: of APGD and FAB; queries: of Square. restarts: of each attack, and of each target of
+    the targeted ones; targets: the most likely wrong classes. None: those of the version.
+    samples: draws of a randomised model for each gradient of APGD (EOT). rho: APGD in linf and l2
+    halves its step if a smaller share of the iterations since the last checkpoint raised the loss.
     """
 
     iterations: int = 100
     queries: int = 5000
+    restarts: int | None = None
+    targets: int | None = None
+    samples: int = 20
+    rho: float = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of an evaluation, as for ``autoattack.run``. mesh: default, all devices."""
+    """The settings of an evaluation, as for ``autoattack.run``. mesh: default, all devices.
+
+    UserError: the norm, eps, keep or individually is not allowed.
+    """
 
     norm: str = "linf"
     eps: float = 8 / 255
@@ -40,18 +53,45 @@ class Settings:
     batch_size: int = 256
     seed: int = 0
     budget: Budget = Budget()
+    individually: bool = False
+    keep: str = "first"
     mesh: Mesh = dataclasses.field(default_factory=sharding.make_mesh)
 
     def __post_init__(self):
         threat = Threat(self.norm, self.eps)  # checks both
         object.__setattr__(self, "norm", threat.norm)
         object.__setattr__(self, "eps", float(self.eps))
+        if self.keep not in KEEP:
+            raise UserError(f"keep is {self.keep!r}; use one of {', '.join(KEEP)}")
+        if not isinstance(self.individually, bool):
+            raise UserError(f"individually is {self.individually!r}; it must be True or False")
+        if not isinstance(self.budget, Budget):
+            raise UserError(
+                f"budget is {self.budget!r}; give a Budget, such as Budget(queries=1000)"
+            )
 
     @property
     def version(self) -> str:
         """One of ``VERSIONS``, or 'custom' for a list of attacks."""
         named = isinstance(self.attacks, str) and self.attacks in VERSIONS
         return str(self.attacks) if named else "custom"
+
+    @property
+    def in_phases(self) -> bool:
+        """Whether APGD in l1 starts in larger balls: officially in the standard version only."""
+        return self.norm == "l1" and self.version in ("standard", "custom")
+
+    def restarts(self, attack: str) -> int:
+        """How often an attack is run, for each of its targets if it has some."""
+        many = attack in _RESTARTED.get(self.version, ()) or (self.in_phases and attack in _APGD)
+        return self.budget.restarts or (5 if many else 1)
+
+    def targets(self, attack: str, num_classes: int) -> int:
+        """How many target classes an attack tries; 1 for an untargeted attack."""
+        if not attack.endswith("-t"):
+            return 1
+        official = 5 if self.in_phases and attack == "apgd-t" else TARGETS
+        return min(self.budget.targets or official, num_classes - 1)
 
     @property
     def randomised(self) -> bool:
@@ -81,7 +121,9 @@ def parse(attacks: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(attacks)
 
 
-def for_classes(names: tuple[str, ...], num_classes: int) -> tuple[tuple[str, ...], list[str]]:
+def for_classes(
+    names: tuple[str, ...], num_classes: int, targets: int = TARGETS
+) -> tuple[tuple[str, ...], list[str]]:
     """The attacks that work with ``num_classes``, and a sentence for each change.
 
     The DLR loss needs 3 classes and the targeted DLR loss 4: with 3 classes, APGD-DLR replaces
@@ -99,8 +141,8 @@ def for_classes(names: tuple[str, ...], num_classes: int) -> tuple[tuple[str, ..
             notes.append("the targeted DLR loss needs 4 classes: apgd-dlr replaces apgd-t")
         else:
             notes.append(f"{name} is left out: its loss needs more than {num_classes} classes")
-    if any(name.endswith("-t") for name in kept) and num_classes <= TARGETS:
-        notes.append(f"{num_classes} classes allow {num_classes - 1} targets, not {TARGETS}")
+    if any(name.endswith("-t") for name in kept) and num_classes <= targets:
+        notes.append(f"{num_classes} classes allow {num_classes - 1} targets, not {targets}")
     if not kept:
         raise UserError(f"no attack of {', '.join(names)} works with {num_classes} classes")
     return tuple(kept), notes
