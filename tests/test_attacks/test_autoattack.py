@@ -349,7 +349,7 @@ def batch_norm(params, images):
         ({"attacks": "standrad"}, "nearest: standard"),
         ({"attacks": ["fab", "fab"]}, "each named once"),
         ({"attacks": "rand"}, "can't be called with \\(images, key\\)"),
-        ({"batch_size": 0}, "must be 1 or more"),
+        ({"batch_size": 0}, "must be an integer, 1 or more"),
         ({"batch_size": 6}, "do not divide"),
         ({"budget": Budget(iterations=0)}, "iterations is 0; it must be an integer, 1 or more"),
         ({"logits_fn": lambda x: linear(GOOD[0], x) * jnp.nan}, "NaN or infinity for 8 of 8"),

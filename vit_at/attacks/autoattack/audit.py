@@ -106,7 +106,9 @@ def check_function(
 ) -> dict[str, str]:
     """``flags.check_model`` of what ``autoattack.run`` takes."""
     model = sharding.replicate(as_function(logits_fn), settings.mesh)
-    return check_model(Classifier(model, settings, images.shape[1:]), images, labels, settings)
+    few = slice(settings.batch_size)
+    classify = Classifier(model, settings, images.shape[1:])
+    return check_model(classify, images[few], np.asarray(labels)[few], settings)
 
 
 def _compare_losses(by_ce: np.ndarray, by_dlr: np.ndarray) -> dict[str, str]:

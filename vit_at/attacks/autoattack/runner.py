@@ -24,6 +24,7 @@ from vit_at.distributed import sharding
 
 Array = jax.Array
 _FORMAT = 1
+_CHECKED = 64  # images on which the model itself is checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _run(logits_fn, images, labels, settings, workdir, bar) -> Result:
         ledger.clean = clean.ranking[:, 0] == labels
     source = Source(images, labels, clean.ranking)
     attacks = [methods.make(name, settings, num_classes) for name in names]
-    first = np.arange(min(settings.batch_size, len(labels)))
+    first = np.arange(min(_CHECKED, settings.batch_size, len(labels)))
     flags = check_model(classify, checks.read(images, first), labels[first], settings)
     cascade = Cascade(attacks, source, classify, ledger, store, settings, bar)
     cascade.run()
