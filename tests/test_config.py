@@ -278,7 +278,7 @@ def test_differences_name_fields_with_both_values():
 def test_evaluation_has_a_threat_of_its_own(parse):
     recipe = "digits_sgd"
     same = parse(recipe)
-    assert configuration.evaluation_threat(same) == same.threat
+    assert configuration.evaluation_threat(same).to_dict() == same.threat.to_dict()
     own = parse(recipe, "--config.eval.threat.step_size=0.01", "--config.eval.threat.eps=0.1")
     threat = configuration.evaluation_threat(own)
     assert (threat.norm, threat.eps, threat.step_size) == ("linf", 0.1, 0.01)
