@@ -64,10 +64,10 @@ def get_config() -> ConfigDict:
     mixing.cutmix_alpha = 1.0  # Beta(alpha, alpha) of CutMix; 0: never
     mixing.cutmix_probability = 0.5  # that a mixed batch uses CutMix, where both are on
 
-    config.threat = threat = ConfigDict()  # the training attack, and the ball of all evaluations
+    config.threat = threat = ConfigDict()  # the training attack
     threat.norm = "linf"  # linf, l2 or l1
     threat.eps = 8 / 255  # radius of the ball
-    threat.step_size = 2 / 255  # of the training attack, and of PGD and CW in evaluation
+    threat.step_size = 2 / 255  # of one attack step
     threat.steps = 10  # of the training attack
     threat.start = "random"  # random (AT: uniform; TRADES, MART: tiny Gaussian) or zero
     threat.eps_warmup_epochs = 0.0  # eps and step size grow linearly from 0 over these
@@ -99,6 +99,10 @@ def get_config() -> ConfigDict:
     evaluation.num_examples = 0  # test images used; 0: all
     evaluation.batch_size = 256  # over all devices
     evaluation.checkpoint = "best"  # which weights are tested: best (on validation) or last
+    evaluation.threat = ball = ConfigDict()  # the attacks' ball; '' and 0: as in training
+    ball.norm = ""  # linf, l2 or l1; if not that of training, set eps and step_size too
+    ball.eps = 0.0  # radius of the ball
+    ball.step_size = 0.0  # of PGD and CW
 
     config.checkpoint = checkpoint = ConfigDict()  # when the state is saved
     checkpoint.every_minutes = 10.0  # between checkpoints within an epoch; 0: none by the clock

@@ -35,7 +35,9 @@ def meanings() -> dict[str, str]:
         match node:
             case ast.Assign(targets=[ast.Attribute(value=ast.Name(id=group), attr=name), *others]):
                 found[prefixes[group] + name] = comments.get(node.lineno, "").lstrip("# ")
-                prefixes |= {o.id: f"{name}." for o in others if isinstance(o, ast.Name)}
+                prefixes |= {
+                    o.id: f"{prefixes[group]}{name}." for o in others if isinstance(o, ast.Name)
+                }
     return found
 
 

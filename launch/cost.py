@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from vit_at import configs
 from vit_at.attacks import Threat
+from vit_at.config import evaluation_threat
 from vit_at.console import with_prefix
 from vit_at.errors import Parser, one_sentence_errors
 from vit_at.evaluation.protocol import parse_attacks
@@ -69,7 +70,7 @@ def evaluation_flops(config: ConfigDict, forward_flops: float) -> float:
 
 def _passes(config: ConfigDict, attacks: str) -> int:
     """Work for one image in forward passes: 2 for each attack step and 1 at the end."""
-    parsed = parse_attacks(attacks, Threat.of(config.threat))
+    parsed = parse_attacks(attacks, Threat.of(evaluation_threat(config)))
     return sum(1 + 2 * a.threat.steps * (a.kind in ("pgd", "cw")) for a in parsed)
 
 

@@ -273,3 +273,31 @@ def test_differences_name_fields_with_both_values():
         "gone 1 -> None",
         "threat.eps 0.1 -> 0.2",
     ]
+
+
+def test_evaluation_has_a_threat_of_its_own(parse):
+    recipe = "digits_sgd"
+    same = parse(recipe)
+    assert configuration.evaluation_threat(same).to_dict() == same.threat.to_dict()
+    own = parse(recipe, "--config.eval.threat.step_size=0.01", "--config.eval.threat.eps=0.1")
+    threat = configuration.evaluation_threat(own)
+    assert (threat.norm, threat.eps, threat.step_size) == ("linf", 0.1, 0.01)
+    assert own.threat == same.threat
+    configuration.validate(own)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"norm": "l2"}, "give eval.threat.eps and eval.threat.step_size too"),
+        ({"norm": "l7"}, "eval.threat.norm is 'l7'"),
+        ({"eps": 8.0}, "eval.threat.eps is 8; eps is in pixel units"),
+        ({"eps": 0.01}, "eval.threat.step_size is 0.0375; it must be over 0 and at most twice"),
+        ({"step_size": -1.0}, "eval.threat.step_size is -1.0; it must be 0 or more"),
+    ],
+)
+def test_a_threat_of_evaluation_that_makes_no_sense_is_refused(fields, said):
+    config = digits_sgd.get_config()
+    config.eval.threat.update(fields)
+    with pytest.raises(UserError, match=re.escape(said)):
+        configuration.validate(config)

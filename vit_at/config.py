@@ -17,6 +17,7 @@ CHOICES = {
     "model.stem": ("patch", "conv"),
     "sharding": ("replicated", "fsdp"),
     "threat.norm": ("linf", "l2", "l1"),
+    "eval.threat.norm": ("", "linf", "l2", "l1"),
     "threat.start": ("random", "zero"),
     "optimizer.name": ("sgd", "adamw"),
     "optimizer.schedule": ("step", "cosine", "cyclic", "constant"),
@@ -39,7 +40,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "0 or more": (
         lambda v: v >= 0 and np.isfinite(v),
         "beta model.mlp_ratio model.qk_scale data.cache_gib mixing.mixup_alpha mixing.cutmix_alpha "
-        "threat.eps_warmup_epochs masking.warmup_epochs optimizer.learning_rate "
+        "eval.threat.eps eval.threat.step_size threat.eps_warmup_epochs masking.warmup_epochs "
+        "optimizer.learning_rate "
         "optimizer.weight_decay optimizer.clip_norm optimizer.warmup_epochs "
         "checkpoint.every_minutes",
     ),
@@ -56,6 +58,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 # Fields that older ``config.json`` files lack, with the value that describes those runs.
 ADDED = {"sharding": "replicated", "model.remat": False, "checkpoint.every_steps": 0}
 ADDED |= {"data.allow_overlap": False, "model.stem": "patch"}
+ADDED |= {"eval.threat.norm": "", "eval.threat.eps": 0.0, "eval.threat.step_size": 0.0}
 
 
 def with_added(stored: dict[str, Any]) -> dict[str, Any]:
@@ -90,28 +93,50 @@ def validate(config: ConfigDict) -> None:
 
 
 def _validate_threat(config: ConfigDict) -> None:
-    threat = config.threat
+    for name, threat in (("threat", config.threat), ("eval.threat", evaluation_threat(config))):
+        values = len(config.data.mean) * config.data.image_size**2
+        _validate_ball(name, threat, values)
+
+
+def evaluation_threat(config: ConfigDict) -> ConfigDict:
+    """The threat of validation and evaluation: ``threat``, with what ``eval.threat`` changes.
+
+    Raises:
+      UserError: the norm is another one than in training, and eps or step_size is not given.
+    """
+    threat, own = config.threat.copy_and_resolve_references().unlock(), config.eval.threat
+    changes = {field: own[field] for field in ("norm", "eps", "step_size") if own[field]}
+    if changes.get("norm", threat.norm) != threat.norm and len(changes) < 3:
+        raise UserError(
+            f"eval.threat.norm is {own.norm}, but threat.norm is {threat.norm}, whose eps means "
+            "something else; give eval.threat.eps and eval.threat.step_size too"
+        )
+    threat.update(changes)
+    return threat
+
+
+def _validate_ball(name: str, threat: ConfigDict, values: int) -> None:
+    """values: of an image."""
     if threat.norm == "linf" and not 0 < threat.eps <= 1:
         meant = f"did you mean {threat.eps:g}/255?" if threat.eps > 1 else "write such as 8/255"
         raise UserError(
-            f"threat.eps is {threat.eps:g}; eps is in pixel units of images in [0, 1], so it must "
+            f"{name}.eps is {threat.eps:g}; eps is in pixel units of images in [0, 1], so it must "
             f"be over 0 and at most 1: {meant}"
         )
     if threat.norm == "l2" and not 0 < threat.eps <= 100:
         raise UserError(
-            f"threat.eps is {threat.eps:g}; an L2 eps is a length in pixel units of images in "
+            f"{name}.eps is {threat.eps:g}; an L2 eps is a length in pixel units of images in "
             "[0, 1] and must be over 0 and at most 100, for example 0.5"
         )
-    values = len(config.data.mean) * config.data.image_size**2
     if threat.norm == "l1" and not 0 < threat.eps <= values:
         raise UserError(
-            f"threat.eps is {threat.eps:g}; an L1 eps is a sum over the values of an image in "
+            f"{name}.eps is {threat.eps:g}; an L1 eps is a sum over the values of an image in "
             f"[0, 1] and must be over 0 and at most their number, {values}, for example 12"
         )
     if not 0 < threat.step_size <= 2 * threat.eps:
         raise UserError(
-            f"threat.step_size is {threat.step_size:g}; it must be over 0 and at most twice "
-            f"threat.eps ({threat.eps:g}), both in pixel units: the recipe's is a quarter of eps"
+            f"{name}.step_size is {threat.step_size:g}; it must be over 0 and at most twice "
+            f"{name}.eps ({threat.eps:g}), both in pixel units: the recipe's is a quarter of eps"
         )
 
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from vit_at import models
 from vit_at.attacks import Threat
 from vit_at.cli import add_process_arguments, join_processes
-from vit_at.config import validate
+from vit_at.config import evaluation_threat, validate
 from vit_at.console import quiet_logging
 from vit_at.data import sources
 from vit_at.distributed import devices, processes, sharding
@@ -68,7 +68,7 @@ def evaluate(
       split: such as 'test[:1000]'; '': the configuration's.
       num_examples: the first so many images of it; 0: all.
       norm, eps, step_size: of the attacks, in pixel units of images in [0, 1]; '' and None: as in
-        training.
+        ``eval.threat``.
       restarts: random starts of PGD and CW; an image counts as robust if all of them fail.
       batch_size: over all devices; 0: the configuration's.
       seed: of the random starts.
@@ -84,15 +84,17 @@ def evaluate(
     exported = (workdir / DESCRIPTION_FILE).exists()
     trained = load_exported(workdir) if exported else load_trained(workdir, checkpoint)
     config = ConfigDict(trained.config).unlock()
-    _set_threat(config.threat, norm, eps, step_size)
+    _set_threat(config, norm, eps, step_size)
     config.data.dir = data_dir or config.data.dir
     config.eval.batch_size = batch_size or config.eval.batch_size
     validate(config)
     if restarts < 1:
         raise UserError(f"--restarts is {restarts}; it must be 1 or more")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed is {seed}; it must be from 0 to {2**32 - 1}")
     mesh = sharding.make_mesh()
     sharding.check_batch_size("--batch_size", config.eval.batch_size, mesh)
-    parsed = parse_attacks(attacks, Threat.of(config.threat), restarts)
+    parsed = parse_attacks(attacks, Threat.of(evaluation_threat(config)), restarts)
     threads = config.data.threads
     examples = sources.load(config.data, split or config.data.test_split, threads=threads)
     examples = select(examples, num_examples)
@@ -107,16 +109,21 @@ def evaluate(
         )
 
 
-def _set_threat(threat: ConfigDict, norm: str, eps: float | None, step_size: float | None) -> None:
-    """Changes the threat of training to the one that is asked for."""
-    if norm not in ("", threat.norm) and eps is None:
+def _set_threat(config: ConfigDict, norm: str, eps: float | None, step_size: float | None) -> None:
+    """Changes the threat of evaluation to the one that is asked for."""
+    before = evaluation_threat(config)
+    if norm not in ("", before.norm) and eps is None:
         raise UserError(
-            f"--norm is {norm}, but the run was trained under {threat.norm}, whose eps means "
+            f"--norm is {norm}, but the run is evaluated under {before.norm}, whose eps means "
             "something else; give --eps and --step_size too"
         )
-    threat.norm = norm or threat.norm
-    threat.eps = threat.eps if eps is None else eps
-    threat.step_size = threat.step_size if step_size is None else step_size
+    own = config.eval.threat
+    own.norm = norm or before.norm
+    own.eps = before.eps if eps is None else eps
+    own.step_size = before.step_size if step_size is None else step_size
+    for name, value in (("--eps", own.eps), ("--step_size", own.step_size)):
+        if not value > 0:
+            raise UserError(f"{name} is {value:g}; it must be over 0, such as 8/255")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

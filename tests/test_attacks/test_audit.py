@@ -12,6 +12,7 @@ from test_autoattack import attack, linear, median_eps, problem
 
 from vit_at.attacks import autoattack
 from vit_at.attacks.autoattack import audit
+from vit_at.attacks.autoattack.flags import MEANING
 
 PARAMS, IMAGES, LABELS = problem(16)
 EPS = median_eps(PARAMS, IMAGES, LABELS, "linf")
@@ -33,7 +34,8 @@ def test_a_sound_model_raises_no_flag(short):
     result = attack(PARAMS, IMAGES, LABELS, eps=EPS, batch_size=16)
     found = run(evaluated=result, surrogates={"itself": result.adversarial})
     assert found.flags == {}
-    assert found.summary() == "no flags"
+    assert found.summary() == "no flags by the audit"
+    assert result.flags == {}
     curve = list(found.eps_curve.values())
     assert curve == sorted(curve, reverse=True)
     assert curve[-1] == 0
@@ -44,10 +46,14 @@ def test_randomised():
     counter = iter(range(100))
     flags = run(lambda x: MODEL(x) + next(counter)).flags
     assert list(flags) == ["randomised"]
+    options = {"eps": EPS, "attacks": ["fab"], "budget": autoattack.Budget(iterations=1)}
+    result = autoattack.run(lambda x: MODEL(x) + next(counter), IMAGES, LABELS, **options)
+    assert list(result.flags) == ["randomised"]
+    assert run(evaluated=result).flags == {}
 
 
 def check(model):
-    return audit.check_model(model, IMAGES, LABELS, SETTINGS)
+    return audit.check_function(model, IMAGES, LABELS, SETTINGS)
 
 
 def test_probabilities():
@@ -89,7 +95,9 @@ def test_square_and_transfer_win_over_a_masked_gradient():
     result = autoattack.run(
         masked, IMAGES, LABELS, **options, budget=autoattack.Budget(iterations=5, queries=200)
     )
-    assert "square-wins" in audit.judge_result(result)
+    assert "square-wins" in result.flags
+    assert "flag square-wins" in result.summary()
+    assert "square-wins" not in audit.audit(masked, IMAGES, LABELS, result).flags  # not twice
     options = {"eps": EPS, "attacks": ["apgd-ce"], "budget": autoattack.Budget(iterations=5)}
     blind = autoattack.run(masked, IMAGES, LABELS, **options)
     surrogate = attack(PARAMS, IMAGES, LABELS, eps=EPS, attacks=["apgd-t"])
@@ -99,7 +107,7 @@ def test_square_and_transfer_win_over_a_masked_gradient():
 
 def test_every_flag_is_documented():
     text = (pathlib.Path(__file__).parents[2] / "docs" / "audit.md").read_text()
-    for name in audit.MEANING:
+    for name in MEANING:
         section = text.split(f"## {name}\n")[1].split("\n## ")[0]
         for part in ("Raised if", "What it means", "What to do"):
             assert f"**{part}**" in section
@@ -110,7 +118,7 @@ def test_the_masked_reference_model():
     images, labels = (np.asarray(x)[:128] for x in reference.images())
     params, classify = reference.parameters(), reference.apply()
     scaled = functools.partial(lambda p, x: 1000 * classify(p, x), params)
-    flags = audit.check_model(scaled, images, labels, autoattack.Settings(batch_size=128))
+    flags = audit.check_function(scaled, images, labels, autoattack.Settings(batch_size=128))
     assert "zero-gradients" not in flags
     recorded = reference.arrays("masked")
     count, _, of = flags["saturated-softmax"].partition(" of ")

@@ -10,6 +10,7 @@ import pytest
 import runs
 from etils import epath
 
+import vit_at
 from vit_at import evaluate
 from vit_at.attacks import Threat
 from vit_at.distributed import sharding
@@ -328,3 +329,15 @@ def test_a_directory_that_no_run_has_written_is_refused(tmp_path, capsys):
     assert status == 2
     assert "is no work directory" in line
     assert not (tmp_path / "nothing").exists()
+
+
+def test_the_records_state_the_threat_of_evaluation(tmp_path):
+    """A run trained with large steps is validated and tested with the steps of ``eval.threat``."""
+    config = runs.smoke(**runs.QUICK, eval__threat__step_size=0.02, eval__attacks="pgd-2")
+    records = vit_at.train(config, epath.Path(tmp_path))
+    protocol = records[0]["protocol"]
+    assert (protocol["eps"], protocol["step_size"]) == (0.1, 0.02)
+    (again,) = vit_at.evaluate(tmp_path, "pgd-2", batch_size=16)
+    assert again["protocol"]["step_size"] == 0.02
+    (other,) = vit_at.evaluate(tmp_path, "pgd-2", batch_size=16, eps=0.05, step_size=0.01)
+    assert (other["protocol"]["eps"], other["protocol"]["step_size"]) == (0.05, 0.01)

@@ -11,7 +11,7 @@ import runs
 from etils import epath
 from test_study import make_run, pgd, record
 
-from vit_at.attacks.autoattack.audit import MEANING
+from vit_at.attacks.autoattack.flags import MEANING
 from vit_at.errors import UserError
 from vit_at.reporting import exhibits, page
 from vit_at.workdir.checkpoint import load_trained

@@ -73,6 +73,10 @@ def evaluate_autoattack(
     result = autoattack.run(logits_fn, images, labels, **options)
     details = {"cascade": {name: float(robust.mean()) for name, robust in result.robust.items()}}
     lines = [result.summary()]
+    if result.flags:
+        details["flags"] = result.flags
+    if result.notes:
+        details["notes"] = list(result.notes)
     if result.failures:
         details["unverified"] = {str(image): why for image, why in result.failures.items()}
     if len(result.robust) > 2:  # 'clean' and more than one attack

@@ -16,7 +16,7 @@ import jinja2
 from absl import logging
 from etils import epath
 
-from vit_at.attacks.autoattack.audit import MEANING
+from vit_at.attacks.autoattack.flags import MEANING
 from vit_at.errors import UserError
 from vit_at.reporting import charts, study, study_file
 from vit_at.reporting.exhibits import Exhibits
@@ -194,11 +194,16 @@ def published(config: dict[str, Any]) -> list[dict[str, Any]]:
     return []
 
 
+def flags_of(record: dict[str, Any]) -> dict[str, str]:
+    """{flag: what was found} by an evaluation, and by its audit."""
+    return record.get("flags", {}) | record.get("audit", {}).get("flags", {})
+
+
 def audits(run: Run) -> list[dict[str, str]]:
-    """The flags that the audit of each AutoAttack evaluation has raised, with their meaning."""
+    """The flags of each AutoAttack evaluation and of its audit, with their meaning."""
     words = json.loads((_PACKAGED / "flags.json").read_text())
     return [
         {"flag": flag, "meaning": MEANING[flag], "found": detail} | words[flag]
         for record in run.tested
-        for flag, detail in record.get("audit", {}).get("flags", {}).items()
+        for flag, detail in flags_of(record).items()
     ]

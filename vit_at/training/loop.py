@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from vit_at import models
 from vit_at.attacks import Threat
+from vit_at.config import evaluation_threat
 from vit_at.console import Progress
 from vit_at.data import pipeline
 from vit_at.distributed import processes, sharding
@@ -252,7 +253,7 @@ def _evaluator(setup: Setup, attacks: str, examples: Any) -> Evaluator:
     return Evaluator(
         models.classifier(model, config.data.mean, config.data.std),
         examples,
-        parse_attacks(attacks, Threat.of(config.threat)),
+        parse_attacks(attacks, Threat.of(evaluation_threat(config))),
         setup.mesh,
         batch_size=config.eval.batch_size,
         seed=config.seed,

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from vit_at import models, weights
 from vit_at.attacks import Threat
+from vit_at.config import evaluation_threat
 from vit_at.data import pipeline, sources
 from vit_at.data.sources import Examples
 from vit_at.distributed import sharding
@@ -96,7 +97,7 @@ def resolve(config: ConfigDict, mesh: Mesh) -> ConfigDict:
 
 
 def _check_evaluation(config: ConfigDict) -> None:
-    threat, validation_attack = Threat.of(config.threat), config.eval.validation_attack
+    threat, validation_attack = Threat.of(evaluation_threat(config)), config.eval.validation_attack
     parse_attacks(config.eval.attacks, threat)
     if [attack.name for attack in parse_attacks(validation_attack, threat)] != [validation_attack]:
         raise UserError(f"eval.validation_attack is '{validation_attack}'; it must be one attack")

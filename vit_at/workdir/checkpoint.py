@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from vit_at import models
-from vit_at.config import differences
+from vit_at.config import differences, with_added
 from vit_at.distributed import processes, sharding
 from vit_at.errors import UserError
 from vit_at.models import build
@@ -176,7 +176,7 @@ class Checkpoints:
 
         def read(step):
             values = self.last.values(step)
-            changes = differences(values.get("run") or {}, run or {})
+            changes = differences(_of_today(values.get("run") or {}), run or {})
             if changes and "run" in values and run:
                 raise UserError(
                     f"the checkpoints in {self._root / 'last'} are of another run "
@@ -254,3 +254,8 @@ def load_trained(workdir: str | epath.Path, which: str, dtype: str = "float32") 
             "resume the run with its command, or use the other of --checkpoint=best and last"
         ) from error
     return Trained(config, model, params, values)
+
+
+def _of_today(run: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its run, with the fields that its configuration did not have."""
+    return run | {"config": with_added(run["config"])} if "config" in run else run

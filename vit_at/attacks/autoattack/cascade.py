@@ -93,17 +93,26 @@ class Cascade:
         return len(flaws)
 
     def verify(self) -> dict[int, str]:
-        """Verifies the stored adversarial images; returns {image: reason} for those that fail."""
+        """Verifies the stored adversarial images; returns {image: reason} for those that fail.
+
+        A randomised model draws as it did when the success was confirmed.
+        """
         processes.barrier("ledger written")  # the images are read back from disk
         flaws, size = {}, self._settings.batch_size
+        draws = 1 + np.argmax(self._ledger.outcome == BROKEN, 1)
         for places, points in self._store.parts():
             for begin in range(0, len(places), size):
                 some = slice(begin, begin + size)
-                flaws |= self._flaws(places[some], points[some], draw=0)
+                flaws |= self._flaws(places[some], points[some], draws[places[some]])
         return dict(sorted(flaws.items()))
 
-    def _flaws(self, places: np.ndarray, points: np.ndarray, draw: int) -> dict[int, str]:
-        """{image: reason} for the points [n, H, W, C] that are not adversarial for their image."""
+    def _flaws(
+        self, places: np.ndarray, points: np.ndarray, draw: int | np.ndarray
+    ) -> dict[int, str]:
+        """{image: reason} for the points [n, H, W, C] that are not adversarial for their image.
+
+        draw: a number, or one for each point; fixes the keys of a randomised model.
+        """
         settings = self._settings
         width = min(_CONFIRM_PER_DEVICE * settings.mesh.size, settings.batch_size)
         logits = self._classify(points, width, places, draw)

@@ -65,14 +65,14 @@ def _logits_program(mesh: Mesh, randomised: bool):
     """The compiled (model, seed, images, index, draw) -> logits."""
 
     def logits(model, seed, images, index, draw):
-        def key(i):
-            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), draw), i)
+        def key(i, d):
+            return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), d), i)
 
-        keys = jax.vmap(key)(index) if randomised else None
+        keys = jax.vmap(key)(index, draw) if randomised else None
         return as_batch_function(model, randomised)(images, keys)
 
     split, whole = sharding.SPLIT, sharding.WHOLE
-    return jax.jit(sharding.map_shards(logits, mesh, (whole, whole, split, split, whole)))
+    return jax.jit(sharding.map_shards(logits, mesh, (whole, whole, split, split, split)))
 
 
 class Classifier:
@@ -116,19 +116,22 @@ class Classifier:
         self,
         images: np.ndarray,
         width: int,
-        index: np.ndarray | None = None,
-        draw: int = 0,
+        index: np.ndarray,
+        draw: int | np.ndarray = 0,
     ) -> np.ndarray:
-        """Logits [n, K] of images [n, H, W, C]; index, draw: fix the keys of a randomised model."""
-        index = np.arange(len(images)) if index is None else np.asarray(index)
-        rows = []
+        """Logits [n, K] of images [n, H, W, C].
+
+        index: [n], the images' places in the data; draw: a number, or one for each image [n]. Both
+          fix the key of each image, for a randomised model.
+        """
+        rows, draws = [], np.broadcast_to(draw, len(images))
         for begin in range(0, len(images), width):
-            batch, places = images[begin : begin + width], index[begin : begin + width]
-            missing = width - len(batch)
-            batch = np.pad(batch, ((0, missing), (0, 0), (0, 0), (0, 0)))
-            places = np.pad(places, (0, missing)).astype(np.uint32)
-            batch, places = sharding.split_whole((batch, places), self._mesh)
-            out = self._logits(self.model, self._seed, batch, places, np.uint32(draw))
+            some = slice(begin, begin + width)
+            missing = width - len(images[some])
+            batch = np.pad(images[some], ((0, missing), (0, 0), (0, 0), (0, 0)))
+            keys = (np.pad(x[some], (0, missing)).astype(np.uint32) for x in (index, draws))
+            batch, places, of_each = sharding.split_whole((batch, *keys), self._mesh)
+            out = self._logits(self.model, self._seed, batch, places, of_each)
             rows.append(sharding.gather(out)[: width - missing])
         return np.concatenate(rows)
 
@@ -158,10 +161,11 @@ def survey(
     digest = hashlib.sha256(labels.astype(np.int32).tobytes())
     ranking, heads, not_finite = [], [], 0
     for begin in range(0, len(labels), batch_size):
-        batch = read(images, np.arange(begin, min(begin + batch_size, len(labels))))
+        places = np.arange(begin, min(begin + batch_size, len(labels)))
+        batch = read(images, places)
         check_range(batch)
         digest.update(np.ascontiguousarray(batch).tobytes())
-        logits = classify(batch, batch_size)
+        logits = classify(batch, batch_size, places)
         not_finite += int((~np.isfinite(logits)).any(1).sum())
         ranking.append(np.argsort(-logits, axis=1, kind="stable")[:, :ranks])
         heads.append(logits[: max(_PROBED - begin, 0)])
@@ -183,8 +187,9 @@ def _check_independence(
     classify: Classifier, images: np.ndarray, logits: np.ndarray, batch_size: int
 ) -> None:
     """Checks that an image's logits do not depend on the other images of the batch."""
-    moved = np.roll(classify(np.roll(images, 1, axis=0), batch_size), -1, axis=0)
-    halved = classify(images[: -(-len(images) // 2)], batch_size)
+    places, half = np.arange(len(images)), -(-len(images) // 2)
+    moved = np.roll(classify(np.roll(images, 1, axis=0), batch_size, places), -1, axis=0)
+    halved = classify(images[:half], batch_size, places[:half])
     allowed = _BATCH_TOLERANCE * max(np.abs(logits).max(), 1e-6)
     changes = [np.abs(other - logits[: len(other)]).max() for other in (moved, halved)]
     if max(changes) > allowed:

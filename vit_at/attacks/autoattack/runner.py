@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from vit_at.attacks.autoattack import checks, methods
 from vit_at.attacks.autoattack.cascade import Cascade
+from vit_at.attacks.autoattack.flags import check_model, in_words, judge_outcomes
 from vit_at.attacks.autoattack.functions import as_function
 from vit_at.attacks.autoattack.ledger import Ledger, Store
 from vit_at.attacks.autoattack.packing import Source
@@ -23,6 +24,7 @@ from vit_at.distributed import sharding
 
 Array = jax.Array
 _FORMAT = 1
+_CHECKED = 64  # images on which the model itself is checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Result:
     columns: of ``per_example.npz``.
     failures: {image: reason} of adversarial images that failed the final verification.
     notes: deviations from the version's definition, as sentences.
+    flags: {name in ``flags.MEANING``: what was found}, reasons not to trust the accuracy.
     work: {attack: {"steps", "computed", "passes", "unconfirmed"}}: steps of unfinished runs and of
       all slots, cost of a step in forward passes, and successes that do not count because a
       separate forward pass did not confirm them.
@@ -45,6 +48,7 @@ class Result:
     columns: dict[str, np.ndarray]
     failures: dict[int, str]
     notes: tuple[str, ...]
+    flags: dict[str, str]
     work: dict[str, dict[str, int]]
     seconds: float
     _images: Any
@@ -71,7 +75,7 @@ class Result:
         lines = [f"{self.settings.norm} eps {self.settings.eps:.6g}, {count} images"]
         for attack, robust in self.robust.items():
             lines.append(f"{attack:<10} {robust.mean():7.2%}  ({robust.sum()} of {count})")
-        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"note: {note}" for note in self.notes] + in_words(self.flags)
         for attack, work in self.work.items():
             if work["unconfirmed"]:
                 lines.append(f"{work['unconfirmed']} successes of {attack} were not confirmed")
@@ -150,16 +154,20 @@ def _run(logits_fn, images, labels, settings, workdir, bar) -> Result:
         ledger.clean = clean.ranking[:, 0] == labels
     source = Source(images, labels, clean.ranking)
     attacks = [methods.make(name, settings, num_classes) for name in names]
+    first = np.arange(min(_CHECKED, settings.batch_size, len(labels)))
+    flags = check_model(classify, checks.read(images, first), labels[first], settings)
     cascade = Cascade(attacks, source, classify, ledger, store, settings, bar)
     cascade.run()
     failures = cascade.verify()
     store.save_per_example(ledger)
+    robust = ledger.robust_after()
     return Result(
         settings=settings,
-        robust=ledger.robust_after(),
+        robust=robust,
         columns=ledger.columns(),
         failures=failures,
         notes=tuple(notes),
+        flags=flags | judge_outcomes(robust, ledger.work, failures),
         work=ledger.work,
         seconds=time.monotonic() - began,
         _images=images,
