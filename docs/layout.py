@@ -21,6 +21,7 @@ BEGIN, END = "<!-- written by docs/layout.py -->\n", "<!-- end -->\n"
 ORDER = [
     "errors",
     "config",
+    "schema",
     "console",
     "distributed",
     "data",
@@ -34,7 +35,7 @@ ORDER = [
     "reporting",
     "commands",
 ]
-LIBRARY_FILES = {"errors", "config", "console"}
+LIBRARY_FILES = {"errors", "config", "schema", "console"}
 
 
 # --- Reading ----------------------------------------------------------------------------------

@@ -53,3 +53,27 @@ def test_palette_with_transparency(tmp_path, recwarn):
     decoded = decode(path.read_bytes(), (4, 4, 3))
     np.testing.assert_array_equal(decoded, np.broadcast_to((10, 20, 30), (4, 4, 3)))
     assert not recwarn.list
+
+
+def test_a_cameras_jpeg_of_several_pictures_gives_the_first(tmp_path):
+    path = tmp_path / "two.jpg"
+    first, second = (Image.new("RGB", (4, 4), (value,) * 3) for value in (200, 50))
+    first.save(path, "MPO", save_all=True, append_images=[second])
+    np.testing.assert_allclose(decode(path.read_bytes(), (4, 4, 3)), 200, atol=1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_the_content_decides_the_format_and_not_the_suffix(tmp_path, kind):
+    path = tmp_path / "n.png"
+    Image.new("RGB", (4, 4), (200, 200, 200)).save(path, kind)
+    np.testing.assert_allclose(decode(path.read_bytes(), (4, 4, 3)), 200, atol=2)
+
+
+def test_eps_bytes_start_no_program(monkeypatch):
+    def started(*arguments, **options):
+        raise AssertionError(f"{arguments} is started")
+
+    monkeypatch.setattr("subprocess.Popen", started)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n"
+    with pytest.raises(ValueError, match="no PNG, JPEG, WebP or BMP"):
+        decode(eps, (8, 8, 3))

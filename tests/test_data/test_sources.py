@@ -1,6 +1,7 @@
 """Reading images: TFDS, folders and digits give the right pixels, labels and error sentences."""
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -259,6 +260,13 @@ def test_folder_errors(folder):
         sources.load(config, "train")
 
 
+def test_links_to_files_and_folders_are_followed(folder):
+    (folder / "test/b/y.png").symlink_to(folder / "train/a/03.png")
+    (folder / "val").symlink_to(folder / "test")
+    examples = sources.load(data_config(f"folder:{folder}"), "val")
+    assert sorted(examples.read(np.arange(2))[0][:, 0, 0, 0]) == [3, 7]
+
+
 def test_folder_without_classes(tmp_path):
     write_image(tmp_path / "0.png")
     with pytest.raises(UserError, match="has no classes; arrange it as"):
@@ -354,6 +362,19 @@ def test_a_damaged_record_file_is_named(prepared):
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"digits/1.0.0 test can't be read"):
         sources.load(data_config("copied", dir=str(prepared)), "test")
+
+
+def test_only_the_image_and_the_label_of_a_record_are_read(prepared):
+    """So no other feature, such as a video, is decoded by a program."""
+    path = prepared / "copied/1.0.0/features.json"
+    described = json.loads(path.read_text())
+    features = described["featuresDict"]["features"]
+    features["more"] = features["image"]  # no record has it
+    path.write_text(json.dumps(described))
+    examples = sources.load(data_config("copied", dir=str(prepared)), "test")
+    expected = sources.load(data_config(), "test")
+    for ours, theirs in zip(*(e.read(np.arange(359)) for e in (examples, expected)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @runs.needs_tfds

@@ -8,9 +8,9 @@ data sets are read from array_record files, without TensorFlow. They must be pre
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -18,9 +18,13 @@ from absl import logging
 from etils import epath
 
 from vit_at.errors import UserError, nearest
+from vit_at.schema import DatasetInfo, read_json
 
 PACKAGED = Path(__file__).parent / "packaged"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+INFO_FILE = "dataset_info.json"
+_FEATURES_FILE = "features.json"
+_FEATURE_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.\w+\.\w+")
 
 
 class Encoded(NamedTuple):
@@ -93,15 +97,29 @@ def _files(split: Path) -> list[str]:
     """The sorted <class>/<image> of a split."""
     files, left_out, kinds = [], 0, ", ".join(IMAGE_SUFFIXES)
     for folder in folders(split):
-        names = os.listdir(split / folder)
-        found = sorted(n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and n[0] != ".")
-        left_out += len(names) - len(found)
+        with os.scandir(split / folder) as opened:
+            entries = list(opened)
+        named = [e for e in entries if e.name.lower().endswith(IMAGE_SUFFIXES) and e.name[0] != "."]
+        _check_regular(named)
+        found = sorted(entry.name for entry in named)
+        left_out += len(entries) - len(found)
         if not found:
             raise UserError(f"{split / folder} has no images ({kinds}); fill or remove it")
         files += [f"{folder}/{name}" for name in found]
     if left_out:
         logging.warning("%d files of %s are left out: hidden, or no %s", left_out, split, kinds)
     return files
+
+
+def _check_regular(entries: Iterable[os.DirEntry]) -> None:
+    """Raises UserError for a pipe, socket, device, directory or broken link; opens nothing."""
+    for entry in entries:
+        try:
+            regular = entry.is_file()
+        except OSError:  # a link that leads back to itself
+            regular = False
+        if not regular:
+            raise UserError(f"{entry.path} is no regular file, or a broken link; remove it")
 
 
 def tfds_directory(data_dir: str = "") -> epath.Path:
@@ -136,7 +154,7 @@ def _versions(root: epath.Path) -> list[epath.Path]:
     return [
         path
         for path in paths
-        if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").exists()
+        if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / INFO_FILE).exists()
     ]
 
 
@@ -155,6 +173,45 @@ def check_known(name: str) -> None:
         )
 
 
+def read_builder(prepared: epath.Path) -> tfds.core.DatasetBuilder:
+    """The builder of a prepared data set, whose files are checked first.
+
+    TFDS imports the module of each class that ``features.json`` names, so only its own are allowed.
+
+    Raises:
+      UserError: a file is damaged, names a foreign class, or is no regular file.
+    """
+    remedy = "prepare the data set again"
+    if "://" not in os.fspath(prepared):
+        with os.scandir(prepared) as entries:
+            _check_regular(entry for entry in entries if not entry.is_dir())
+    read_json(prepared / INFO_FILE, DatasetInfo, remedy)
+    described = read_json(prepared / _FEATURES_FILE, dict[str, Any], remedy)
+    for name in _feature_classes(described):
+        if not _FEATURE_CLASS.fullmatch(name):
+            raise UserError(
+                f"{prepared / _FEATURES_FILE} names the class '{name:.60}', which is no feature of "
+                "TFDS, so it is not imported; choose another data set, or correct the file"
+            )
+    try:
+        return tfds.builder_from_directory(prepared)
+    except Exception as error:  # TFDS and protobuf raise many
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{prepared} can't be read ({reason}); {remedy}") from error
+
+
+def _feature_classes(value: Any) -> Iterator[str]:
+    """What features.json names as a class, at any depth and in each spelling that TFDS accepts."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from _feature_classes(inner)
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in ("pythonClassName", "python_class_name", "type") and isinstance(inner, str):
+                yield inner
+            yield from _feature_classes(inner)
+
+
 def is_array_record(info: tfds.core.DatasetInfo) -> bool:
     """Whether array_record files are there, the one format read without TensorFlow."""
     return tfds.core.FileFormat.ARRAY_RECORD in (info.file_format, *info.alternative_file_formats)
@@ -170,7 +227,7 @@ def open_tfds(name: str, data_dir: str, split: str) -> Encoded:
         raise UserError(
             f"data.name is '{name}', which is not prepared in data.dir '{directory}'; {remedy}"
         )
-    builder = tfds.builder_from_directory(prepared)
+    builder = read_builder(prepared)
     info, features = builder.info, dict(builder.info.features.items())
     if not is_array_record(info):
         raise UserError(
@@ -187,15 +244,24 @@ def open_tfds(name: str, data_dir: str, split: str) -> Encoded:
     lengths = {key: value.num_examples for key, value in info.splits.items()}
     origin = split_rows(split, lengths, info.full_name)
     indices = np.concatenate([rows for _, rows in origin])
-    # Images stay encoded: `sources.decode` resizes them. TFDS's decoding warns about OpenCV.
-    images = [key for key, value in features.items() if isinstance(value, tfds.features.Image)]
-    skip = {key: tfds.decode.SkipDecoding() for key in images}
-    records = builder.as_data_source(split, decoders=skip) if len(indices) else []
+    # The image stays encoded: `sources.decode` decodes it, and only the formats that it allows.
+    # Other features are not decoded at all.
+    example = tfds.features.FeaturesDict({"image": image, "label": label})
+    skip = {"image": tfds.decode.SkipDecoding()}
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    records = builder.as_data_source(split, deserialize_method=raw) if len(indices) else []
+
+    def fetch(rows: Sequence[int]) -> list[tuple[bytes, int]]:
+        found = [
+            example.deserialize_example_np(r, decoders=skip) for r in records.__getitems__(rows)
+        ]
+        return [(record["image"], record["label"]) for record in found]
+
     return Encoded(
         name=f"{info.full_name} {split}",
         class_names=tuple(label.names),
         indices=indices,
-        fetch=lambda rows: [(r["image"], r["label"]) for r in records.__getitems__(rows)],
+        fetch=fetch,
         where=lambda row: f"image {indices[row]} of {info.full_name} {split}",
         origin=origin,
     )

@@ -17,6 +17,7 @@ from etils import epath
 
 from vit_at.data import backends
 from vit_at.errors import UserError
+from vit_at.schema import DatasetInfo, read_json
 
 
 def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> epath.Path:
@@ -39,7 +40,7 @@ def prepare(name: str, data_dir: str = "", manual_dir: str = "") -> epath.Path:
     if prepared is None:
         backends.check_known(name)
         return _download(name, directory, manual_dir)
-    if not backends.is_array_record(tfds.builder_from_directory(prepared).info):
+    if not backends.is_array_record(backends.read_builder(prepared).info):
         convert(prepared)
     return prepared
 
@@ -65,7 +66,7 @@ def convert(prepared: epath.Path) -> None:
 
     A record's bytes are the same in both formats, so nothing is decoded.
     """
-    info = tfds.builder_from_directory(prepared).info
+    info = backends.read_builder(prepared).info
     if info.file_format is not tfds.core.FileFormat.TFRECORD:
         raise UserError(
             f"{prepared} is stored as {info.file_format.value}, not as tfrecord; prepare it again"
@@ -84,8 +85,8 @@ def convert(prepared: epath.Path) -> None:
                 raise UserError(f"{source} has {copied} records, not {length}; download it again")
             incomplete.replace(target)
     # The new format is announced only after all files are complete.
-    description = prepared / "dataset_info.json"
-    content = json.loads(description.read_text())
+    description = prepared / backends.INFO_FILE
+    content = read_json(description, DatasetInfo, "prepare the data set again")
     content.setdefault("alternativeFileFormats", []).append("array_record")
     description.write_text(json.dumps(content, indent=2))
 

@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vit_at.data import backends
 from vit_at.errors import UserError
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # JPEG includes the MPO files of cameras
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,29 +160,37 @@ def _decode_rows(
     labels = np.empty(len(rows), np.int32)
     try:
         fetched = encoded.fetch(rows.tolist())
-    except (OSError, RuntimeError) as error:  # RuntimeError: array_record's
-        raise UserError(f"{encoded.name} can't be read ({error}); restore the file") from error
+    except Exception as error:  # of the disk, array_record and TFDS
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{encoded.name} can't be read ({reason}); restore the file") from error
     for i, (row, (content, label)) in enumerate(zip(rows, fetched, strict=True)):
         if not 0 <= label < len(encoded.class_names):
             raise UserError(f"{encoded.where(row)} has no label ({label}); choose another split")
         try:
             images[i] = decode(content, image_shape)
         except Exception as error:  # PIL raises many, such as SyntaxError and struct.error
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"{encoded.where(row)} can't be decoded ({error}); repair or remove it"
+                f"{encoded.where(row)} can't be decoded ({reason}); repair or remove it"
             ) from error
         labels[i] = label
     return images, labels
 
 
 def decode(encoded: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Decodes an image file to uint8 [S, S, C], C being 1 (grey) or 3 (colour).
+    """Decodes a PNG, JPEG, WebP or BMP file to uint8 [S, S, C], C being 1 (grey) or 3 (colour).
+
+    Other formats raise ValueError: some of PIL's decoders start programs, as that of EPS.
 
     An image is squashed to a square by PIL's antialiased bilinear filter. torchvision's
     ``Resize((S, S))`` does the same to a PIL image.
     """
     size, _, channels = image_shape
-    with Image.open(io.BytesIO(encoded)) as opened:
+    try:
+        opened = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError("it is no PNG, JPEG, WebP or BMP image, or its header is cut") from error
+    with opened:
         image = _convert(opened, {1: "L", 3: "RGB"}[channels])
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
