@@ -204,6 +204,17 @@ def test_pth(wrapper, tmp_path):
     assert not bomb.path.exists()
 
 
+def test_views_in_a_pth_are_what_they_show(tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    pair = torch.tensor([1 + 2j, 3 - 4j])
+    tensors = {"negated": pair.conj().imag, "transposed": torch.arange(6.0).reshape(2, 3).T}
+    torch.save(tensors, tmp_path / "w.pth")
+    assert_same(
+        weights.load(tmp_path / "w.pth"),
+        {n: np.array(t.tolist(), "f4") for n, t in tensors.items()},
+    )
+
+
 def fake_hub(download):
     constants = types.SimpleNamespace(ENDPOINT="http://127.0.0.1:9")
     return types.SimpleNamespace(hf_hub_download=download, constants=constants)

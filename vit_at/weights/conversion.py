@@ -162,7 +162,8 @@ def convert(state_dict: StateDict, model: Any, key: jax.Array | None = None) -> 
     _drop_head(values, shapes, report)
     for name, shape in shapes.items():
         if name in values and values[name].shape != shape and _is_float(values[name]):
-            adapted = adapt(name, values[name], shape, model.num_tokens)
+            with np.errstate(over="ignore"):  # _check names what is not finite
+                adapted = adapt(name, values[name], shape, model.num_tokens)
             if adapted is not None:
                 values[name], report.adapted[name] = adapted
     _check(values, shapes, report, new_names)
@@ -220,6 +221,17 @@ def _is_float(value: np.ndarray) -> bool:
     return jnp.issubdtype(value.dtype, jnp.floating)
 
 
+def _is_finite(value: np.ndarray) -> bool:
+    """Whether all numbers are finite in float32, the dtype of parameters."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(value.astype(np.float32, copy=False)).all())
+
+
+def _quoted(name: str) -> str:
+    """A name of any file, without control characters and not too long to be shown."""
+    return name if name.isprintable() and len(name) <= 120 else ascii(name[:120])
+
+
 def _check(
     values: StateDict, shapes: dict[str, tuple[int, ...]], report: Report, new_names: bool
 ) -> None:
@@ -229,13 +241,13 @@ def _check(
         shapes = {_rename_1x(name, 1): shape for name, shape in shapes.items()}
     fresh = [_rename_1x(n, 1) if new_names else n for n in report.initialised]
     common = [(name, values[name], shapes[name]) for name in shapes if name in values]
-    floats = [(name, value) for name, value, _ in common if _is_float(value)]
+    fitting = [(n, v) for n, v, s in common if v.shape == s and _is_float(v)]
     wrong = {
         "missing": [n for n in shapes if n not in values and n not in fresh],
-        "unexpected": [n for n in values if n not in shapes],
+        "unexpected": [_quoted(n) for n in values if n not in shapes],
         "misshapen": [f"{n} {v.shape} instead of {s}" for n, v, s in common if v.shape != s],
         "not floating-point": [f"{n} {v.dtype}" for n, v, _ in common if not _is_float(v)],
-        "not finite": [n for n, value in floats if not np.isfinite(value).all()],
+        "not finite": [n for n, v in fitting if not _is_finite(v)],
     }
     parts = []
     for kind, names in wrong.items():

@@ -5,16 +5,22 @@
 .pth .pt .bin        pickles, only through ``torch.load(weights_only=True)``, if torch is installed
 hf:owner/name        model.safetensors of a repository on the Hugging Face hub
 
-The suffix alone chooses the reader, never the content.
+The suffix alone chooses the reader, never the content. Before a reader opens a file, its size and
+its first bytes are checked.
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import pickle
+import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 import numpy as np
 import safetensors.numpy
@@ -24,6 +30,12 @@ from vit_at.errors import UserError
 HUB_PREFIX = "hf:"
 HUB_FILE = "model.safetensors"
 _HUB_TIMEOUT = 5.0  # seconds
+_LARGEST = 8 * 2**30  # bytes of all arrays of a file; the largest model has 1.3 GiB
+_MISTAKEN = {  # first bytes of files that are often stored in place of weights
+    b"version https://git-lfs": "a Git LFS pointer; run 'git lfs pull' to get the weights",
+    b"<!doctype": "a web page; download the weights themselves",
+    b"<html": "a web page; download the weights themselves",
+}
 _WAYS_ON = (
     "give a file (--config.model.pretrained=PATH.safetensors), a work directory of vit_at "
     "(--config.model.pretrained=runs/NAME), or train from scratch (--config.model.pretrained='')"
@@ -44,14 +56,14 @@ def load(source: str | os.PathLike) -> StateDict:
       {name: array} under timm's names.
 
     Raises:
-      UserError: the file is missing, damaged or of an unknown format, or holds more than plain
-        arrays.
+      UserError: the file is missing, damaged, too large or of an unknown format, or holds more than
+        plain arrays.
     """
     source = os.fspath(source)
     if source.startswith(HUB_PREFIX):
         path = _fetch(source[len(HUB_PREFIX) :])
     else:
-        path = pathlib.Path(source).expanduser()
+        path = pathlib.Path(os.path.expanduser(source))
         if path.is_dir():
             path = path / HUB_FILE
     if not path.is_file():
@@ -62,8 +74,10 @@ def load(source: str | os.PathLike) -> StateDict:
             f"weight file '{path}' has an unknown suffix; convert it to one of "
             f"{', '.join(_READERS)}"
         )
+    _check_first_bytes(path)
     try:
-        state_dict = reader(path)
+        _check_size(path, _stored_size(path))
+        state_dict = {name: np.asarray(value) for name, value in reader(path).items()}
     except UserError:
         raise
     except Exception as error:  # of a damaged file: readers raise many, such as zlib.error
@@ -74,7 +88,69 @@ def load(source: str | os.PathLike) -> StateDict:
         ) from error
     if not state_dict:
         raise UserError(f"weight file '{path}' holds no arrays; choose another file")
+    _check_size(path, sum(value.nbytes for value in state_dict.values()))
     return state_dict
+
+
+def _check_first_bytes(path: pathlib.Path) -> None:
+    """Refuses an empty file, a web page and a Git LFS pointer."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip().lower()
+    except OSError as error:
+        raise UserError(
+            f"weight file '{path}' can't be read ({error.strerror}); correct its permissions, or "
+            "choose another file"
+        ) from error
+    if not start:
+        raise UserError(f"weight file '{path}' is empty; download it again")
+    for mistaken, what in _MISTAKEN.items():
+        if start.startswith(mistaken):
+            raise UserError(f"weight file '{path}' is {what}")
+
+
+def _stored_size(path: pathlib.Path) -> int:
+    """Bytes of the file, unpacked if it is a zip archive; ValueError if a name occurs twice."""
+    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+        return path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    _unique([(member.filename, member.file_size) for member in members])
+    return sum(member.file_size for member in members)
+
+
+def _check_size(path: pathlib.Path, size: int) -> None:
+    if size > _LARGEST:
+        raise UserError(
+            f"weight file '{path}' holds {size / 2**30:.1f} GiB of arrays, more than the "
+            f"{_LARGEST >> 30} GiB allowed; choose a file with the weights of one model"
+        )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict of these pairs; ValueError if a name occurs twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _refuse_array(path: pathlib.Path, name: str, kind: str) -> NoReturn:
+    raise UserError(
+        f"weight file '{path}' holds {name[:120]!r} as {kind}; convert it to a dense float32 array"
+    )
+
+
+def _read_safetensors(path: pathlib.Path) -> StateDict:
+    with safetensors.safe_open(path, framework="numpy"), path.open("rb") as file:
+        # The header is valid, or safe_open had raised.
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
+    header.pop("__metadata__", None)
+    for name, about in header.items():
+        if re.match(r"F(4|6_|8_)", about["dtype"]):
+            _refuse_array(path, name, about["dtype"])
+    return safetensors.numpy.load_file(path)
 
 
 def _read_npz(path: pathlib.Path) -> StateDict:
@@ -96,7 +172,8 @@ def _read_torch(path: pathlib.Path) -> StateDict:
             "convert the file to .safetensors elsewhere"
         ) from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of the format, for whoever wrote the file
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"weight file '{path}' is damaged or a pickle with more than plain arrays, and "
@@ -112,19 +189,31 @@ def _read_torch(path: pathlib.Path) -> StateDict:
             f"weight file '{path}' holds no state_dict; choose a file of named tensors, at the top "
             "level or under 'model' or 'state_dict'"
         )
-    bfloat16 = torch.bfloat16  # not in NumPy
-    tensors = {n: t.float() if t.dtype == bfloat16 else t for n, t in content.items()}
-    return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+    return {name: _array(path, name, tensor) for name, tensor in content.items()}
 
 
-_READERS: dict[str, Callable[[pathlib.Path], StateDict]] = {
-    ".safetensors": safetensors.numpy.load_file,
+def _array(path: pathlib.Path, name: str, tensor: Any) -> np.ndarray:
+    """A tensor of PyTorch's as an array; UserError if it is not dense, or of an unknown type."""
+    import torch
+
+    try:
+        tensor = tensor.detach().resolve_conj().resolve_neg()
+        bfloat16 = tensor.dtype == torch.bfloat16  # not in NumPy
+        return (tensor.float() if bfloat16 else tensor).numpy()
+    except (RuntimeError, TypeError):
+        _refuse_array(path, name, f"{tensor.layout} {tensor.dtype} on '{tensor.device}'")
+
+
+_READERS: Mapping[str, Callable[[pathlib.Path], StateDict]] = {
+    ".safetensors": _read_safetensors,
     ".npz": _read_npz,
 } | dict.fromkeys((".pth", ".pt", ".bin"), _read_torch)
 
 
 def _fetch(name: str) -> pathlib.Path:
     """The hub's file in the local cache; downloads it if necessary."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name, re.ASCII):
+        raise UserError(f"'{HUB_PREFIX}{name}' is no name; write {HUB_PREFIX}OWNER/NAME[@REVISION]")
     try:
         import huggingface_hub as hub
     except ImportError as error:
@@ -202,5 +291,10 @@ def _from_google(arrays: StateDict, path: pathlib.Path) -> StateDict:
     except KeyError as error:
         raise UserError(
             f"weight file '{path}' has Google's ViT names but lacks {error}; download it again"
+        ) from error
+    except (IndexError, TypeError, ValueError) as error:
+        raise UserError(
+            f"weight file '{path}' has Google's ViT names but not their shapes ({error}); download "
+            "it again"
         ) from error
     return out | left
