@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()  # images and their augmentation
     data.name = "cifar10"  # 'digits', a TFDS name, or 'folder:PATH' of PATH/<split>/<class>/<image>
-    data.dir = ""  # TFDS data directory; '': $TFDS_DATA_DIR or ~/tensorflow_datasets
+    data.dir = ""  # of TFDS, or of a relative folder; '': $TFDS_DATA_DIR or ~/tensorflow_datasets
     data.train_split = "train"  # TFDS split to train on, such as train or train[:1000]
     data.test_split = "test"  # TFDS split of the evaluation at the end
     data.allow_overlap = False  # permit test images that are training images too

@@ -72,7 +72,7 @@ def evaluate(
       restarts: random starts of PGD and CW; an image counts as robust if all of them fail.
       batch_size: over all devices; 0: the configuration's.
       seed: of the random starts.
-      data_dir: TFDS data directory; '': the configuration's.
+      data_dir: TFDS data directory, or the one that holds 'folder:NAME'; '': the configuration's.
 
     Returns:
       One record for each attack, as in ``results.json``: accuracy, standard error, protocol.
@@ -145,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--restarts", type=int, default=1, help="random starts of PGD and CW")
     add("--batch_size", type=int, default=0, help="over all devices")
     add("--seed", type=int, default=0, help="of the random starts")
-    add("--data_dir", default="", help="TFDS data directory")
+    add("--data_dir", default="", help="of TFDS, or the one that holds folder:NAME")
     add_process_arguments(parser)
 
 

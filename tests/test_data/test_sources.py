@@ -189,6 +189,13 @@ def test_folder_labels_pixels_and_indices(folder):
     np.testing.assert_array_equal(labels, train.indices >= 30)
 
 
+def test_a_relative_folder_begins_in_the_data_directory(folder):
+    config = data_config(f"folder:{folder.name}", dir=str(folder.parent))
+    assert len(sources.load(config, "train")) == 40
+    with pytest.raises(UserError, match=r"give the directory that holds it as data\.dir"):
+        sources.load(data_config(f"folder:{folder.name}"), "train")
+
+
 def test_a_class_that_a_split_lacks_does_not_shift_its_labels(folder):
     test = sources.load(data_config(f"folder:{folder}", cache_gib=0), "test")
     images, labels = test.read(np.array([0]))

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 
 import golden
 import jax
@@ -13,6 +14,7 @@ import safetensors.numpy
 
 from vit_at import export, models, weights
 from vit_at.configs import default
+from vit_at.errors import UserError
 from vit_at.evaluation.protocol import weights_digest
 from vit_at.reporting import exported
 from vit_at.reporting.model_card import model_card
@@ -43,7 +45,8 @@ def trained():
 
 def record(attack, accuracy, num_examples=100, digest="", **protocol):
     digest = digest or weights_digest(trained().params)
-    protocol |= {"data": "made", "num_examples": num_examples, "weights": {"digest": digest}}
+    protocol = {"data": "made"} | protocol
+    protocol |= {"num_examples": num_examples, "weights": {"digest": digest}}
     entry = {"attack": attack, "accuracy": accuracy, "standard_error": 0.01}
     return entry | {"protocol": protocol}
 
@@ -119,6 +122,64 @@ def test_the_model_card_says_what_was_trained_and_what_not_measured():
     assert "they are not robust" in natural
     bare = model_card({"architecture": "swin", "image_size": 8, "patch_size": 2})
     assert "## Training" not in bare
+
+
+def test_an_export_replaces_only_its_own_files(tmp_path):
+    export_to = functools.partial(exported.export, trained().params, trained().model, tmp_path)
+    export_to(exported.describe(trained(), []))
+    before = (tmp_path / "model.safetensors").read_bytes()
+    about = exported.describe(trained(), [record("clean", 0.5)])
+    export_to(about)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    card = (tmp_path / "README.md").read_text()
+    assert "clean       50.00 %" in card
+    (tmp_path / "README.md").write_text(f"{card}\nMy notes.\n")
+    with pytest.raises(UserError, match=r"holds README\.md, which"):
+        export_to(about)
+    (tmp_path / "README.md").unlink()
+    export_to(about)
+    assert (tmp_path / "README.md").read_text() == card
+    with pytest.raises(UserError, match=r"README\.md and model\.json and model\.safetensors"):
+        export_to(about | {"training": about["training"] | {"seed": 7}})
+
+
+def test_no_path_of_the_machine_is_exported(tmp_path):
+    config = trained().config.copy_and_resolve_references().unlock()
+    config.data.dir = "/home/me/tfds"
+    config.data.name = "folder:/home/me/flowers/"
+    config.model.pretrained = "/home/me/weights/deit.pth"
+    values = {"step": 5, "num_classes": 10, "run": {"data": "/home/me"}}
+    records = [record("clean", 0.5, data="folder:/home/me/flowers test[:10]")]
+    about = exported.describe(trained()._replace(config=config, values=values), records)
+    exported.export(trained().params, trained().model, tmp_path, about)
+    texts = [(tmp_path / name).read_text() for name in ("model.json", "README.md")]
+    assert not any("/home" in text or str(tmp_path) in text for text in texts)
+    assert about["dataset"] == "folder:flowers"
+    assert about["training"]["model"]["pretrained"] == "deit.pth"
+    assert about["results"][0]["protocol"]["data"] == "folder:flowers test[:10]"
+    assert config.data.dir == "/home/me/tfds"
+    back = exported.load_exported(tmp_path)
+    assert back.config.data.name == "folder:flowers"
+    assert back.values == {"step": 5, "num_classes": 10}
+
+
+def test_the_card_shows_names_as_they_are():
+    name = "a|b`c`\n---\n# <script>_x_ [y](z) *w* &lt; \x1b"
+    config = trained().config.copy_and_resolve_references().unlock()
+    config.name, config.data.name = name, name
+    about = exported.describe(
+        trained()._replace(config=config), [record("clean", 0.5, data="d ````\n# e")]
+    )
+    card = model_card(about | {"image_size": 8, "patch_size": 2})
+    shown = r"a\|b\`c\` --- \# \<script\>\_x\_ \[y\](z) \*w\* \&lt;  "
+    assert f"\n# {shown}\n" in card
+    assert f"trained on {shown} by vit_at" in card
+    assert f"data {shown} at 32 px" in " ".join(card.splitlines())
+    _, front, rest = re.split("^---$", card, maxsplit=2, flags=re.MULTILINE)
+    assert f"datasets:\n- {json.dumps(name)}\n" in front
+    assert re.findall("^# .*$", rest.split("`````")[0], re.MULTILINE) == [f"# {shown}"]
+    assert rest.count("\n`````\n") == 2
+    assert "<script>" not in rest
 
 
 def test_no_work_directory_is_one_sentence(tmp_path, capsys):

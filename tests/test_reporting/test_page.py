@@ -186,6 +186,18 @@ def test_runs_are_compared_over_seeds(tmp_path):
     assert "| MART | 2 | 50.0 ± 0.0 |" in text
 
 
+@pytest.mark.parametrize("suffix", [".html", ".md", ".json"])
+def test_a_report_is_replaced_and_every_other_file_is_kept(tmp_path, suffix):
+    workdir = make_run(tmp_path / "a", [pgd(0.5)])
+    out = tmp_path / "new" / f"o{suffix}"
+    first = page.write([workdir], out).read_text()
+    assert page.write([workdir], out).read_text() == first
+    out.write_text(f"mine\n{first}")
+    with pytest.raises(UserError, match="move it away"):
+        page.write([workdir], out)
+    assert out.read_text() == f"mine\n{first}"
+
+
 def test_a_comparison_needs_a_place(tmp_path):
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", seed=1)

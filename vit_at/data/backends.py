@@ -64,7 +64,10 @@ def open_folder(root: Path, split: str) -> Encoded:
     in TFDS. `indices` are positions in the sorted listing.
     """
     if not root.is_dir():
-        raise UserError(f"data.name is 'folder:{root}', which is no directory; correct the path")
+        raise UserError(
+            f"data.name is 'folder:{root}', which is no directory; correct the path, or give the "
+            "directory that holds it as data.dir (--data_dir)"
+        )
     splits = {folder: _files(root / folder) for folder in folders(root)}
     classes = sorted({name for folder in splits for name in folders(root / folder)})
     if not classes:

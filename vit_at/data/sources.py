@@ -84,7 +84,7 @@ def load(data: ConfigDict, split: str, *, threads: int = 0) -> Examples:
         is unknown or empty.
     """
     if data.name.startswith("folder:"):
-        encoded = backends.open_folder(Path(data.name.removeprefix("folder:")).expanduser(), split)
+        encoded = backends.open_folder(_root(data), split)
     else:
         encoded = backends.open_tfds(data.name, data.dir, split)
     if not len(encoded.indices):
@@ -94,6 +94,11 @@ def load(data: ConfigDict, split: str, *, threads: int = 0) -> Examples:
     names, indices = (encoded.name, encoded.class_names), encoded.indices
     examples = Examples(*names, shape, indices, rows, read_rows, encoded.origin)
     return cached(examples, threads) if examples.nbytes <= data.cache_gib * 2**30 else examples
+
+
+def _root(data: ConfigDict) -> Path:
+    """The directory of 'folder:PATH'; a relative PATH begins in data.dir."""
+    return Path(data.dir).expanduser() / Path(data.name.removeprefix("folder:")).expanduser()
 
 
 def check_splits(data: ConfigDict, train: Examples, test: Examples) -> None:
@@ -112,7 +117,7 @@ def check_splits(data: ConfigDict, train: Examples, test: Examples) -> None:
         )
     if not data.name.startswith("folder:"):
         return
-    root = Path(data.name.removeprefix("folder:")).expanduser()
+    root = _root(data)
     found = [{c for s, _ in e.origin for c in backends.folders(root / s)} for e in (train, test)]
     if single := sorted(found[0] ^ found[1]):
         raise UserError(

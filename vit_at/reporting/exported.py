@@ -3,10 +3,12 @@
 ``export`` writes ``model.safetensors`` with the names of timm 1.x, for a strict
 ``load_state_dict``; ``model.json`` with the arguments of timm's ``create_model``, the
 normalisation, the training configuration, and the results in the fields of RobustBench's
-``model_info``; and ``README.md``, a model card with the PyTorch code that loads them.
+``model_info``; and ``README.md``, a model card with the PyTorch code that loads them. No path of
+the machine is in them, and files of another kind or run are never overwritten.
 ``load_exported`` reads such a directory back for ``vit_at.evaluate``.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -19,18 +21,22 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_at import weights
+from vit_at.config import differences, with_added
 from vit_at.errors import UserError
 from vit_at.evaluation.protocol import weights_digest
 from vit_at.models import build
 from vit_at.models.convit import ConViT
 from vit_at.models.swin import STAGES, SwinTransformer
 from vit_at.reporting.model_card import model_card
+from vit_at.reporting.outputs import check_directory, is_regular
 from vit_at.workdir.checkpoint import Trained, load_trained
 from vit_at.workdir.files import as_config, read_json, write_atomically
 from vit_at.workdir.results import Results, in_255ths
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"
 CARD_FILE = "README.md"
+FILES = (WEIGHTS_FILE, DESCRIPTION_FILE, CARD_FILE)
+_OF_A_CHECKPOINT = ("step", "num_classes", "class_names")  # the values that are exported
 
 
 def export(params: Any, model: Any, path: str | epath.Path, metadata: dict[str, Any]) -> epath.Path:
@@ -42,8 +48,14 @@ def export(params: Any, model: Any, path: str | epath.Path, metadata: dict[str, 
 
     Returns:
       The path of the weights.
+
+    Raises:
+      UserError: the directory can't be written, or has files of these names that are not from an
+        export of the same configuration, or were edited since; nothing was written.
     """
     path = epath.Path(path)
+    check_directory(path, "--output")
+    _check_own(path, metadata)
     state_dict = weights.to_timm(params, model, names="1.x")
     content = safetensors.numpy.save(_fold_scale(state_dict, model), metadata={"format": "pt"})
     description = metadata | {
@@ -53,14 +65,53 @@ def export(params: Any, model: Any, path: str | epath.Path, metadata: dict[str, 
         },
         "image_size": model.image_size,
         "patch_size": model.patch_size,
-        "weights": {"file": WEIGHTS_FILE, "sha256": hashlib.sha256(content).hexdigest()},
+        "weights": {"file": WEIGHTS_FILE, "sha256": _sha256(content)},
     }
+    card = model_card(description).encode(errors="replace")
+    description["card"] = {"file": CARD_FILE, "sha256": _sha256(card)}
     text = json.dumps(description, indent=2) + "\n"
     path.mkdir(parents=True, exist_ok=True)
     write_atomically(path / WEIGHTS_FILE, content)
+    write_atomically(path / CARD_FILE, card)
     write_atomically(path / DESCRIPTION_FILE, text)
-    write_atomically(path / CARD_FILE, model_card(description))
     return path / WEIGHTS_FILE
+
+
+def _check_own(directory: epath.Path, metadata: dict[str, Any]) -> None:
+    """Raises UserError for files that an export of this configuration has not written like this."""
+    present = {name for name in FILES if (directory / name).exists()}
+    own: set[str] = set()
+    # Raised where model.json is not of an export.
+    with contextlib.suppress(UserError, LookupError, TypeError, AttributeError):
+        own = _own_files(directory, metadata)
+    if foreign := sorted(present - own):
+        raise UserError(
+            f"{directory} holds {' and '.join(foreign)}, which an export of this run has not "
+            "written, or not in this form; move them away, or choose another --output"
+        )
+
+
+def _own_files(directory: epath.Path, metadata: dict[str, Any]) -> set[str]:
+    """The unchanged files of an export of this configuration; any error if there is none."""
+    if not is_regular(directory / DESCRIPTION_FILE):
+        return set()
+    stored: Any = read_json(directory / DESCRIPTION_FILE)
+    wanted = json.loads(json.dumps(metadata))
+    trainings = [with_added(about.get("training", {})) for about in (stored, wanted)]
+    names = [(about.get("name"), about.get("architecture")) for about in (stored, wanted)]
+    if names[0] != names[1] or differences(*trainings):
+        return set()
+    digests = {WEIGHTS_FILE: stored["weights"]["sha256"], CARD_FILE: stored["card"]["sha256"]}
+    unchanged = {
+        name
+        for name, digest in digests.items()
+        if is_regular(directory / name) and _sha256((directory / name).read_bytes()) == digest
+    }
+    return unchanged | {DESCRIPTION_FILE}
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def timm_arguments(model: Any, name: str) -> dict[str, Any]:
@@ -104,9 +155,13 @@ def _fold_scale(state_dict: dict[str, np.ndarray], model: Any) -> dict[str, np.n
 
 def describe(trained: Trained, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The metadata of a trained model; records: the entries of its results.json."""
-    config = trained.config
+    config = _without_paths(trained.config)
     digest = weights_digest(trained.params)
-    own = [r for r in records if r["protocol"]["weights"]["digest"] == digest]
+    own = [
+        r | {"protocol": r["protocol"] | {"data": _last_part(r["protocol"]["data"])}}
+        for r in records
+        if r["protocol"]["weights"]["digest"] == digest
+    ]
     robust = _percent(own, "autoattack", config.threat)
     return {
         "link": "",
@@ -126,9 +181,24 @@ def describe(trained: Trained, records: Sequence[dict[str, Any]]) -> dict[str, A
         "num_classes": trained.model.num_classes,
         "normalisation": {"mean": list(config.data.mean), "std": list(config.data.std)},
         "training": config.to_dict(),
-        "checkpoint": trained.values,
+        "checkpoint": {n: trained.values[n] for n in _OF_A_CHECKPOINT if n in trained.values},
         "results": own,
     }
+
+
+def _without_paths(config: ConfigDict) -> ConfigDict:
+    """The configuration without the machine's paths: of folders and files, their names only."""
+    public = config.copy_and_resolve_references().unlock()
+    public.data.dir = ""
+    public.data.name = _last_part(config.data.name)
+    if not config.model.pretrained.startswith(weights.HUB_PREFIX):
+        public.model.pretrained = config.model.pretrained.rstrip("/").rpartition("/")[2]
+    return public.lock()
+
+
+def _last_part(data: str) -> str:
+    """'folder:/home/me/flowers test' -> 'folder:flowers test'; other data sets as they are."""
+    return re.sub(r"^folder:.*/(?=[^/])", "folder:", data, flags=re.DOTALL).rstrip("/")
 
 
 def _percent(records: Sequence[dict[str, Any]], attack: str, threat: ConfigDict) -> str | None:
@@ -154,12 +224,15 @@ def export_workdir(workdir: str | epath.Path, which: str, output: str = "") -> e
     """Exports the ``best`` or ``last`` weights of a work directory; default output: WORKDIR/export.
 
     Raises:
-      UserError: there are no such weights.
+      UserError: there are no such weights, or the directory can't be written (see ``export``).
     """
     workdir = epath.Path(workdir).expanduser()
+    path = epath.Path(output).expanduser() if output else workdir / "export"
+    if output:
+        check_directory(path, "--output")  # before the weights are read
     trained = load_trained(workdir, which)
     metadata = describe(trained, Results(workdir).records)
-    return export(trained.params, trained.model, output or workdir / "export", metadata)
+    return export(trained.params, trained.model, path, metadata)
 
 
 def load_exported(directory: str | epath.Path) -> Trained:
@@ -178,7 +251,7 @@ def load_exported(directory: str | epath.Path) -> Trained:
         )
     if not path.exists():
         raise UserError(f"{path} is missing; copy it beside {DESCRIPTION_FILE}")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != about["weights"]["sha256"]:
+    if _sha256(path.read_bytes()) != about["weights"]["sha256"]:
         raise UserError(
             f"{path} is not the file that {DESCRIPTION_FILE} describes (its SHA-256 differs); "
             "export the work directory again"

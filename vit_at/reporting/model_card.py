@@ -1,5 +1,7 @@
 """The model card: the README.md beside exported weights."""
 
+import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +26,12 @@ logits = model.eval()((images - mean) / std)  # images [B, C, H, W] in [0, 1]
 ```"""
 
 
+def quoted(text: str) -> str:
+    """Text that Markdown and HTML show as it is, on one line."""
+    line = "".join(letter if letter.isprintable() else " " for letter in text)
+    return re.sub(r"[\\`*{}\[\]<>#|~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
+
+
 def model_card(about: dict[str, Any]) -> str:
     """Markdown with the front matter that model hubs read.
 
@@ -32,7 +40,7 @@ def model_card(about: dict[str, Any]) -> str:
     training = about.get("training")
     parts = [
         _front_matter(about),
-        f"# {about.get('name') or about['architecture']}",
+        f"# {quoted(about.get('name') or about['architecture'])}",
         _summary(about, training),
         "## Use",
         f"Images are {about['image_size']} x {about['image_size']} pixels in [0, 1]; they are "
@@ -42,7 +50,8 @@ def model_card(about: dict[str, Any]) -> str:
         _results(about.get("results") or ()),
     ]
     if training:
-        parts += ["## Training", "\n".join(f"- {what} {how}" for what, how in facts(training))]
+        rows = [f"- {what} {quoted(how)}" for what, how in facts(training)]
+        parts += ["## Training", "\n".join(rows)]
     parts += ["## Limits", _limits(about, training)]
     return "\n\n".join(parts) + "\n"
 
@@ -51,18 +60,18 @@ def _front_matter(about: dict[str, Any]) -> str:
     lines = ["---", "library_name: timm", "pipeline_tag: image-classification"]
     lines += ["tags:", "- adversarial-robustness", "- vision-transformer"]
     if about.get("dataset"):
-        lines += ["datasets:", f"- {about['dataset']}"]
+        lines += ["datasets:", f"- {json.dumps(about['dataset'])}"]  # YAML quotes like JSON
     return "\n".join([*lines, "---"])
 
 
 def _summary(about: dict[str, Any], training: dict[str, Any] | None) -> str:
-    text = f"`{about['architecture']}`, patch {about['patch_size']}"
+    text = f"{quoted(about['architecture'])}, patch {about['patch_size']}"
     if training is None:
         return f"{text}, exported by vit_at."
     return (
-        f"{text}, trained on {about['dataset']} by vit_at: {method(flatten(training))}. The method "
-        "is that of Mo et al., “When Adversarial Training Meets Vision Transformers”, NeurIPS 2022 "
-        "(arXiv 2210.07540); the weights are not the authors'."
+        f"{text}, trained on {quoted(about['dataset'])} by vit_at: {method(flatten(training))}. "
+        "The method is that of Mo et al., “When Adversarial Training Meets Vision Transformers”, "
+        "NeurIPS 2022 (arXiv 2210.07540); the weights are not the authors'."
     )
 
 
@@ -70,7 +79,9 @@ def _results(records: Sequence[dict[str, Any]]) -> str:
     if not records:
         return "These weights have not been evaluated."
     said = "Accuracy and the main fields of its protocol; the whole protocol is in `model.json`."
-    return f"{said}\n\n```\n{as_text(records)}\n```"
+    text = as_text(records)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{said}\n\n{fence}\n{text}\n{fence}"
 
 
 def _limits(about: dict[str, Any], training: dict[str, Any] | None) -> str:

@@ -20,6 +20,7 @@ from vit_at.attacks.autoattack.flags import MEANING
 from vit_at.errors import UserError
 from vit_at.reporting import charts, study, study_file
 from vit_at.reporting.exhibits import Exhibits
+from vit_at.reporting.outputs import check_report
 from vit_at.reporting.run import Run
 from vit_at.workdir.checkpoint import load_trained
 from vit_at.workdir.files import write_atomically
@@ -31,21 +32,18 @@ _PACKAGED = importlib.resources.files("vit_at.reporting") / "packaged"
 def write(places: Sequence[str | epath.Path], out: str | epath.Path = "") -> epath.Path:
     """Writes the report of the runs that ``study.find`` finds in these places; returns its path.
 
-    out: its ending decides what is written: ``.md`` the table, ``.json`` a study file, else the
-      page. Default for a single work directory: WORKDIR/report/index.html.
+    out: its ending decides what is written: ``.html`` the page, ``.md`` the table, ``.json`` a
+      study file. Default for a single work directory: WORKDIR/report/index.html.
 
     Raises:
-      UserError: a place without runs, a damaged file, or no place to write to.
+      UserError: a place without runs, a damaged file, no place to write to, or a file there that
+        is no report.
     """
-    runs = study.find(places)
     if out:
-        path = epath.Path(out)
-    elif len(runs) == 1 and runs[0].workdir is not None:
-        path = runs[0].workdir / "report" / "index.html"
-    else:
-        raise UserError(
-            "the page of several runs or of a study file has no default place; add --out=FILE.html"
-        )
+        check_report(path := epath.Path(out).expanduser())  # before the runs are read
+    runs = study.find(places)
+    if not out:
+        check_report(path := _default_place(runs))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
         study_file.write(path, charts.with_drawn_curves(runs))
@@ -54,6 +52,14 @@ def write(places: Sequence[str | epath.Path], out: str | epath.Path = "") -> epa
     else:
         write_atomically(path, single(runs[0]) if len(runs) == 1 else comparison(runs))
     return path
+
+
+def _default_place(runs: Sequence[Run]) -> epath.Path:
+    if len(runs) == 1 and runs[0].workdir is not None:
+        return runs[0].workdir / "report" / "index.html"
+    raise UserError(
+        "the page of several runs or of a study file has no default place; add --out=FILE.html"
+    )
 
 
 def embedded(page: str | epath.Path) -> str:

@@ -217,7 +217,7 @@ class Table:
         """As a GitHub table."""
         lines = [["training", "seeds", *(f"{heading} %" for heading in self.headings)]]
         lines += [["---"] * len(lines[0])]
-        lines += [[name, str(seeds), *cells] for name, seeds, cells in self.rows]
+        lines += [[n.replace("|", r"\|"), str(seeds), *cells] for n, seeds, cells in self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
