@@ -7,7 +7,6 @@ one sentence with the field, its value, the allowed values and the remedy.
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from vit_at.errors import UserError, nearest
@@ -24,36 +23,56 @@ CHOICES = {
     "eval.checkpoint": ("best", "last"),
 }
 
-# {allowed numbers in words: (their test, the fields)}
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "a whole number, 1 or more": (
-        lambda v: v >= 1,
-        "epochs batch_size accumulate_steps log_every_steps "
-        "data.image_size threat.steps eval.batch_size checkpoint.keep",
-    ),
-    "a whole number, 0 or more": (
-        lambda v: v >= 0,
-        "seed model.patch_size model.embed_dim model.depth model.num_heads "
-        "data.validation_examples data.crop_padding data.threads masking.patch_size "
-        "eval.every_epochs eval.num_examples checkpoint.every_steps",
-    ),
-    "0 or more": (
-        lambda v: v >= 0 and np.isfinite(v),
-        "beta model.mlp_ratio model.qk_scale data.cache_gib mixing.mixup_alpha mixing.cutmix_alpha "
-        "eval.threat.eps eval.threat.step_size threat.eps_warmup_epochs masking.warmup_epochs "
-        "optimizer.learning_rate "
-        "optimizer.weight_decay optimizer.clip_norm optimizer.warmup_epochs "
-        "checkpoint.every_minutes",
-    ),
-    "from 0 to 1": (
-        lambda v: 0 <= v <= 1,
-        "mixing.probability mixing.cutmix_probability masking.keep_max optimizer.drop_factor",
-    ),
-    "from 0 up to but not including 1": (
-        lambda v: 0 <= v < 1,
-        "label_smoothing ema_decay model.drop_path optimizer.momentum optimizer.b1 optimizer.b2",
-    ),
+MAX_STEPS = 2**31 - 1  # the step is an int32 on the device
+# {field: (lowest, highest)} of whole numbers. No real run reaches the highest values; they catch
+# slips of the keyboard before memory, disk or hours are spent.
+_WHOLE = {
+    "seed": (0, 2**32 - 1),  # what JAX and NumPy take
+    "epochs": (1, 10**6),
+    "batch_size": (1, 2**20),
+    "accumulate_steps": (1, 2**20),
+    "log_every_steps": (1, 10**9),
+    "model.patch_size": (0, 8192),
+    "model.embed_dim": (0, 2**16),
+    "model.depth": (0, 1000),
+    "model.num_heads": (0, 1024),
+    "data.validation_examples": (0, 10**9),
+    "data.image_size": (1, 8192),
+    "data.crop_padding": (0, 8192),
+    "data.threads": (0, 1024),
+    "threat.steps": (1, 10**4),
+    "masking.patch_size": (0, 8192),
+    "eval.every_epochs": (0, 10**6),
+    "eval.num_examples": (0, 10**9),
+    "eval.batch_size": (1, 2**20),
+    "checkpoint.every_steps": (0, 10**9),
+    "checkpoint.keep": (1, 10**4),
 }
+# {highest: fields} of numbers from 0.
+_NUMBERS = {
+    1: "mixing.probability mixing.cutmix_probability masking.keep_max optimizer.drop_factor",
+    100: "model.mlp_ratio",
+    1000: "optimizer.learning_rate optimizer.weight_decay",
+    10**4: "model.qk_scale mixing.mixup_alpha mixing.cutmix_alpha",
+    10**6: "beta data.cache_gib threat.eps_warmup_epochs masking.warmup_epochs "
+    "optimizer.warmup_epochs checkpoint.every_minutes",
+    10**9: "optimizer.clip_norm eval.threat.eps eval.threat.step_size",
+}
+_BELOW_ONE = (
+    "label_smoothing ema_decay model.drop_path optimizer.momentum optimizer.b1 optimizer.b2"
+)
+_ANY_NUMBER = "threat.eps threat.step_size"
+_SWITCHES = (
+    "model.remat model.allow_few_tokens data.allow_overlap data.flip masking.ard masking.prm"
+)
+_TEXTS = (
+    "name dtype sharding objective model.name model.stem model.pretrained data.name data.dir "
+    "data.train_split data.test_split threat.norm threat.start optimizer.name optimizer.schedule "
+    "eval.validation_attack eval.attacks eval.checkpoint eval.threat.norm"
+)
+_TUPLES = "data.mean data.std optimizer.drop_before_end"
+_NAME_BYTES = 200  # a file system allows 255, and files beside the directory add a suffix
+_TEXT_LENGTH = 4096  # the longest path of Linux
 
 # Fields that older ``config.json`` files lack, with the value that describes those runs.
 ADDED = {"sharding": "replicated", "model.remat": False, "checkpoint.every_steps": 0}
@@ -73,8 +92,8 @@ def validate(config: ConfigDict) -> None:
     ``training.objectives.check`` also checks the objective, and what depends on it.
     """
     flat = flatten(config)
-    if not config.name.strip():
-        raise UserError("name is empty, but names the run and its directory; give it a word")
+    _validate_types(flat)
+    _validate_name(config.name)
     for field, choices in CHOICES.items():
         value = flat[field]
         if value not in choices:
@@ -82,14 +101,78 @@ def validate(config: ConfigDict) -> None:
                 f"{field} is '{value}', which is unknown; allowed are {', '.join(choices)} "
                 f"(nearest: {nearest(str(value), choices, 1)})"
             )
-    for allowed, (fits, fields) in _RANGES.items():
-        for field in fields.split():
-            if not fits(flat[field]):
-                raise UserError(f"{field} is {flat[field]}; it must be {allowed}")
+    _validate_ranges(flat)
     _validate_threat(config)
     _validate_data(config)
     _validate_schedule(config)
     _validate_combinations(config)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable() and len(value) <= _TEXT_LENGTH
+
+
+# (fields, whether a value is of their type, the type in words)
+_TYPES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (" ".join(_WHOLE), lambda v: type(v) is int, "a whole number"),
+    (" ".join([*_NUMBERS.values(), _BELOW_ONE, _ANY_NUMBER]), _number, "a number"),
+    (_SWITCHES, lambda v: isinstance(v, bool), "True or False"),
+    (_TEXTS, _text, f"text of at most {_TEXT_LENGTH} printable characters"),
+    (
+        _TUPLES,
+        lambda v: isinstance(v, (tuple, list)) and len(v) <= 1000 and all(map(_number, v)),
+        "a tuple of numbers, such as (0.5,) or (0.5, 0.5, 0.5)",
+    ),
+)
+
+
+def _shown(value: Any) -> str:
+    """A value for a sentence: in one line, cut if it is long."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:80]}..."
+
+
+def _validate_types(flat: dict[str, Any]) -> None:
+    for fields, fits, kind in _TYPES:
+        for field in fields.split():
+            if field not in flat:
+                raise UserError(
+                    f"{field} is missing; start from vit_at.configs.default.get_config(), which "
+                    "has every field"
+                )
+            if not fits(flat[field]):
+                raise UserError(f"{field} is {_shown(flat[field])}; it must be {kind}")
+
+
+def _validate_name(name: str) -> None:
+    if not name.strip():
+        raise UserError("name is empty, but names the run and its directory; give it a word")
+    if "/" in name or name in (".", "..") or len(name.encode()) > _NAME_BYTES:
+        raise UserError(
+            f"name is {_shown(name)}, but names a directory; it must be a word without '/' of at "
+            f"most {_NAME_BYTES} bytes; --workdir says where the run is stored"
+        )
+
+
+def _validate_ranges(flat: dict[str, Any]) -> None:
+    for field, (low, high) in _WHOLE.items():
+        if not low <= flat[field] <= high:
+            allowed = f"a whole number, {low} or more and at most {high}"
+            raise UserError(f"{field} is {_shown(flat[field])}; it must be {allowed}")
+    for high, fields in _NUMBERS.items():
+        for field in fields.split():
+            if not 0 <= flat[field] <= high:
+                allowed = "from 0 to 1" if high == 1 else f"0 or more and at most {high}"
+                raise UserError(f"{field} is {_shown(flat[field])}; it must be {allowed}")
+    for field in _BELOW_ONE.split():
+        if not 0 <= flat[field] < 1:
+            raise UserError(
+                f"{field} is {_shown(flat[field])}; it must be from 0 up to but not including 1"
+            )
 
 
 def _validate_threat(config: ConfigDict) -> None:
@@ -147,8 +230,16 @@ def _validate_data(config: ConfigDict) -> None:
             f"data.mean has {len(data.mean)} channels and data.std {len(data.std)}; both must have "
             "1 (grey) or 3 (colour)"
         )
-    if min(data.std) <= 0:
-        raise UserError(f"data.std is {data.std}; every channel must be over 0")
+    if not all(0 <= mean <= 1 for mean in data.mean):
+        raise UserError(
+            f"data.mean is {data.mean}; it is in pixel units of images in [0, 1], so every channel "
+            "must be from 0 to 1: divide values of 0 to 255 by 255"
+        )
+    if not all(1e-3 <= std <= 1 for std in data.std):
+        raise UserError(
+            f"data.std is {data.std}; it is in pixel units of images in [0, 1], so every channel "
+            "must be over 0 (at least 0.001) and at most 1: divide values of 0 to 255 by 255"
+        )
     if data.crop_padding >= data.image_size:
         raise UserError(
             f"data.crop_padding is {data.crop_padding}, so a crop may show nothing of the "
@@ -172,10 +263,10 @@ def _validate_data(config: ConfigDict) -> None:
 
 def _validate_schedule(config: ConfigDict) -> None:
     options = config.optimizer
-    if not all(isinstance(x, (int, float)) and x >= 0 for x in options.drop_before_end):
+    if not all(0 <= epochs <= 10**6 for epochs in options.drop_before_end):
         raise UserError(
-            f"optimizer.drop_before_end is {options.drop_before_end}; it must hold numbers of "
-            "epochs, 0 or more each, such as (5.0, 2.0)"
+            f"optimizer.drop_before_end is {_shown(options.drop_before_end)}; it must hold numbers "
+            "of epochs, 0 or more and at most 1000000 each, such as (5.0, 2.0)"
         )
     if options.warmup_epochs >= config.epochs:
         raise UserError(

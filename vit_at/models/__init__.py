@@ -82,6 +82,11 @@ def create(
             f"model.num_heads {shape['num_heads']} does not divide model.embed_dim "
             f"{shape['embed_dim']}; choose a number of heads that does"
         )
+    if int(shape["embed_dim"] * shape["mlp_ratio"]) < 1:
+        raise UserError(
+            f"model.mlp_ratio {shape['mlp_ratio']} times model.embed_dim {shape['embed_dim']} is "
+            "less than one unit; choose a larger model.mlp_ratio, or 0 for the architecture's"
+        )
     return family(
         num_classes=num_classes,
         in_channels=in_channels,

@@ -150,13 +150,13 @@ def training_loss(
 
 def check(config: ConfigDict) -> None:
     """``config.validate``, and a UserError where a field contradicts the objective."""
+    configuration.validate(config)
     name = config.objective
     if name not in OBJECTIVES:
         raise UserError(
             f"objective is '{name}', which is unknown; allowed are {', '.join(OBJECTIVES)} "
             f"(nearest: {nearest(str(name), OBJECTIVES, 1)})"
         )
-    configuration.validate(config)
     row = OBJECTIVES[name]
     if config.threat.start == "zero" and not row.zero_start:
         raise UserError(

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from vit_at import models, weights
 from vit_at.attacks import Threat
-from vit_at.config import evaluation_threat
+from vit_at.config import MAX_STEPS, evaluation_threat
 from vit_at.data import pipeline, sources
 from vit_at.data.sources import Examples
 from vit_at.distributed import sharding
@@ -78,6 +78,11 @@ class Setup(NamedTuple):
         model = models.build(config, everything.num_classes, config.dtype)
         train_set, held_out = sources.hold_out(everything, data.validation_examples, config.seed)
         steps_per_epoch = pipeline.steps_per_epoch(len(train_set), config.batch_size)
+        if config.epochs * steps_per_epoch > MAX_STEPS:
+            raise UserError(
+                f"epochs is {config.epochs}, or {config.epochs * steps_per_epoch} steps of "
+                f"{config.batch_size} images; at most {MAX_STEPS} can be counted: lower epochs"
+            )
         test_set = sources.load(data, data.test_split, threads=threads)
         test_set = select(test_set, config.eval.num_examples)
         sources.check_splits(data, everything, test_set)
