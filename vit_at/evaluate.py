@@ -8,8 +8,10 @@ Each result is stored with its protocol in ``results.json``, the outcome of each
 
 import argparse
 import inspect
+import os
 import sys
 import types
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +22,7 @@ from ml_collections import ConfigDict
 from vit_at import models
 from vit_at.attacks import Threat
 from vit_at.cli import add_process_arguments, join_processes
-from vit_at.config import evaluation_threat, validate
+from vit_at.config import CHOICES, evaluation_threat, validate
 from vit_at.console import quiet_logging
 from vit_at.data import sources
 from vit_at.distributed import devices, processes, sharding
@@ -31,6 +33,13 @@ from vit_at.reporting.exported import DESCRIPTION_FILE, load_exported
 from vit_at.workdir.checkpoint import load_trained
 from vit_at.workdir.files import disk_errors, locked
 from vit_at.workdir.results import Results, as_text
+
+_TYPES: dict[Any, tuple[Any, str]] = {
+    str: (str, "a string"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+}
+_MOST_RESTARTS = 1000  # their starts are in memory together
 
 
 def fraction(text: str) -> float:
@@ -69,7 +78,7 @@ def evaluate(
       num_examples: the first so many images of it; 0: all.
       norm, eps, step_size: of the attacks, in pixel units of images in [0, 1]; '' and None: as in
         ``eval.threat``.
-      restarts: random starts of PGD and CW; an image counts as robust if all of them fail.
+      restarts: random starts of PGD and CW, at most 1000; an image counts as robust if all fail.
       batch_size: over all devices; 0: the configuration's.
       seed: of the random starts.
       data_dir: TFDS data directory, or the one that holds 'folder:NAME'; '': the configuration's.
@@ -80,6 +89,7 @@ def evaluate(
     Raises:
       UserError: a directory, data set or option that can't be used.
     """
+    _check_arguments(locals())
     workdir = epath.Path(source).expanduser()
     exported = (workdir / DESCRIPTION_FILE).exists()
     trained = load_exported(workdir) if exported else load_trained(workdir, checkpoint)
@@ -107,6 +117,23 @@ def evaluate(
         return evaluate_and_store(
             evaluator, trained.params, examples, Results(workdir), seed=seed, weights=weights
         )
+
+
+def _check_arguments(given: dict[str, Any]) -> None:
+    """Checks what the command line does not: types, and choices, in a call from Python."""
+    for name, parameter in inspect.signature(evaluate).parameters.items():
+        value, allowed = given[name], typing.get_args(parameter.annotation)
+        kind, words = _TYPES.get((*allowed, parameter.annotation)[0], (object, ""))
+        if name == "source":
+            kind, words = (str, os.PathLike), "the path of a directory"
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        if not fits and not (value is None and types.NoneType in allowed):
+            raise UserError(f"{name} is {value!r}; it must be {words}")
+    if given["checkpoint"] not in CHOICES["eval.checkpoint"]:
+        choices = " or ".join(CHOICES["eval.checkpoint"])
+        raise UserError(f"checkpoint is '{given['checkpoint']}'; it must be {choices}")
+    if given["restarts"] > _MOST_RESTARTS:
+        raise UserError(f"--restarts is {given['restarts']}; it must be at most {_MOST_RESTARTS}")
 
 
 def _set_threat(config: ConfigDict, norm: str, eps: float | None, step_size: float | None) -> None:

@@ -165,7 +165,18 @@ def evaluate_and_store(
 
 
 def select(examples: Examples, count: int) -> Examples:
-    """The first ``count`` examples, 0: all; UserError for a negative or too large count."""
+    """The first ``count`` examples, 0: all.
+
+    Raises:
+      UserError: the count is negative or too large, or the split holds an image twice.
+    """
+    for split in {name for name, _ in examples.origin}:
+        places = np.concatenate([rows for name, rows in examples.origin if name == split])
+        if repeated := len(places) - len(np.unique(places)):
+            raise UserError(
+                f"{examples.name} holds {repeated} images of '{split}' more than once; choose "
+                "parts that do not overlap"
+            )
     if not 0 <= count <= len(examples):
         raise UserError(
             f"{count} examples are asked for, but {examples.name} has {len(examples)}; "

@@ -7,6 +7,7 @@ record          an accuracy with the protocol it was measured under: an entry of
 import dataclasses
 import hashlib
 import importlib.metadata
+import re
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from vit_at.errors import UserError
 from vit_at.workdir.results import AUTOATTACK
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+_STEPS = re.compile("[1-9][0-9]{0,5}")  # without zeros in front, so one number has one name
 _LOSSES = {"pgd": "ce", "cw": "cw"}  # what attacks named NAME-STEPS maximise
 # The cascades by name, and each attack alone; without 'rand', which is for random models.
 _AUTOATTACKS = {AUTOATTACK: "standard", f"{AUTOATTACK}-plus": "plus"} | {
@@ -61,10 +63,10 @@ def _parse_attack(name: str, threat: Threat, restarts: int) -> Attack:
     if name in _AUTOATTACKS:
         return Attack(name, AUTOATTACK, threat, version=_AUTOATTACKS[name])
     kind, _, steps = name.partition("-")
-    if kind not in _LOSSES or not steps.isdecimal() or int(steps) < 1:
+    if kind not in _LOSSES or not _STEPS.fullmatch(steps):
         raise UserError(
-            f"attack '{name}' is unknown; write clean, pgd-N or cw-N with N steps, such as pgd-20, "
-            f"or {', '.join(_AUTOATTACKS)}"
+            f"attack '{name}' is unknown; write clean, pgd-N or cw-N with N steps, 1 to 999999, "
+            f"such as pgd-20, or {', '.join(_AUTOATTACKS)}"
         )
     return Attack(name, kind, dataclasses.replace(threat, steps=int(steps)), restarts)
 
