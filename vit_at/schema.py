@@ -260,7 +260,9 @@ def read_arrays(path: epath.Path, remedy: str) -> dict[str, np.ndarray]:
             return dict(archive)
     except Exception as error:  # NumPy and zipfile raise many
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} is damaged, or no .npz file ({reason}); {remedy}") from error
+        if "pickle" in reason:  # NumPy's own text says how to load it unsafely
+            reason = "it holds Python objects, which could run a program"
+        raise UserError(f"{path} can't be read as an .npz file ({reason}); {remedy}") from error
 
 
 def check_array(

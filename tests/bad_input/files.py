@@ -277,7 +277,7 @@ def outcomes(content=None, make=None):
 ADVICE = ".*; move it away and run the same command again: results.json keeps the accuracies"
 CASES |= {
     f"per_example.npz holding {kind}": Case(
-        READERS["results.json"][1], f"is damaged, or no .npz file{ADVICE}", outcomes(content)
+        READERS["results.json"][1], f"can't be read as an .npz file{ADVICE}", outcomes(content)
     )
     for kind, content in NO_ARCHIVES.items()
 }
@@ -320,7 +320,7 @@ def ledger(content=None, **changes):
 
 
 LEDGERS = {
-    "no archive": (ledger(b"text"), "is damaged, or no .npz file"),
+    "no archive": (ledger(b"text"), "can't be read as an .npz file"),
     "another archive": (ledger(GOOD), "no array 'protocol'"),
     "no logits": (ledger(logits=MISSING), "no array 'logits'"),
     "a protocol that is no JSON": (ledger(protocol=np.array("{")), "is not valid JSON"),

@@ -53,7 +53,7 @@ def test_damaged_outcomes_are_refused_before_the_attack_and_the_advice_works(exp
         patch.setattr(evaluator.Evaluator, "run", lambda *_, **__: pytest.fail("the attack runs"))
         with pytest.raises(UserError) as refusal:
             evaluate.evaluate(export, "clean,pgd-2", **few)
-    assert "per_example.npz is damaged" in str(refusal.value)
+    assert "per_example.npz can't be read" in str(refusal.value)
     assert "move it away and run the same command again" in str(refusal.value)
     damaged.rename(export / "damaged.npz")
     again, attacked = evaluate.evaluate(export, "clean,pgd-2", **few)
