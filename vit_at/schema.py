@@ -11,10 +11,11 @@ A value that a type does not name is allowed, so that files of later versions ca
 
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
-from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
@@ -22,6 +23,7 @@ from etils import epath
 
 from vit_at.errors import UserError
 
+_KINDS = {"bool": "b", "integers": "iu", "floats": "f", "text": "U"}  # as in np.dtype.kind
 _LARGEST = sys.float_info.max
 Number = Annotated[float, msgspec.Meta(ge=-_LARGEST, le=_LARGEST)]  # finite
 Positive = Annotated[float, msgspec.Meta(ge=0, le=_LARGEST)]
@@ -43,8 +45,8 @@ class Protocol(TypedDict):
 
     data: str
     num_examples: Count
-    seed: Seed
     weights: Weights
+    seed: NotRequired[Seed]
     norm: NotRequired[str]
     eps: NotRequired[Positive]
     step_size: NotRequired[Positive]
@@ -54,6 +56,7 @@ class Protocol(TypedDict):
 class ThreatProtocol(Protocol):
     """That of an attack with a threat model."""
 
+    seed: Seed
     norm: str
     eps: Positive
 
@@ -155,19 +158,27 @@ def fields_of(defaults: dict[str, Any], optional: Iterable[str] = (), prefix: st
     return msgspec.defstruct(prefix or "Fields", fields, kw_only=True)
 
 
-def check(value: Any, kind: Any, path: epath.PathLike, remedy: str, what: str = "damaged") -> Any:
+def check(
+    value: Any,
+    kind: Any,
+    path: epath.PathLike,
+    remedy: str,
+    *,
+    what: str = "damaged",
+    inside: str = "",
+) -> Any:
     """The value itself, if it has the shape of a type; a UserError says where it has not.
 
-    path: of the file that holds the value; what: an adjective or noun for such a file.
+    path: of the file that holds the value; inside: where in it; what: what such a file is called.
     """
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         wrong, _, place = str(error).partition(" - at ")
-        place = place.strip("`").removeprefix("$").removeprefix(".")
-        found = _shown(_at(value, place))
+        place = place.strip("`").removeprefix("$")
+        found, place = _shown(_at(value, place)), f"{inside}{place}".removeprefix(".")
         raise UserError(
-            f"{path} is {what} ({place or 'the file'} is {found}: "
+            f"{path} is {what} ({place or 'the whole'} is {found}: "
             f"{wrong[:1].lower()}{wrong[1:]}); {remedy}"
         ) from error
     except RecursionError as error:
@@ -192,29 +203,34 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def read_json(path: epath.Path, kind: Any, remedy: str, what: str = "damaged") -> Any:
+def read_json(path: epath.Path, kind: Any, remedy: str, *, nan: bool = False) -> Any:
     """The values of a JSON file, of the shape of a type.
 
-    Numbers must be finite, except in a ``Study``, whose curves may hold NaN.
+    nan: allow NaN and infinities.
 
     Raises:
       UserError: it is not a regular file of valid JSON in UTF-8 without duplicate names, or has
         another shape.
     """
-    content = content_of(path, remedy)
-    options: dict[str, Any] = {} if kind is Study else {"parse_constant": _refuse}
+    return parse_json(content_of(path, remedy), kind, path, remedy, nan=nan)
+
+
+def parse_json(content: bytes, kind: Any, path: epath.Path, remedy: str, *, nan: bool) -> Any:
+    """``read_json`` of what a file holds."""
+    options: dict[str, Any] = {} if nan else {"parse_constant": _refuse}
     try:
         value = json.loads(content.decode(), object_pairs_hook=_unique, **options)
     except RecursionError as error:
         raise UserError(f"{path} is nested too deeply; {remedy}") from error
     except ValueError as error:  # also of UTF-8
         raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
-    return check(value, kind, path, remedy, what)
+    return check(value, kind, path, remedy)
 
 
 def content_of(path: epath.Path, remedy: str) -> bytes:
     """What a regular file holds; a UserError for a directory, a pipe or a device."""
-    if not path.is_file():
+    remote = "://" in str(path)
+    if not (path.is_file() if remote else os.path.isfile(path)):  # epath's is true for a pipe
         raise UserError(f"{path} is missing, or not a regular file; {remedy}")
     return path.read_bytes()
 
@@ -232,16 +248,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-class Array(NamedTuple):
-    """What an array must be: its kinds of dtype (as in ``np.dtype.kind``) and its shape.
-
-    A size of -1 fits any.
-    """
-
-    kinds: str
-    shape: tuple[int, ...]
-
-
 def read_arrays(path: epath.Path, remedy: str) -> dict[str, np.ndarray]:
     """The arrays of an .npz file; nothing in it is executed.
 
@@ -254,25 +260,33 @@ def read_arrays(path: epath.Path, remedy: str) -> dict[str, np.ndarray]:
             return dict(archive)
     except Exception as error:  # NumPy and zipfile raise many
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} is damaged, or no .npz file ({reason}); {remedy}") from error
+        if "pickle" in reason:  # NumPy's own text says how to load it unsafely
+            reason = "it holds Python objects, which could run a program"
+        raise UserError(f"{path} can't be read as an .npz file ({reason}); {remedy}") from error
 
 
 def check_array(
-    arrays: dict[str, np.ndarray], name: str, wanted: Array, path: epath.Path, remedy: str
+    arrays: dict[str, np.ndarray],
+    name: str,
+    kind: str,
+    shape: tuple[int, ...],
+    path: epath.Path,
+    remedy: str,
 ) -> np.ndarray:
-    """An array of a file; a UserError if it is missing, or has another dtype or shape."""
+    """An array of a file; a UserError if it is missing, or has another dtype or shape.
+
+    kind: 'bool', 'integers', 'floats' or 'text'; shape: -1 fits any size.
+    """
     if name not in arrays:
         raise UserError(f"{path} is damaged (it has no array '{name}'); {remedy}")
     array = arrays[name]
-    fits = len(array.shape) == len(wanted.shape) and all(
-        size in (-1, own) for size, own in zip(wanted.shape, array.shape, strict=True)
+    fits = len(array.shape) == len(shape) and all(
+        size in (-1, own) for size, own in zip(shape, array.shape, strict=True)
     )
-    if array.dtype.kind not in wanted.kinds or not fits:
+    if array.dtype.kind not in _KINDS[kind] or not fits:
+        sizes = ", ".join("any" if size < 0 else str(size) for size in shape)
         raise UserError(
-            f"{path} is damaged (its array '{name}' is {array.dtype}{list(array.shape)}, not "
-            f"{_KINDS[wanted.kinds]}{['any' if n < 0 else n for n in wanted.shape]}); {remedy}"
+            f"{path} is damaged (its array '{name}' is {array.dtype}{list(array.shape)}, and must "
+            f"be {kind}[{sizes}]); {remedy}"
         )
     return array
-
-
-_KINDS = {"b": "bool", "iu": "integers", "f": "floating", "U": "text"}

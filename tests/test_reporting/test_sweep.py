@@ -11,6 +11,7 @@ import time
 import pytest
 import runs as toy
 from etils import epath
+from test_study import record
 
 from vit_at.errors import UserError
 from vit_at.reporting import sweep
@@ -37,9 +38,7 @@ def fill(run: Job, accuracy: float, **changes) -> None:
     config.update_from_flattened_dict(changes)
     write_config(run.workdir, config)
     attacks = config.eval.attacks.split(",")
-    protocol = {"data": "digits", "num_examples": 359, "weights": {"checkpoint": "best"}}
-    records = [{"attack": a, "accuracy": accuracy, "protocol": protocol} for a in attacks]
-    (run.workdir / "results.json").write_text(json.dumps(records))
+    (run.workdir / "results.json").write_text(json.dumps([record(a, accuracy) for a in attacks]))
 
 
 def test_the_digits_sweep_is_three_trainings_of_three_seeds(tmp_path):
@@ -88,7 +87,7 @@ def test_only_what_was_measured_under_the_same_configuration_is_finished(tmp_pat
     fill(runs[0], 0.5)
     fill(runs[1], 0.5, epochs=3)
     fill(runs[2], 0.5)
-    (runs[2].workdir / "results.json").write_text('[{"attack": "clean", "accuracy": 0.5}]')
+    (runs[2].workdir / "results.json").write_text(json.dumps([record("clean", 0.5)]))
     assert [run.finished for run in runs[:3]] == [True, False, False]
     flagged = jobs_of(DIGITS, epath.Path(tmp_path), ["--config.epochs=3"])
     assert [run.finished for run in flagged[:3]] == [True, True, False]

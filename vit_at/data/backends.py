@@ -185,7 +185,7 @@ def read_builder(prepared: epath.Path) -> tfds.core.DatasetBuilder:
       UserError: a file is damaged, names a foreign class, or is no regular file.
     """
     remedy = "prepare the data set again"
-    if "://" not in os.fspath(prepared):
+    if "://" not in str(prepared):
         with os.scandir(prepared) as entries:
             _check_regular(entry for entry in entries if not entry.is_dir())
     read_json(prepared / INFO_FILE, DatasetInfo, remedy)

@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_at import weights
-from vit_at.config import differences, with_added
+from vit_at.config import differences, validate, with_added
 from vit_at.errors import UserError
 from vit_at.evaluation.protocol import weights_digest
 from vit_at.models import build
@@ -29,14 +29,16 @@ from vit_at.models.convit import ConViT
 from vit_at.models.swin import STAGES, SwinTransformer
 from vit_at.reporting.model_card import model_card
 from vit_at.reporting.outputs import check_directory, is_regular
+from vit_at.schema import Description, check, read_json
 from vit_at.workdir.checkpoint import Trained, load_trained
-from vit_at.workdir.files import as_config, read_json, write_atomically
-from vit_at.workdir.results import Results, in_255ths
+from vit_at.workdir.files import as_config, write_atomically
+from vit_at.workdir.results import in_255ths, read_records
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"
 CARD_FILE = "README.md"
 FILES = (WEIGHTS_FILE, DESCRIPTION_FILE, CARD_FILE)
 _OF_A_CHECKPOINT = ("step", "num_classes", "class_names")  # the values that are exported
+_AGAIN = "export the work directory again"
 
 
 def export(params: Any, model: Any, path: str | epath.Path, metadata: dict[str, Any]) -> epath.Path:
@@ -231,7 +233,7 @@ def export_workdir(workdir: str | epath.Path, which: str, output: str = "") -> e
     if output:
         check_directory(path, "--output")  # before the weights are read
     trained = load_trained(workdir, which)
-    metadata = describe(trained, Results(workdir).records)
+    metadata = describe(trained, read_records(workdir))
     return export(trained.params, trained.model, path, metadata)
 
 
@@ -242,21 +244,23 @@ def load_exported(directory: str | epath.Path) -> Trained:
       UserError: a file is missing or changed, or ``model.json`` lacks the training configuration.
     """
     directory = epath.Path(directory)
-    about = read_json(directory / DESCRIPTION_FILE)
-    path = directory / WEIGHTS_FILE
+    described, path = directory / DESCRIPTION_FILE, directory / WEIGHTS_FILE
+    about = read_json(described, dict[str, Any], _AGAIN)
     if "training" not in about or "checkpoint" not in about:
         raise UserError(
-            f"{directory / DESCRIPTION_FILE} has no 'training' and 'checkpoint', which say how to "
-            "build the model; export the work directory again"
+            f"{described} has no 'training' and 'checkpoint', which say how to build the model; "
+            f"{_AGAIN}"
         )
+    check(about, Description, described, _AGAIN)
+    config = as_config(about["training"], described, ".training")
+    validate(config)
     if not path.exists():
         raise UserError(f"{path} is missing; copy it beside {DESCRIPTION_FILE}")
     if _sha256(path.read_bytes()) != about["weights"]["sha256"]:
         raise UserError(
             f"{path} is not the file that {DESCRIPTION_FILE} describes (its SHA-256 differs); "
-            "export the work directory again"
+            f"{_AGAIN}"
         )
-    config = as_config(about["training"])
     built = config.copy_and_resolve_references().unlock()
     built.model.qk_scale = 0.0  # it is in the queries' weights, see _fold_scale
     model = build(built, about["num_classes"], "float32")

@@ -19,11 +19,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_at import configs
-from vit_at.config import differences, flatten, with_added
+from vit_at.config import differences, flatten
 from vit_at.errors import UserError, nearest
 from vit_at.training import objectives
-from vit_at.workdir.files import CONFIG_FILE, read_json
-from vit_at.workdir.results import RESULTS_FILE
+from vit_at.workdir.files import CONFIG_FILE, read_values
+from vit_at.workdir.results import RESULTS_FILE, read_records
 
 _FIELD_FLAG = re.compile(r"--?config\.([^=]+)")
 
@@ -45,14 +45,14 @@ class Job(NamedTuple):
     @property
     def finished(self) -> bool:
         """Whether every attack has been measured under this configuration."""
-        path, results = self.workdir / CONFIG_FILE, self.workdir / RESULTS_FILE
-        if not (path.exists() and results.exists()):
+        path = self.workdir / CONFIG_FILE
+        if not (path.exists() and (self.workdir / RESULTS_FILE).exists()):
             return False
-        stored = read_json(path)
-        changes = differences(with_added(stored), json.loads(json.dumps(self.config.to_dict())))
+        stored = read_values(path)
+        changes = differences(stored, json.loads(json.dumps(self.config.to_dict())))
         changed = {change.partition(" ")[0] for change in changes}
         wanted = {attack.strip() for attack in stored["eval"]["attacks"].split(",")}
-        measured = {record["attack"] for record in read_json(results)}
+        measured = {record["attack"] for record in read_records(self.workdir)}
         return changed <= self.free and wanted <= measured
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from vit_at.errors import UserError
+from vit_at.schema import check, content_of
 from vit_at.training.metrics import METRICS_FILE
-from vit_at.workdir.files import read_config, read_json
-from vit_at.workdir.results import RESULTS_FILE
+from vit_at.workdir.files import read_config
+from vit_at.workdir.results import read_records
 
 Curve = tuple[Sequence[float], Sequence[float]]  # epochs (or other x), values
 
@@ -41,9 +43,8 @@ class Run:
         """
         workdir = epath.Path(workdir)
         config = read_config(workdir).to_dict()
-        results = workdir / RESULTS_FILE
-        records: Any = read_json(results) if results.exists() else []
-        return cls(workdir.name, config, _curves(workdir / METRICS_FILE), records, workdir)
+        curves = _curves(workdir / METRICS_FILE)
+        return cls(workdir.name, config, curves, read_records(workdir), workdir)
 
     @property
     def tested(self) -> Sequence[dict[str, Any]]:
@@ -59,12 +60,17 @@ class Run:
 
 def _curves(path: epath.Path) -> dict[str, Curve]:
     """The curves of a metrics file, up to a line that a crash cut short."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    lines, remedy = [], "restore it, or move it away to report without curves"
+    content = content_of(path, remedy) if path.exists() else b""
+    for text in content.decode(errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        check(line, dict[str, float], path, remedy, inside=f"line {len(lines) + 1}")
+        if not line.get("step", 0) > 0:
+            raise UserError(f"{path} is damaged (line {len(lines) + 1} has no step); {remedy}")
+        lines.append(line)
     per_step = next((line["epoch"] / line["step"] for line in lines if line.get("epoch")), 0.0)
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for line in lines:

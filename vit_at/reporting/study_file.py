@@ -23,11 +23,15 @@ from etils import epath
 from vit_at.config import flatten, nested
 from vit_at.errors import UserError
 from vit_at.reporting.run import Curve, Run, thin
-from vit_at.workdir.files import as_config, read_json, write_atomically
+from vit_at.schema import Study, check, read_json
+from vit_at.workdir.files import as_config, write_atomically
+from vit_at.workdir.results import check_records
 
 FORMAT = "vit_at study 1"
 _BY_HAND: dict[str, Any] = {"commands": [], "machine": "", "notes": ""}
 _MOST_POINTS = 80  # of a curve
+_DAMAGED = "a damaged study file"
+_AGAIN = "restore it, or write it again with 'vit-at report WORKDIR ... --out=FILE.json'"
 _DIGITS = 5  # of a curve's numbers; accuracies are stored in full
 
 
@@ -58,22 +62,19 @@ def read(path: epath.Path) -> list[Run]:
     Raises:
       UserError: it is not a study file, or it is damaged.
     """
-    stored = _load(path)
+    stored = check(_load(path), Study, path, _AGAIN, what=_DAMAGED)
     try:
-        runs = [_unpacked(entry, stored) for entry in stored["runs"]]
-        _first, *_ = runs  # at least one
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is a damaged study file ({error!r}); restore it, or write it again with "
-            "'vit-at report WORKDIR ... --out=FILE.json'"
-        ) from error
-    return runs
+        return [_unpacked(i, entry, stored, path) for i, entry in enumerate(stored["runs"])]
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # fields that do not nest
+        raise UserError(f"{path} is {_DAMAGED} ({error!r}); {_AGAIN}") from error
 
 
 def _load(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path} does not exist; give a study file or a work directory")
-    stored: Any = read_json(path)
+    stored: Any = read_json(path, Any, "restore or delete it", nan=True)
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise UserError(
             f"{path} is no study file (its 'format' is not '{FORMAT}'); give one that "
@@ -92,14 +93,19 @@ def _packed(run: Run, config: dict[str, Any], protocols: dict[str, Any]) -> dict
     return entry | ({"curves": _rounded(run.curves)} if run.curves else {})
 
 
-def _unpacked(entry: dict[str, Any], stored: dict[str, Any]) -> Run:
-    config = as_config(nested(stored["config"] | entry["config"])).to_dict()
+def _unpacked(number: int, entry: dict[str, Any], stored: dict[str, Any], path: epath.Path) -> Run:
+    place = f"runs[{number}]"
+    config = as_config(nested(stored["config"] | entry["config"]), path, f"{place}.config")
     records = [
         record | {"protocol": nested(stored["protocols"][record["attack"]] | record["protocol"])}
         for record in entry["records"]
     ]
+    check_records(records, path, _AGAIN, what=_DAMAGED, inside=f"{place}.records")
     curves = {name: (xs, ys) for name, (xs, ys) in entry.get("curves", {}).items()}
-    return Run(entry["name"], config, curves, records)
+    for name, (xs, ys) in curves.items():
+        if len(xs) != len(ys):
+            raise ValueError(f"the curve {name} of {place} has {len(xs)} epochs, {len(ys)} values")
+    return Run(entry["name"], config.to_dict(), curves, records)
 
 
 def _rounded(curves: dict[str, Curve]) -> dict[str, list[list[float]]]:

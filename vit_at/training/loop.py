@@ -85,6 +85,7 @@ def _run(
     if restored := checkpoints.restore(state.trees, setup.mesh, setup.fingerprint):
         step, trees, values = restored
         state = state.replace(step=sharding.replicate(np.int32(step), setup.mesh), **trees)
+    Results(workdir)  # fails now, not after the training, if its files are damaged
     write_config(workdir, setup.config)
     _describe(setup, state, workdir)
     if int(state.step) < setup.total_steps:

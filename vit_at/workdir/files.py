@@ -24,9 +24,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_at import config as configuration
+from vit_at import schema
+from vit_at.configs import default
 from vit_at.errors import UserError
 
 CONFIG_FILE = "config.json"
+_RESTORE = "restore it from a copy, or delete it"
 _REMEDIES = {
     "no space left": "the disk is full: free some space",
     "quota exceeded": "the disk quota is used up: free some space",
@@ -104,7 +107,7 @@ def check_config(workdir: epath.Path, config: ConfigDict) -> None:
     """Creates the directory; UserError if its ``config.json`` is of another configuration."""
     path = workdir / CONFIG_FILE
     if path.exists():
-        stored = configuration.with_added(read_json(path))
+        stored = read_values(path)
         changes = configuration.differences(stored, json.loads(json.dumps(config.to_dict())))
         if changes:
             raise UserError(
@@ -132,12 +135,27 @@ def read_config(workdir: epath.Path) -> ConfigDict:
             f"{workdir} is no work directory: it has no {CONFIG_FILE}; give one that "
             "'vit-at train --workdir=...' has written"
         )
-    return as_config(read_json(path))
+    return _locked(read_values(path))
 
 
-def as_config(values: dict[str, Any]) -> ConfigDict:
-    """The locked configuration of these JSON values."""
-    return ConfigDict(_with_tuples(configuration.with_added(values))).lock()
+def read_values(path: epath.Path) -> dict[str, Any]:
+    """The JSON values of a ``config.json``, with the fields that older files lack."""
+    return _completed(schema.read_json(path, dict[str, Any], _RESTORE), path)
+
+
+def as_config(values: dict[str, Any], path: epath.Path, inside: str = "") -> ConfigDict:
+    """The locked configuration of JSON values; path: of their file, inside: where in it."""
+    return _locked(_completed(values, path, inside))
+
+
+def _completed(values: dict[str, Any], path: epath.Path, inside: str = "") -> dict[str, Any]:
+    """The values with the fields that older files lack; UserError if one is of a wrong type."""
+    kind = schema.fields_of(default.get_config().to_dict(), configuration.ADDED)
+    return configuration.with_added(schema.check(values, kind, path, _RESTORE, inside=inside))
+
+
+def _locked(values: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(_with_tuples(values)).lock()
 
 
 def _with_tuples(value: Any) -> Any:
@@ -145,13 +163,6 @@ def _with_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _with_tuples(inner) for name, inner in value.items()}
     return tuple(value) if isinstance(value, list) else value
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); restore or delete it") from error
 
 
 def is_remote(path: epath.Path) -> bool:
@@ -181,7 +192,12 @@ class RemoteFile:
 
 
 def write_atomically(path: epath.Path, content: str | bytes) -> None:
-    """Writes a file under a temporary name and renames it."""
+    """Writes a file under a temporary name and renames it; leaves nothing if that fails."""
     partial = path.parent / f".{path.name}.partial"
-    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-    partial.replace(path)
+    try:
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise

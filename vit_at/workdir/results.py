@@ -6,6 +6,7 @@ per_example.npz   for each record the images' places in their split, and which w
 
 import io
 import json
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,51 +14,119 @@ import jax
 import numpy as np
 from etils import epath
 
+from vit_at import schema
 from vit_at.data.sources import Examples
-from vit_at.workdir.files import read_json, write_atomically
+from vit_at.errors import UserError
+from vit_at.workdir.files import write_atomically
 
 RESULTS_FILE, PER_EXAMPLE_FILE = "results.json", "per_example.npz"
 AUTOATTACK = "autoattack"  # loss in the protocol of its records, and name of the standard cascade
 
 
 class Results:
-    """``results.json`` and ``per_example.npz`` of a work directory; rewritten atomically."""
+    """``results.json`` and ``per_example.npz`` of a work directory; rewritten atomically.
+
+    Both are read and checked at once, before an evaluation that would add to them.
+
+    Raises:
+      UserError: one of them is damaged, or of another kind.
+    """
 
     def __init__(self, workdir: epath.Path):
         self.workdir = workdir
-        self._json, self._npz = workdir / RESULTS_FILE, workdir / PER_EXAMPLE_FILE
-        self.records: list[dict[str, Any]] = []
-        if self._json.exists():
-            self.records = read_json(self._json)
+        self.records = read_records(workdir)
+        self._arrays = _read_outcomes(workdir / PER_EXAMPLE_FILE)
 
     def find(self, entry: dict[str, Any]) -> dict[str, Any] | None:
         """The stored record of the same attack and protocol; None: there is none."""
         return next((r for r in self.records if _identity(r) == _identity(entry)), None)
 
     def add(self, entry: dict[str, Any], correct: np.ndarray, examples: Examples) -> None:
-        """Stores a record and its outcomes; replaces an earlier record of the same protocol."""
+        """Stores a record and its outcomes; replaces an earlier record of the same protocol.
+
+        Raises:
+          UserError: they can't be written; it says where the result is instead.
+        """
         if jax.process_index():
             return
         self.records = [r for r in self.records if _identity(r) != _identity(entry)] + [entry]
         key = _key(entry)
-        added = {f"{key}/index": examples.indices, f"{key}/correct": correct}
+        self._arrays |= {f"{key}/index": examples.indices, f"{key}/correct": correct}
         content = io.BytesIO()
-        np.savez_compressed(content, **self._arrays() | added)
-        write_atomically(self._npz, content.getvalue())
-        write_atomically(self._json, json.dumps(self.records, indent=2) + "\n")
+        np.savez_compressed(content, **self._arrays)
+        files: dict[str, str | bytes] = {PER_EXAMPLE_FILE: content.getvalue()}
+        files[RESULTS_FILE] = json.dumps(self.records, indent=2) + "\n"
+        try:
+            _write(files, self.workdir)
+        except Exception as error:  # of the disk, or a bucket
+            raise UserError(_rescued(files, self.workdir, entry, error)) from error
 
     def outcomes(self, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
         """(places in the split [N], correct [N] bool) of a record; None if they are not stored."""
-        arrays, key = self._arrays(), _key(entry)
-        if f"{key}/index" not in arrays:
+        key = _key(entry)
+        if f"{key}/index" not in self._arrays:
             return None
-        return arrays[f"{key}/index"], arrays[f"{key}/correct"]
+        return self._arrays[f"{key}/index"], self._arrays[f"{key}/correct"]
 
-    def _arrays(self) -> dict[str, np.ndarray]:
-        if not self._npz.exists():
-            return {}
-        with np.load(self._npz.open("rb")) as archive:
-            return dict(archive)
+
+def read_records(workdir: epath.Path) -> list[dict[str, Any]]:
+    """The records of ``results.json``; none if it is missing. UserError if it is damaged."""
+    path = workdir / RESULTS_FILE
+    if not path.exists():
+        return []
+    remedy = "restore it, or move it away to measure its results again"
+    return check_records(schema.read_json(path, list[Any], remedy), path, remedy)
+
+
+def check_records(
+    records: list[Any], path: epath.Path, remedy: str, *, what: str = "damaged", inside: str = ""
+) -> list[dict[str, Any]]:
+    """The records; UserError if one has a wrong shape. The rest is as in ``schema.check``."""
+    for i, record in enumerate(records):
+        place = f"{inside}[{i}]"
+        schema.check(record, schema.Record, path, remedy, what=what, inside=place)
+        protocol, kind = record["protocol"], schema.Protocol
+        if "norm" in protocol:
+            kind = schema.StepsProtocol if "step_size" in protocol else schema.ThreatProtocol
+        schema.check(protocol, kind, path, remedy, what=what, inside=f"{place}.protocol")
+    return records
+
+
+def _read_outcomes(path: epath.Path) -> dict[str, np.ndarray]:
+    """The arrays of ``per_example.npz``, each record's two of one length."""
+    if not path.exists():
+        return {}
+    remedy = (
+        f"move it away and run the same command again: {RESULTS_FILE} keeps the accuracies, only "
+        "the outcomes of single images are lost"
+    )
+    arrays = schema.read_arrays(path, remedy)
+    for key in sorted({name.rpartition("/")[0] for name in arrays}):
+        index = schema.check_array(arrays, f"{key}/index", "integers", (-1,), path, remedy)
+        schema.check_array(arrays, f"{key}/correct", "bool", index.shape, path, remedy)
+    return arrays
+
+
+def _write(files: dict[str, str | bytes], directory: epath.Path) -> None:
+    for name, content in files.items():
+        write_atomically(directory / name, content)
+
+
+def _rescued(
+    files: dict[str, str | bytes], workdir: epath.Path, entry: dict[str, Any], error: Exception
+) -> str:
+    """Writes the files to a temporary directory; a sentence that says where the result is."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    begin = f"{workdir} could not be written ({reason}), but {entry['attack']} has been measured"
+    try:
+        place = epath.Path(tempfile.mkdtemp(prefix="vit_at-"))
+        _write(files, place)
+    except OSError:
+        return f"{begin}, and its record is {json.dumps(entry)}; keep this line and free some space"
+    return (
+        f"{begin} (accuracy {entry['accuracy']:.2%}) and is stored in {place}: free some space and "
+        f"copy {RESULTS_FILE} and {PER_EXAMPLE_FILE} from there to the work directory"
+    )
 
 
 def _key(entry: dict[str, Any]) -> str:

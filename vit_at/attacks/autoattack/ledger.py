@@ -10,7 +10,6 @@ later one, whose process was killed before it wrote the ledger, is ignored and o
 
 import io
 import json
-import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,12 +20,19 @@ from etils import epath
 from vit_at.config import differences
 from vit_at.distributed import processes
 from vit_at.errors import UserError
+from vit_at.schema import Count, check_array, parse_json, read_arrays
 from vit_at.workdir.files import write_atomically
 
 LEDGER_FILE, PER_EXAMPLE_FILE = "ledger.npz", "per_example.npz"
 _PART_FILE = "adversarial_{:05d}.npz"
 NOT_ATTACKED, WITHSTOOD, BROKEN = 0, 1, 2
-_SAVED = ("clean", "outcome", "run", "step", "norm")  # of a ``Ledger``, as they are
+# Of a ``Ledger``, as they are: the kinds of their numbers.
+_SAVED = {"clean": "bool", "outcome": "integers", "run": "integers", "step": "integers"}
+_SAVED |= {"norm": "floats"}
+# Of ``Packing.snapshot``: kind and shape.
+_RUNNING = dict.fromkeys(("image", "run", "steps"), ("integers", (-1,)))
+_RUNNING |= {"active": ("bool", (-1,)), "waiting": ("integers", (-1, 2))}
+_RUNNING |= {"work": ("integers", (2,))}
 _SAME_LOGITS = 1e-3  # allowed difference, relative to the largest: devices round differently
 
 
@@ -112,6 +118,10 @@ class Store:
         self._in_memory: list[tuple[np.ndarray, np.ndarray]] = []
 
     @property
+    def _remedy(self) -> str:
+        return f"delete {self._directory} to start over"
+
+    @property
     def keeps(self) -> bool:
         """Whether there is a directory."""
         return self._directory is not None
@@ -127,14 +137,26 @@ class Store:
         saved = self._read(LEDGER_FILE)
         self._check(saved)
         for name in _SAVED:
-            setattr(ledger, name, saved[name])
-        ledger.stage = int(saved["stage"])
-        ledger.work = json.loads(str(saved["work"]))
+            shape = getattr(ledger, name).shape
+            setattr(ledger, name, self._array(saved, name, _SAVED[name], shape))
+        ledger.stage = int(self._array(saved, "stage", "integers", ()))
+        ledger.work = self._json(saved, "work", dict[str, dict[str, Count]])
         running = [name for name in saved if name.startswith("progress/")]
         ledger.progress = {name.removeprefix("progress/"): saved[name] for name in running}
-        self._parts = int(saved["files"])
-        for _ in self.parts():  # fail now, not at the end, if a file can't be read
-            pass
+        for name in _RUNNING if running else ():
+            self._array(saved, f"progress/{name}", *_RUNNING[name])
+        self._parts = int(self._array(saved, "files", "integers", ()))
+        count = len(ledger.clean)
+        places = [places for places, _ in self.parts()]  # fail now if a file can't be read
+        outside = any(((p < 0) | (p >= count)).any() for p in places)
+        if (
+            outside
+            or not 0 <= ledger.stage <= len(ledger.attacks)
+            or ledger.outcome.max(initial=0) > BROKEN
+        ):
+            raise UserError(
+                f"{self._directory} is damaged (its numbers are out of range); {self._remedy}"
+            )
         processes.barrier("ledger read")  # before the first process overwrites it
         return True
 
@@ -167,8 +189,10 @@ class Store:
             yield from self._in_memory
             return
         for number in range(self._parts):
-            part = self._read(_PART_FILE.format(number))
-            yield part["index"], part["image"]
+            name = _PART_FILE.format(number)
+            part = self._read(name)
+            index = self._array(part, "index", "integers", (-1,), name)
+            yield index, self._array(part, "image", "floats", (len(index), -1, -1, -1), name)
 
     def save_per_example(self, ledger: Ledger) -> None:
         """Writes ``per_example.npz``."""
@@ -176,9 +200,9 @@ class Store:
             self._write(PER_EXAMPLE_FILE, ledger.columns())
 
     def _check(self, saved: dict[str, np.ndarray]) -> None:
-        old = json.loads(str(saved["protocol"]))
+        old = self._json(saved, "protocol", dict[str, Any])
         changes = differences(old, json.loads(json.dumps(self._protocol)))
-        theirs = saved["logits"]
+        theirs = self._array(saved, "logits", "floats", (-1, -1))
         scale = max(float(np.abs(theirs).max(initial=0)), 1e-6)
         if not changes and (
             theirs.shape != self._logits.shape
@@ -192,13 +216,21 @@ class Store:
             )
 
     def _read(self, name: str) -> dict[str, np.ndarray]:
-        path = self._directory / name
-        try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
-                return dict(archive)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            reason = f"{path} can't be read ({error})"
-            raise UserError(f"{reason}; delete {self._directory} to start over") from error
+        return read_arrays(self._directory / name, self._remedy)
+
+    def _array(
+        self,
+        arrays: dict[str, np.ndarray],
+        name: str,
+        kind: str,
+        shape: tuple[int, ...],
+        file: str = LEDGER_FILE,
+    ) -> np.ndarray:
+        return check_array(arrays, name, kind, shape, self._directory / file, self._remedy)
+
+    def _json(self, arrays: dict[str, np.ndarray], name: str, kind: Any) -> Any:
+        text = str(self._array(arrays, name, "text", ())).encode()
+        return parse_json(text, kind, self._directory / LEDGER_FILE, self._remedy, nan=False)
 
     def _write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         if jax.process_index():
