@@ -78,6 +78,8 @@ class Record(TypedDict):
     cascade: NotRequired[dict[str, Share]]
     audit: NotRequired[dict[str, Any]]
     unverified: NotRequired[dict[str, str]]
+    flags: NotRequired[dict[str, str]]
+    notes: NotRequired[list[str]]
 
 
 class WeightsFile(TypedDict):

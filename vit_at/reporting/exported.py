@@ -97,7 +97,7 @@ def _own_files(directory: epath.Path, metadata: dict[str, Any]) -> set[str]:
     """The unchanged files of an export of this configuration; any error if there is none."""
     if not is_regular(directory / DESCRIPTION_FILE):
         return set()
-    stored: Any = read_json(directory / DESCRIPTION_FILE)
+    stored: Any = read_json(directory / DESCRIPTION_FILE, dict[str, Any], _AGAIN)
     wanted = json.loads(json.dumps(metadata))
     trainings = [with_added(about.get("training", {})) for about in (stored, wanted)]
     names = [(about.get("name"), about.get("architecture")) for about in (stored, wanted)]
