@@ -123,7 +123,8 @@ def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
         parts = (choice[: len(word) + 1], re.split("[./]", choice)[-1])
         return max(difflib.SequenceMatcher(None, word, part).ratio() for part in parts)
 
-    near = sorted((c for c in choices if likeness(c) > 0.5), key=likeness, reverse=True)
+    near = [choice for choice in choices if likeness(choice) > 0.5]
+    near.sort(key=lambda choice: (-likeness(choice), len(choice)))
     return ", ".join(near[:count] or choices[:12])
 
 
