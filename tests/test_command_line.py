@@ -1,5 +1,6 @@
 """The command line: its commands, and mistakes that end in one sentence and status 2."""
 
+import errno
 import importlib
 import os
 import pathlib
@@ -14,6 +15,7 @@ import vit_at
 from vit_at import cli, configs
 from vit_at.config import flatten
 from vit_at.configs import default, fields
+from vit_at.errors import one_sentence_errors
 
 RECIPE = "--config=configs/digits_sgd.py"
 ROOT = pathlib.Path(__file__).parent.parent
@@ -288,3 +290,24 @@ def test_output_that_nobody_reads_to_its_end_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_the_traceback_of_an_explained_error_is_kept_in_the_work_directory(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended, one_sentence_errors(str(tmp_path)):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), "results.json")
+    assert ended.value.code == 2
+    kept = tmp_path / "traceback.txt"
+    said = capsys.readouterr().err
+    assert str(kept) in said
+    assert said.count("\n") == 1
+    assert "OSError: [Errno 27] File too large: 'results.json'" in kept.read_text()
+
+
+def test_a_bug_passes_the_boundary_and_an_interruption_is_130(tmp_path, capsys):
+    with pytest.raises(ZeroDivisionError), one_sentence_errors(str(tmp_path)):
+        raise ZeroDivisionError
+    with pytest.raises(SystemExit) as ended, one_sentence_errors(str(tmp_path)):
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted; the same command starts again\n"
+    assert not list(tmp_path.iterdir())

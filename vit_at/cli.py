@@ -9,8 +9,6 @@
 
 import argparse
 import importlib
-import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -36,11 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status, 2 for a mistake of the user's."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in COMMANDS:
-        try:
-            return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
-        except BrokenPipeError:  # the reader of the output, such as head, has ended
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
+        return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
     parser, _ = _parsers()
     if arguments and not arguments[0].startswith("-"):
         near = nearest(arguments[0], COMMANDS)

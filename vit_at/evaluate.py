@@ -26,7 +26,7 @@ from vit_at.config import CHOICES, evaluation_threat, validate
 from vit_at.console import quiet_logging
 from vit_at.data import sources
 from vit_at.distributed import devices, processes, sharding
-from vit_at.errors import Parser, UserError, one_sentence_errors
+from vit_at.errors import Parser, UserError, explained_errors, one_sentence_errors
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store, select
 from vit_at.evaluation.protocol import parse_attacks
 from vit_at.reporting.exported import DESCRIPTION_FILE, load_exported
@@ -184,10 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     shares = max(1, options.num_processes)
     batch_sizes = [options.batch_size // shares] if options.batch_size else []
-    devices.configure(*batch_sizes, cache=options.compilation_cache)
-    with one_sentence_errors():
+    with one_sentence_errors(options.source):
+        devices.configure(*batch_sizes, cache=options.compilation_cache)
         join_processes(options)
-        with processes.shared_exit():
+        with processes.shared_exit(), explained_errors(options.source):
             processes.end_on_sigterm()  # there is nothing to save
             names = inspect.signature(evaluate).parameters
             records = evaluate(**{name: getattr(options, name) for name in names})

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     quiet_logging()
-    with one_sentence_errors():
+    with one_sentence_errors(options.workdir):
         written = export_workdir(options.workdir, options.checkpoint, options.output)
         print(f"wrote {written} and {written.parent / DESCRIPTION_FILE}")
     return 0

@@ -24,7 +24,7 @@ from vit_at.cli import add_process_arguments, join_processes
 from vit_at.configs import default, fields
 from vit_at.console import quiet_logging
 from vit_at.distributed import devices, processes
-from vit_at.errors import Parser, UserError, one_sentence_errors
+from vit_at.errors import Parser, UserError, explained_errors, one_sentence_errors
 from vit_at.training.loop import Diverged, Interrupted, train
 from vit_at.workdir.results import as_text
 
@@ -51,19 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Trains; returns the exit status, see docs/reliability.md."""
     with one_sentence_errors():
         config, options = parse(sys.argv[1:] if arguments is None else arguments)
+        workdir = epath.Path(options.workdir or os.path.join("runs", config.name)).expanduser()
     quiet_logging()
     shares = max(1, options.num_processes)
     micro_batch = config.batch_size // (shares * max(1, config.accumulate_steps))
     cache = options.compilation_cache
-    devices.configure(micro_batch, config.eval.batch_size // shares, cache=cache)
-    with one_sentence_errors():
+    with one_sentence_errors(str(workdir)):
+        devices.configure(micro_batch, config.eval.batch_size // shares, cache=cache)
         join_processes(options)
-        with processes.shared_exit():
-            return _train(config, options)
+        with processes.shared_exit(), explained_errors(str(workdir)):
+            return _train(config, options, workdir)
 
 
-def _train(config: ConfigDict, options: argparse.Namespace) -> int:
-    workdir = epath.Path(options.workdir or os.path.join("runs", config.name)).expanduser()
+def _train(config: ConfigDict, options: argparse.Namespace, workdir: epath.Path) -> int:
     try:
         records = train(config, workdir, wandb=options.wandb)
     except Interrupted as interruption:

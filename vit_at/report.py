@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     quiet_logging()
-    with one_sentence_errors():
+    with one_sentence_errors(options.workdirs[0]):
         print(f"report: {write(options.workdirs, options.out)}")
     return 0
 
