@@ -17,6 +17,7 @@ class UserError(ValueError):
     """A mistake that the user can correct; its text is one sentence that says what and how."""
 
 
+_DISK_FULL = ("No space left on device", "Disk quota exceeded")
 _OUT_OF_MEMORY = (
     "the memory of the device or of this machine is used up; for training lower batch_size, raise "
     "accumulate_steps, set model.remat=True, or sharding=fsdp on several devices; for an "
@@ -69,6 +70,8 @@ def explained_errors(workdir: str = "") -> Iterator[None]:
 def _explanation(error: Exception) -> str:
     """One sentence for an error that the user or the machine causes; '' for a bug."""
     text = str(error)
+    if any(words in text for words in _DISK_FULL):  # TensorStore calls this RESOURCE_EXHAUSTED, too
+        return f"the disk is full ({text.splitlines()[0][:200]}); make room, then run it again"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         return _OUT_OF_MEMORY
     if isinstance(error, OSError):

@@ -95,5 +95,8 @@ CASES = {
     "no memory on the device": explained(
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "model.remat=True"
     ),
+    "a disk that fills under a checkpoint": explained(
+        ValueError("RESOURCE_EXHAUSTED: writing 'd/0': No space left on device"), "the disk is full"
+    ),
     "no gcsfs": explained(ModuleNotFoundError("gcsfs", name="gcsfs"), "pip install"),
 }
