@@ -70,16 +70,16 @@ def explained_errors(workdir: str = "") -> Iterator[None]:
 def _explanation(error: Exception) -> str:
     """One sentence for an error that the user or the machine causes; '' for a bug."""
     text = str(error)
-    if any(words in text for words in _DISK_FULL):  # TensorStore calls this RESOURCE_EXHAUSTED, too
-        return f"the disk is full ({text.splitlines()[0][:200]}); make room, then run it again"
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        return _OUT_OF_MEMORY
     if isinstance(error, OSError):
         file = f"{error.filename!r} " if error.filename else ""
         return (
             f"{file}could not be read or written ({error.strerror or text or repr(error)}); "
             "check the path, its permissions and the disk, then run the same command again"
         ).lstrip()
+    if any(words in text for words in _DISK_FULL):  # TensorStore: RESOURCE_EXHAUSTED, too
+        return f"the disk is full ({text.splitlines()[0][:200]}); make room, then run it again"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return _OUT_OF_MEMORY
     if isinstance(error, ImportError) and error.name in _BUCKET_LIBRARIES:
         return _BUCKET_LIBRARIES[error.name]
     for library, remedy in _BUCKET_LIBRARIES.items():
