@@ -91,6 +91,11 @@ def validate(config: ConfigDict) -> None:
 
     ``training.objectives.check`` also checks the objective, and what depends on it.
     """
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"the configuration is {_shown(config)}; give a ConfigDict, such as "
+            "vit_at.configs.load('digits_sgd')"
+        )
     flat = flatten(config)
     _validate_types(flat)
     _validate_name(config.name)
@@ -137,6 +142,10 @@ def _shown(value: Any) -> str:
 
 
 def _validate_types(flat: dict[str, Any]) -> None:
+    known = [field for fields, _, _ in _TYPES for field in fields.split()]
+    if unknown := [field for field in flat if field not in known]:
+        near = nearest(unknown[0], known)
+        raise UserError(f"config field '{unknown[0]}' is unknown; the nearest are {near}")
     for fields, fits, kind in _TYPES:
         for field in fields.split():
             if field not in flat:

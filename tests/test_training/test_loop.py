@@ -195,7 +195,8 @@ def test_signals_are_remembered_once_and_handlers_restored():
 
 def test_a_diverged_run_ends_with_status_3_and_keeps_no_broken_checkpoint(tmp_path):
     changes = {
-        "optimizer__learning_rate": 1e30,
+        "optimizer__learning_rate": 1000.0,
+        "optimizer__weight_decay": 1000.0,
         "optimizer__clip_norm": 0.0,
         "objective": "natural",
     }
