@@ -150,13 +150,15 @@ def fields_of(defaults: dict[str, Any], optional: Iterable[str] = (), prefix: st
     """
     fields: list[Any] = []
     for name, value in defaults.items():
+        missing = prefix + name in optional
         if isinstance(value, dict):
             kind = fields_of(value, optional, f"{prefix}{name}.")
+            missing = all(f"{prefix}{name}.{field}" in optional for field in value)
         elif isinstance(value, tuple):
             kind = list[Number]
         else:
             kind = {int: int, float: Number}.get(type(value), type(value))
-        fields.append((name, kind, None) if prefix + name in optional else (name, kind))
+        fields.append((name, kind, None) if missing else (name, kind))
     return msgspec.defstruct(prefix or "Fields", fields, kw_only=True)
 
 

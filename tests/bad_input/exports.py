@@ -19,6 +19,9 @@ CONFIG = json.dumps(digits_sgd.get_config("smoke").to_dict())
 TABLE = "| training | seeds |\n| --- | --- |\n| AT | 1 |\n"
 
 
+TRAINING = json.loads(digits_sgd.get_config().to_json())
+
+
 def files(contents: dict[str, Content]) -> Callable[[pathlib.Path], None]:
     """Writes {path: content} into a folder."""
 
@@ -40,6 +43,9 @@ def description(**changes: Any) -> str:
         n: {"sha256": hashlib.sha256(n[0].encode()).hexdigest()} for n in ("weights", "card")
     }
     return json.dumps(METADATA | digests | changes)
+
+
+TRAINED = description(training=TRAINING, checkpoint={"step": 1}, num_classes=2)
 
 
 def over(contents: dict[str, Content], says: str, **metadata: Any) -> Case:
@@ -128,16 +134,14 @@ EXPORTS = {
     "evaluate an export without its weights": Case(
         ["evaluate", "."],
         "model.safetensors is missing; copy it beside model.json",
-        files({"model.json": description(training={}, checkpoint={})}),
+        files(
+            {"model.json": description(training=TRAINING, checkpoint={"step": 1}, num_classes=2)}
+        ),
     ),
     "evaluate an export with other weights": Case(
         ["evaluate", "."],
         "model.safetensors is not the file that model.json describes",
-        files(
-            OURS
-            | {"model.safetensors": "v"}
-            | {"model.json": description(training={}, checkpoint={})}
-        ),
+        files(OURS | {"model.safetensors": "v"} | {"model.json": TRAINED}),
     ),
     "evaluate an export without its training": Case(
         ["evaluate", "."], "no 'training' and 'checkpoint'", files(OURS)

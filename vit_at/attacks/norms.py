@@ -146,7 +146,9 @@ def _l1_shrink(size: Array, room: Array, eps: float | Array) -> Array:
 
 def _l1_project(delta: Array, eps: float | Array) -> Array:
     size = jnp.abs(delta)
-    return jnp.sign(delta) * (size - _l1_shrink(size, jnp.full_like(size, jnp.inf), eps))
+    nearest = jnp.sign(delta) * (size - _l1_shrink(size, jnp.full_like(size, jnp.inf), eps))
+    # The difference of large values is rounded; the size must still be at most eps.
+    return nearest * jnp.minimum(1.0, eps / jnp.maximum(_l1_size(nearest), _FLOOR))
 
 
 def l1_shift(delta: Array, images: Array, eps: float | Array) -> Array:
