@@ -218,7 +218,8 @@ def last_blocks(
     switches: Switches,
     read: int = 1,
 ) -> jax.Array:
-    """x [b, n, d] -> the first tokens [b, read, d] after ``count`` blocks and the final norm.
+    """x [b, n, d] -> the first tokens [b, read, d] after ``count`` blocks and the final norm; for
+    ``read`` 1, the class token [b, d].
 
     The head reads only these tokens, so the last block, ``last_block``, computes no other: this
     saves nearly a twelfth of the work of twelve blocks. The others are the stack ``blocks``.
@@ -230,7 +231,7 @@ def last_blocks(
     of_first = functools.partial(attention, queries=read)
     x, _ = Block(of_first, *fields, name="last_block")(x, *rows(switches, count - 1))
     weights = layers.param_dtype(model.dtype)
-    return LayerNorm(model.norm_eps, weights, name="norm")(x)
+    return LayerNorm(model.norm_eps, weights, name="norm")(x[:, 0] if read == 1 else x)
 
 
 def multiply_adds(

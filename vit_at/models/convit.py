@@ -118,7 +118,7 @@ class ConViT(blocks.Transformer):
         cls_token = self.param("cls_token", init, (1, 1, d), weights)
         cls_token = jnp.broadcast_to(cls_token, (b, 1, d))
         x = jnp.concatenate([cls_token.astype(x.dtype), x], axis=1)
-        return blocks.last_blocks(self, attention, x, self.depth - split, last)[:, 0]
+        return blocks.last_blocks(self, attention, x, self.depth - split, last)
 
     def multiply_adds(self) -> tuple[float, float]:
         n, d, local = self.num_tokens, self.embed_dim, self.local_blocks

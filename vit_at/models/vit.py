@@ -61,12 +61,14 @@ class VisionTransformer(blocks.Transformer):
         return {"blocks": tuple(f"blocks.{i}" for i in range(self.depth - 1))}
 
     def _features(self, x: jax.Array, switches: blocks.Switches) -> jax.Array:
-        return self._first_tokens(x, switches, ("cls_token",))[:, 0]
+        return self._first_tokens(x, switches, ("cls_token",))
 
     def _first_tokens(
         self, x: jax.Array, switches: blocks.Switches, names: tuple[str, ...]
     ) -> jax.Array:
-        """Learnt tokens of these names, put before the patches, after all blocks: [b, names, d]."""
+        """Learnt tokens of these names, put before the patches, after all blocks: [b, names, d], or
+        [b, d] of one.
+        """
         (b, _, d), init, count = x.shape, layers.EMBEDDING_INIT, len(names)
         weights = layers.param_dtype(self.dtype)
         first = [self.param(name, init, (1, 1, d), weights) for name in names]
