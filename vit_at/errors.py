@@ -118,6 +118,11 @@ def _end(message: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
+def in_one_line(error: Exception, length: int | None = None) -> str:
+    """What an error says, on one line of at most ``length`` characters; its type if it is mute."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
     """The choices most like ``word`` as text; if none is, the first twelve."""
     choices = list(choices)

@@ -98,10 +98,6 @@ def evaluate(
     config.data.dir = data_dir or config.data.dir
     config.eval.batch_size = batch_size or config.eval.batch_size
     validate(config)
-    if restarts < 1:
-        raise UserError(f"--restarts is {restarts}; it must be 1 or more")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed is {seed}; it must be from 0 to {2**32 - 1}")
     mesh = sharding.make_mesh()
     sharding.check_batch_size("--batch_size", config.eval.batch_size, mesh)
     parsed = parse_attacks(attacks, Threat.of(evaluation_threat(config)), restarts)
@@ -120,7 +116,7 @@ def evaluate(
 
 
 def _check_arguments(given: dict[str, Any]) -> None:
-    """Checks what the command line does not: types, and choices, in a call from Python."""
+    """Checks types and choices, for calls from Python, and ranges."""
     for name, parameter in inspect.signature(evaluate).parameters.items():
         value, allowed = given[name], typing.get_args(parameter.annotation)
         kind, words = _TYPES.get((*allowed, parameter.annotation)[0], (object, ""))
@@ -132,8 +128,13 @@ def _check_arguments(given: dict[str, Any]) -> None:
     if given["checkpoint"] not in CHOICES["eval.checkpoint"]:
         choices = " or ".join(CHOICES["eval.checkpoint"])
         raise UserError(f"checkpoint is '{given['checkpoint']}'; it must be {choices}")
-    if given["restarts"] > _MOST_RESTARTS:
-        raise UserError(f"--restarts is {given['restarts']}; it must be at most {_MOST_RESTARTS}")
+    restarts, seed = given["restarts"], given["seed"]
+    if restarts < 1:
+        raise UserError(f"--restarts is {restarts}; it must be 1 or more")
+    if restarts > _MOST_RESTARTS:
+        raise UserError(f"--restarts is {restarts}; it must be at most {_MOST_RESTARTS}")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed is {seed}; it must be from 0 to {2**32 - 1}")
 
 
 def _set_threat(config: ConfigDict, norm: str, eps: float | None, step_size: float | None) -> None:

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 from etils import epath
 
-from vit_at.errors import UserError
+from vit_at.errors import UserError, in_one_line
 
 _KINDS = {"bool": "b", "integers": "iu", "floats": "f", "text": "U"}  # as in np.dtype.kind
 _LARGEST = sys.float_info.max
@@ -233,10 +233,19 @@ def parse_json(content: bytes, kind: Any, path: epath.Path, remedy: str, *, nan:
 
 def content_of(path: epath.Path, remedy: str) -> bytes:
     """What a regular file holds; a UserError for a directory, a pipe or a device."""
-    remote = "://" in str(path)
-    if not (path.is_file() if remote else os.path.isfile(path)):  # epath's is true for a pipe
+    if not is_regular(path):
         raise UserError(f"{path} is missing, or not a regular file; {remedy}")
     return path.read_bytes()
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is in an object store such as gs://, without appending and locks."""
+    return "://" in str(path)
+
+
+def is_regular(path: epath.Path) -> bool:
+    """Whether a path is a file that can be read to its end: no directory, pipe or device."""
+    return path.is_file() if is_remote(path) else os.path.isfile(path)  # epath's takes a pipe
 
 
 def _refuse(constant: str) -> None:
@@ -263,7 +272,7 @@ def read_arrays(path: epath.Path, remedy: str) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             return dict(archive)
     except Exception as error:  # NumPy and zipfile raise many
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = in_one_line(error, 200)
         if "pickle" in reason:  # NumPy's own text says how to load it unsafely
             reason = "it holds Python objects, which could run a program"
         raise UserError(f"{path} can't be read as an .npz file ({reason}); {remedy}") from error

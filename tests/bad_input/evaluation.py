@@ -1,31 +1,16 @@
 """``vit-at evaluate`` and ``vit_at.evaluate`` on a run, with options that can't be used."""
 
-import functools
-import pathlib
 import shutil
-import tempfile
 
-import runs
+from bad_input.calls import a_run
 from bad_input.case import Case
 
 import vit_at
 
 
-@functools.cache
-def _trained() -> pathlib.Path:
-    """A run that is trained once, and copied for each case."""
-    directory = pathlib.Path(tempfile.mkdtemp(prefix="vit_at_bad_input_")) / "run"
-    runs.trained(directory)
-    return directory
-
-
-def _copy(folder: pathlib.Path) -> None:
-    shutil.copytree(_trained(), folder / "run")
-
-
 def _without(name: str):
     def prepare(folder):
-        _copy(folder)
+        a_run(folder)
         path = folder / "run" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -33,11 +18,11 @@ def _without(name: str):
 
 
 def _command(*options: str, says: str, **fields) -> Case:
-    return Case(["evaluate", "run", *options], says, prepare=_copy, **fields)
+    return Case(["evaluate", "run", *options], says, prepare=a_run, **fields)
 
 
 def _call(says: str, *args, **options) -> Case:
-    return Case(lambda folder: vit_at.evaluate(folder / "run", *args, **options), says, _copy)
+    return Case(lambda folder: vit_at.evaluate(folder / "run", *args, **options), says, a_run)
 
 
 CASES = {
@@ -95,7 +80,7 @@ CASES = {
     "a second directory": _command("run2", says="'run2' is no flag"),
     "no configuration": Case(["evaluate", "run"], "config.json", _without("config.json")),
     "no checkpoints": Case(["evaluate", "run"], "no .*checkpoint", _without("checkpoints")),
-    "a file instead of a run": Case(["evaluate", "run/config.json"], "config.json", _copy),
+    "a file instead of a run": Case(["evaluate", "run/config.json"], "config.json", a_run),
     "from Python: unknown attack": _call("attack 'pgd20' is unknown", "pgd20"),
     "from Python: negative seed": _call("seed is -1", "pgd-2", seed=-1),
     "from Python: no restarts": _call("--restarts is 0", "pgd-2", restarts=0),

@@ -17,8 +17,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from vit_at.errors import UserError, nearest
-from vit_at.schema import DatasetInfo, read_json
+from vit_at.errors import UserError, in_one_line, nearest
+from vit_at.schema import DatasetInfo, is_remote, read_json
 
 PACKAGED = Path(__file__).parent / "packaged"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -185,7 +185,7 @@ def read_builder(prepared: epath.Path) -> tfds.core.DatasetBuilder:
       UserError: a file is damaged, names a foreign class, or is no regular file.
     """
     remedy = "prepare the data set again"
-    if "://" not in str(prepared):
+    if not is_remote(prepared):
         with os.scandir(prepared) as entries:
             _check_regular(entry for entry in entries if not entry.is_dir())
     read_json(prepared / INFO_FILE, DatasetInfo, remedy)
@@ -199,7 +199,7 @@ def read_builder(prepared: epath.Path) -> tfds.core.DatasetBuilder:
     try:
         return tfds.builder_from_directory(prepared)
     except Exception as error:  # TFDS and protobuf raise many
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = in_one_line(error, 200)
         raise UserError(f"{prepared} can't be read ({reason}); {remedy}") from error
 
 

@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from vit_at.data import backends
-from vit_at.errors import UserError
+from vit_at.errors import UserError, in_one_line
 from vit_at.schema import DatasetInfo, read_json
 
 
@@ -56,7 +56,7 @@ def _download(name: str, directory: epath.Path, manual_dir: str) -> epath.Path:
         builder = tfds.builder(name, data_dir=directory, file_format="array_record")
         builder.download_and_prepare(download_config=config)
     except Exception as error:  # of the data set's script, the network or the disk
-        reason = " ".join(str(error).split())[:500]
+        reason = in_one_line(error, 500)
         raise UserError(f"{name} could not be prepared in {directory}: {reason}") from error
     return builder.data_path
 

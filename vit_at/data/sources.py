@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
 from vit_at.data import backends
-from vit_at.errors import UserError
+from vit_at.errors import UserError, in_one_line
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # JPEG includes the MPO files of cameras
 
@@ -166,7 +166,7 @@ def _decode_rows(
     try:
         fetched = encoded.fetch(rows.tolist())
     except Exception as error:  # of the disk, array_record and TFDS
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = in_one_line(error, 300)
         raise UserError(f"{encoded.name} can't be read ({reason}); restore the file") from error
     for i, (row, (content, label)) in enumerate(zip(rows, fetched, strict=True)):
         if not 0 <= label < len(encoded.class_names):
@@ -174,7 +174,7 @@ def _decode_rows(
         try:
             images[i] = decode(content, image_shape)
         except Exception as error:  # PIL raises many, such as SyntaxError and struct.error
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = in_one_line(error)
             raise UserError(
                 f"{encoded.where(row)} can't be decoded ({reason}); repair or remove it"
             ) from error

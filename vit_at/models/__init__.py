@@ -29,8 +29,15 @@ _FAMILIES = (
     (swin.SwinTransformer, swin.SIZES),
 )
 NAMES = tuple(sorted(name for _, sizes in _FAMILIES for name in sizes))
-_ARCHITECTURE = (
-    *("stem", "embed_dim", "depth", "num_heads", "mlp_ratio", "qk_scale", "drop_path", "remat"),
+_ARCHITECTURE = (  # fields of the architecture that a configuration may set
+    "stem",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "qk_scale",
+    "drop_path",
+    "remat",
 )
 
 # A ``Classifier``, or any function

@@ -30,7 +30,7 @@ Switches = tuple[jax.Array | None, Any]  # (keep, drop), one row per block; None
 class Transformer(nn.Module, kw_only=True):
     """What the architectures have in common: a stem first, a linear head last.
 
-    stem: one of ``stem.NAMES``.
+    stem: 'patch' or 'conv', see ``stem``.
     qk_scale: of the attention logits; 0: head_dim ** -0.5. drop_path: rate of stochastic depth in
     the last block. remat: see ``run_blocks``.
     """

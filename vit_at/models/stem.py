@@ -12,7 +12,6 @@ import jax
 from vit_at.errors import UserError
 from vit_at.models import layers, ops
 
-NAMES = ("patch", "conv")
 _NORM_EPS = 1e-6
 
 
@@ -80,7 +79,7 @@ def conv_widths(patch_size: int, embed_dim: int) -> list[int]:
 
 
 def create(stem: str, patch_size: int, embed_dim: int, dtype: str) -> nn.Module:
-    """The module ``patch_embed`` of a transformer; stem: one of NAMES."""
+    """The module ``patch_embed`` of a transformer; stem: 'patch' or 'conv'."""
     kind = {"patch": PatchEmbed, "conv": ConvStem}[stem]
     return kind(patch_size, embed_dim, dtype, name="patch_embed")
 

@@ -51,6 +51,7 @@ class VisionTransformer(blocks.Transformer):
     """Patches, class token, learnt positions, ``depth`` blocks, and a head on the class token."""
 
     qkv_bias: bool
+    TOKENS = ("cls_token",)  # learnt, put before the patches, and read by the head
 
     @property
     def stacks(self) -> dict[str, tuple[str, ...]]:
@@ -61,17 +62,9 @@ class VisionTransformer(blocks.Transformer):
         return {"blocks": tuple(f"blocks.{i}" for i in range(self.depth - 1))}
 
     def _features(self, x: jax.Array, switches: blocks.Switches) -> jax.Array:
-        return self._first_tokens(x, switches, ("cls_token",))
-
-    def _first_tokens(
-        self, x: jax.Array, switches: blocks.Switches, names: tuple[str, ...]
-    ) -> jax.Array:
-        """Learnt tokens of these names, put before the patches, after all blocks: [b, names, d], or
-        [b, d] of one.
-        """
-        (b, _, d), init, count = x.shape, layers.EMBEDDING_INIT, len(names)
+        (b, _, d), init, count = x.shape, layers.EMBEDDING_INIT, len(self.TOKENS)
         weights = layers.param_dtype(self.dtype)
-        first = [self.param(name, init, (1, 1, d), weights) for name in names]
+        first = [self.param(name, init, (1, 1, d), weights) for name in self.TOKENS]
         pos_embed = self.param("pos_embed", init, (1, count + self.num_tokens, d), weights)
         tokens = [jnp.broadcast_to(token, (b, 1, d)).astype(x.dtype) for token in first]
         x = jnp.concatenate([*tokens, x], axis=1) + pos_embed.astype(x.dtype)
@@ -81,9 +74,7 @@ class VisionTransformer(blocks.Transformer):
         return blocks.last_blocks(self, attention, x, self.depth, switches, read=count)
 
     def multiply_adds(self) -> tuple[float, float]:
-        return self._multiply_adds(read=1)
-
-    def _multiply_adds(self, read: int) -> tuple[float, float]:
+        read = len(self.TOKENS)
         n, d = read + self.num_tokens, self.embed_dim
         kinds = [(self.depth - 1, n, n), (1, n, read)]
         linear, attention = blocks.multiply_adds(kinds, d, self.mlp_ratio)
@@ -97,11 +88,7 @@ class DistilledTransformer(VisionTransformer):
     function of the image.
     """
 
-    def _features(self, x: jax.Array, switches: blocks.Switches) -> jax.Array:
-        return self._first_tokens(x, switches, ("cls_token", "dist_token"))
+    TOKENS = ("cls_token", "dist_token")
 
     def _logits(self, x: jax.Array) -> jax.Array:
         return (self._head("head", x[:, 0]) + self._head("head_dist", x[:, 1])) / 2
-
-    def multiply_adds(self) -> tuple[float, float]:
-        return self._multiply_adds(read=2)

@@ -28,8 +28,8 @@ from vit_at.models import build
 from vit_at.models.convit import ConViT
 from vit_at.models.swin import STAGES, SwinTransformer
 from vit_at.reporting.model_card import model_card
-from vit_at.reporting.outputs import check_directory, is_regular
-from vit_at.schema import Description, check, read_json
+from vit_at.reporting.outputs import check_directory
+from vit_at.schema import Description, check, is_regular, read_json
 from vit_at.workdir.checkpoint import Trained, load_trained
 from vit_at.workdir.files import as_config, write_atomically
 from vit_at.workdir.results import in_255ths, read_records

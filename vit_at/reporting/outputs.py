@@ -6,7 +6,7 @@ import re
 from etils import epath
 
 from vit_at.errors import UserError
-from vit_at.workdir.files import is_remote
+from vit_at.schema import is_regular, is_remote
 
 # {suffix of a report: (what it is, a regular expression of its whole text)}
 REPORTS = {
@@ -42,8 +42,3 @@ def check_directory(path: epath.Path, option: str) -> None:
         raise UserError(f"{existing} is no directory; choose another {option}")
     if not os.access(existing, os.W_OK):
         raise UserError(f"{existing} is not writable; choose another {option}")
-
-
-def is_regular(path: epath.Path) -> bool:
-    """Whether a path is a file that can be read to its end: no directory, pipe or device."""
-    return path.is_file() if is_remote(path) else os.path.isfile(path)

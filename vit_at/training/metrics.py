@@ -23,8 +23,9 @@ from etils import epath
 
 from vit_at.console import with_prefix
 from vit_at.errors import UserError
+from vit_at.schema import is_remote
 from vit_at.training.objectives import OBJECTIVES
-from vit_at.workdir.files import RemoteFile, is_remote, write_atomically
+from vit_at.workdir.files import RemoteFile, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 _PROJECT = r"[\w.-][\w. -]{0,127}"

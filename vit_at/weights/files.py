@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import numpy as np
 import safetensors.numpy
 
-from vit_at.errors import UserError
+from vit_at.errors import UserError, in_one_line
 
 HUB_PREFIX = "hf:"
 HUB_FILE = "model.safetensors"
@@ -81,7 +81,7 @@ def load(source: str | os.PathLike) -> StateDict:
     except UserError:
         raise
     except Exception as error:  # of a damaged file: readers raise many, such as zlib.error
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        reason = in_one_line(error, 120)
         raise UserError(
             f"weight file '{path}' is damaged or no {path.suffix} file ({reason}); download it "
             "again"
@@ -229,7 +229,7 @@ def _fetch(name: str) -> pathlib.Path:
         _check_reachable(hub.constants.ENDPOINT)
         return pathlib.Path(hub.hf_hub_download(**wanted))
     except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = in_one_line(error, 160)
         raise UserError(
             f"'{HUB_PREFIX}{name}' is not cached and can't be downloaded ({reason}); {_WAYS_ON}"
         ) from error

@@ -10,6 +10,7 @@ WORKDIR/.training.lock      and .evaluation.lock: held while a process writes to
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from vit_at import config as configuration
 from vit_at import schema
 from vit_at.configs import default
 from vit_at.errors import UserError
+from vit_at.schema import is_remote
 
 CONFIG_FILE = "config.json"
 _RESTORE = "restore it from a copy, or delete it"
@@ -150,8 +152,13 @@ def as_config(values: dict[str, Any], path: epath.Path, inside: str = "") -> Con
 
 def _completed(values: dict[str, Any], path: epath.Path, inside: str = "") -> dict[str, Any]:
     """The values with the fields that older files lack; UserError if one is of a wrong type."""
-    kind = schema.fields_of(default.get_config().to_dict(), configuration.ADDED)
-    return configuration.with_added(schema.check(values, kind, path, _RESTORE, inside=inside))
+    checked = schema.check(values, _config_type(), path, _RESTORE, inside=inside)
+    return configuration.with_added(checked)
+
+
+@functools.cache
+def _config_type() -> Any:
+    return schema.fields_of(default.get_config().to_dict(), configuration.ADDED)
 
 
 def _locked(values: dict[str, Any]) -> ConfigDict:
@@ -163,11 +170,6 @@ def _with_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _with_tuples(inner) for name, inner in value.items()}
     return tuple(value) if isinstance(value, list) else value
-
-
-def is_remote(path: epath.Path) -> bool:
-    """Whether a path is in an object store such as gs://, without appending and locks."""
-    return "://" in str(path)
 
 
 class RemoteFile:

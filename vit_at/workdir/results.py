@@ -16,7 +16,7 @@ from etils import epath
 
 from vit_at import schema
 from vit_at.data.sources import Examples
-from vit_at.errors import UserError
+from vit_at.errors import UserError, in_one_line
 from vit_at.workdir.files import write_atomically
 
 RESULTS_FILE, PER_EXAMPLE_FILE = "results.json", "per_example.npz"
@@ -116,7 +116,7 @@ def _rescued(
     files: dict[str, str | bytes], workdir: epath.Path, entry: dict[str, Any], error: Exception
 ) -> str:
     """Writes the files to a temporary directory; a sentence that says where the result is."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = in_one_line(error)
     begin = f"{workdir} could not be written ({reason}), but {entry['attack']} has been measured"
     try:
         place = epath.Path(tempfile.mkdtemp(prefix="vit_at-"))

@@ -106,9 +106,10 @@ def check_function(
 ) -> dict[str, str]:
     """``flags.check_model`` of what ``autoattack.run`` takes."""
     model = sharding.replicate(as_function(logits_fn), settings.mesh)
-    few = slice(settings.batch_size)
+    images, labels = images[: settings.batch_size], np.asarray(labels)[: settings.batch_size]
     classify = Classifier(model, settings, images.shape[1:])
-    return check_model(classify, images[few], np.asarray(labels)[few], settings)
+    logits = classify(images, settings.batch_size, np.arange(len(images)))
+    return check_model(classify, images, logits, labels, settings)
 
 
 def _compare_losses(by_ce: np.ndarray, by_dlr: np.ndarray) -> dict[str, str]:

@@ -43,22 +43,25 @@ def in_words(flags: dict[str, str]) -> list[str]:
 
 
 def check_model(
-    classify: Classifier, images: np.ndarray, labels: np.ndarray, settings: Settings
+    classify: Classifier,
+    images: np.ndarray,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    settings: Settings,
 ) -> dict[str, str]:
     """The flags that need no attack: {name in MEANING: what was found}.
 
-    images: [n, H, W, C] in [0, 1], the first of the data, a batch at most; labels: [n].
+    images: [n, H, W, C] in [0, 1], the first of the data, a batch at most; logits: [n, K], theirs;
+    labels: [n].
     """
     images = images.astype(np.float32, copy=False)
     if not classify.randomised and (found := _hidden_state(classify.model, images)):
         return {"randomised": found}
-    flags, logits = {}, classify(images, settings.batch_size, np.arange(len(images)))
-    sums = np.abs(logits.sum(1) - 1)
+    flags, sums = {}, np.abs(logits.sum(1) - 1)
     if logits.min() > -_PROBABILITY and max(logits.max() - 1, sums.max()) < _PROBABILITY:
         flags["probabilities"] = f"all are in [0, 1] and add up to 1 on {len(logits)} images"
-    correct = losses.is_correct(logits, labels, np)
-    if logits.shape[1] >= 3 and correct.any():
-        flags |= _check_gradients(classify, images, labels, correct, settings)
+    if logits.shape[1] >= 3 and losses.is_correct(logits, labels, np).any():
+        flags |= _check_gradients(classify, images, logits, labels, settings)
     return flags
 
 
@@ -104,19 +107,22 @@ def _loss_gradients(logits: Array, labels: Array) -> tuple[Array, Array]:
 def _check_gradients(
     classify: Classifier,
     images: np.ndarray,
+    logits: np.ndarray,
     labels: np.ndarray,
-    correct: np.ndarray,
     settings: Settings,
 ) -> dict[str, str]:
     """The flags of losses without a gradient, at the image or at APGD's random start."""
-    places, count = np.arange(len(images)), int(correct.sum())
+    correct = losses.is_correct(logits, labels, np)
+    count = int(correct.sum())
     keys = jax.random.split(jax.random.key(0), len(images))
     directions = random_directions(keys, images.shape[1:], settings.norm)
     threat = Threat(settings.norm, settings.eps)
     begin = np.asarray(apgd.start(jnp.asarray(images), directions, threat).point)
 
-    def vanishes(points):
-        gradients = _loss_gradients(classify(points, settings.batch_size, places), labels)
+    logits_there = classify(begin, settings.batch_size, np.arange(len(images)))
+
+    def vanishes(points, logits):
+        gradients = _loss_gradients(logits, labels)
         by_points = (
             sharding.gather(
                 _input_gradient(classify.model, classify.randomised, points, keys, gradient)
@@ -125,7 +131,8 @@ def _check_gradients(
         )
         return [(g == 0).all((1, 2, 3)) for g in by_points]
 
-    by_ce, by_dlr = (a | b for a, b in zip(vanishes(images), vanishes(begin), strict=True))
+    of_both = zip(vanishes(images, logits), vanishes(begin, logits_there), strict=True)
+    by_ce, by_dlr = (at_image | at_start for at_image, at_start in of_both)
     flags = {}
     if found := int((by_dlr & correct).sum()):
         flags["zero-gradients"] = f"{found} of {count} correct images"

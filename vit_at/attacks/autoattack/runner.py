@@ -155,7 +155,8 @@ def _run(logits_fn, images, labels, settings, workdir, bar) -> Result:
     source = Source(images, labels, clean.ranking)
     attacks = [methods.make(name, settings, num_classes) for name in names]
     first = np.arange(min(_CHECKED, settings.batch_size, len(labels)))
-    flags = check_model(classify, checks.read(images, first), labels[first], settings)
+    own = (checks.read(images, first), clean.probe[first], labels[first])
+    flags = check_model(classify, *own, settings)
     cascade = Cascade(attacks, source, classify, ledger, store, settings, bar)
     cascade.run()
     failures = cascade.verify()
