@@ -160,6 +160,10 @@ class Parser(argparse.ArgumentParser):
             near = nearest(name, (option[2:] for option in known if option.startswith("--")))
             suggestions = ", ".join(f"--{option}" for option in near.split(", "))
             self.error(f"option '{name}' is unknown; the nearest are {suggestions}")
+        for name, given in vars(options).items():
+            for value in given if isinstance(given, list) else [given]:
+                if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+                    self.error(f"{name} is {value!r}, which is not UTF-8; rename the file")
         return options
 
     def error(self, message: str) -> NoReturn:

@@ -75,6 +75,9 @@ CASES = {
     "a recipe that is a folder": Case(
         ["train", "mine.py"], "mine.py", lambda folder: (folder / "mine.py").mkdir()
     ),
+    "a work directory that is no UTF-8 name": Case(
+        ["train", "digits_sgd:smoke", "--workdir=caf\udce9"], "workdir is 'caf.* not UTF-8; rename"
+    ),
     "a recipe that is not UTF-8": Case(["train", "mine.py"], "mine.py", latin1),
     "a recipe that is no UTF-8 name": Case(["train", "caf\udce9.py"], "caf"),
     "weights that are a device": field("model.pretrained=/dev/null", "/dev/null"),
