@@ -70,7 +70,7 @@ def exported(directory: str, count: int) -> Subject:
     """A model that ``vit-at export`` wrote, and the first images of its test split."""
     from vit_at import models
     from vit_at.data import sources
-    from vit_at.reporting.exported import load_exported
+    from vit_at.workdir.exported import load_exported
 
     trained = load_exported(directory)
     data = trained.config.data

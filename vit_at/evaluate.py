@@ -29,8 +29,8 @@ from vit_at.distributed import devices, processes, sharding
 from vit_at.errors import Parser, UserError, explained_errors, one_sentence_errors
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store, select
 from vit_at.evaluation.protocol import parse_attacks
-from vit_at.reporting.exported import DESCRIPTION_FILE, load_exported
 from vit_at.workdir.checkpoint import load_trained
+from vit_at.workdir.exported import DESCRIPTION_FILE, load_exported
 from vit_at.workdir.files import disk_errors, locked
 from vit_at.workdir.results import Results, as_text
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from vit_at.console import quiet_logging
 from vit_at.errors import Parser, one_sentence_errors
-from vit_at.reporting.exported import DESCRIPTION_FILE, export_workdir
+from vit_at.reporting.exported import export_workdir
+from vit_at.workdir.exported import DESCRIPTION_FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,8 +13,8 @@ from etils import epath
 from vit_at.attacks.autoattack.ledger import LEDGER_FILE, Ledger, Store
 from vit_at.configs import digits_sgd
 from vit_at.reporting import study_file
-from vit_at.reporting.exported import load_exported
 from vit_at.reporting.run import Run
+from vit_at.workdir.exported import load_exported
 from vit_at.workdir.results import Results
 
 CONFIG = json.loads(json.dumps(digits_sgd.get_config("smoke").to_dict()))

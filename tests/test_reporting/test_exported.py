@@ -19,6 +19,7 @@ from vit_at.evaluation.protocol import weights_digest
 from vit_at.reporting import exported
 from vit_at.reporting.model_card import model_card
 from vit_at.workdir.checkpoint import Trained
+from vit_at.workdir.exported import load_exported
 
 CASES = [  # every family, with whatever changes what timm must be told
     ("deit_tiny_patch16_224", {"image_size": 32, "patch_size": 4, "depth": 2}),
@@ -158,7 +159,7 @@ def test_no_path_of_the_machine_is_exported(tmp_path):
     assert about["training"]["model"]["pretrained"] == "deit.pth"
     assert about["results"][0]["protocol"]["data"] == "folder:flowers test[:10]"
     assert config.data.dir == "/home/me/tfds"
-    back = exported.load_exported(tmp_path)
+    back = load_exported(tmp_path)
     assert back.config.data.name == "folder:flowers"
     assert back.values == {"step": 5, "num_classes": 10}
 

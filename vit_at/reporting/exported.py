@@ -5,11 +5,10 @@
 normalisation, the training configuration, and the results in the fields of RobustBench's
 ``model_info``; and ``README.md``, a model card with the PyTorch code that loads them. No path of
 the machine is in them, and files of another kind or run are never overwritten.
-``load_exported`` reads such a directory back for ``vit_at.evaluate``.
+``workdir.exported`` reads such a directory back.
 """
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -21,24 +20,22 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_at import weights
-from vit_at.config import differences, validate, with_added
+from vit_at.config import differences, with_added
 from vit_at.errors import UserError
 from vit_at.evaluation.protocol import weights_digest
-from vit_at.models import build
 from vit_at.models.convit import ConViT
 from vit_at.models.swin import STAGES, SwinTransformer
 from vit_at.reporting.model_card import model_card
 from vit_at.reporting.outputs import check_directory
-from vit_at.schema import Description, check, is_regular, read_json
+from vit_at.schema import is_regular, read_json
 from vit_at.workdir.checkpoint import Trained, load_trained
-from vit_at.workdir.files import as_config, write_atomically
+from vit_at.workdir.exported import DESCRIPTION_FILE, EXPORT_AGAIN, WEIGHTS_FILE, sha256
+from vit_at.workdir.files import write_atomically
 from vit_at.workdir.results import in_255ths, read_records
 
-WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"
 CARD_FILE = "README.md"
 FILES = (WEIGHTS_FILE, DESCRIPTION_FILE, CARD_FILE)
 _OF_A_CHECKPOINT = ("step", "num_classes", "class_names")  # the values that are exported
-_AGAIN = "export the work directory again"
 
 
 def export(params: Any, model: Any, path: str | epath.Path, metadata: dict[str, Any]) -> epath.Path:
@@ -67,10 +64,10 @@ def export(params: Any, model: Any, path: str | epath.Path, metadata: dict[str, 
         },
         "image_size": model.image_size,
         "patch_size": model.patch_size,
-        "weights": {"file": WEIGHTS_FILE, "sha256": _sha256(content)},
+        "weights": {"file": WEIGHTS_FILE, "sha256": sha256(content)},
     }
     card = model_card(description).encode(errors="replace")
-    description["card"] = {"file": CARD_FILE, "sha256": _sha256(card)}
+    description["card"] = {"file": CARD_FILE, "sha256": sha256(card)}
     text = json.dumps(description, indent=2) + "\n"
     path.mkdir(parents=True, exist_ok=True)
     write_atomically(path / WEIGHTS_FILE, content)
@@ -97,7 +94,7 @@ def _own_files(directory: epath.Path, metadata: dict[str, Any]) -> set[str]:
     """The unchanged files of an export of this configuration; any error if there is none."""
     if not is_regular(directory / DESCRIPTION_FILE):
         return set()
-    stored: Any = read_json(directory / DESCRIPTION_FILE, dict[str, Any], _AGAIN)
+    stored: Any = read_json(directory / DESCRIPTION_FILE, dict[str, Any], EXPORT_AGAIN)
     wanted = json.loads(json.dumps(metadata))
     trainings = [with_added(about.get("training", {})) for about in (stored, wanted)]
     names = [(about.get("name"), about.get("architecture")) for about in (stored, wanted)]
@@ -107,13 +104,9 @@ def _own_files(directory: epath.Path, metadata: dict[str, Any]) -> set[str]:
     unchanged = {
         name
         for name, digest in digests.items()
-        if is_regular(directory / name) and _sha256((directory / name).read_bytes()) == digest
+        if is_regular(directory / name) and sha256((directory / name).read_bytes()) == digest
     }
     return unchanged | {DESCRIPTION_FILE}
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def timm_arguments(model: Any, name: str) -> dict[str, Any]:
@@ -235,34 +228,3 @@ def export_workdir(workdir: str | epath.Path, which: str, output: str = "") -> e
     trained = load_trained(workdir, which)
     metadata = describe(trained, read_records(workdir))
     return export(trained.params, trained.model, path, metadata)
-
-
-def load_exported(directory: str | epath.Path) -> Trained:
-    """Reads the weights that ``export`` wrote to a directory.
-
-    Raises:
-      UserError: a file is missing or changed, or ``model.json`` lacks the training configuration.
-    """
-    directory = epath.Path(directory)
-    described, path = directory / DESCRIPTION_FILE, directory / WEIGHTS_FILE
-    about = read_json(described, dict[str, Any], _AGAIN)
-    if "training" not in about or "checkpoint" not in about:
-        raise UserError(
-            f"{described} has no 'training' and 'checkpoint', which say how to build the model; "
-            f"{_AGAIN}"
-        )
-    check(about, Description, described, _AGAIN)
-    config = as_config(about["training"], described, ".training")
-    validate(config)
-    if not path.exists():
-        raise UserError(f"{path} is missing; copy it beside {DESCRIPTION_FILE}")
-    if _sha256(path.read_bytes()) != about["weights"]["sha256"]:
-        raise UserError(
-            f"{path} is not the file that {DESCRIPTION_FILE} describes (its SHA-256 differs); "
-            f"{_AGAIN}"
-        )
-    built = config.copy_and_resolve_references().unlock()
-    built.model.qk_scale = 0.0  # it is in the queries' weights, see _fold_scale
-    model = build(built, about["num_classes"], "float32")
-    params = weights.from_timm(weights.load(path), model)
-    return Trained(config, model, params, about["checkpoint"])
