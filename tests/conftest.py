@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -15,6 +16,7 @@ from vit_at import main
 from vit_at.errors import one_sentence_errors
 
 ROOT = pathlib.Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))  # hlo, the reader of compiled programs
 
 CACHE = pathlib.Path(tempfile.gettempdir()) / "vit_at_test_cache"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))

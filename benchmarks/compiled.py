@@ -1,0 +1,295 @@
+"""Compiles a program for a TPU slice or GPUs that are not there, and reads what it would do.
+
+    python benchmarks/compiled.py --target=tpu:v5e:2x2 --batch_per_device=256
+    python benchmarks/compiled.py --target=cuda:h200 --recipe=cifar10_trades:scratch \
+        --model=vit_base_patch16_224@224/16 --batch_per_device=128 --program=step --out=FILE.json
+
+Needs the extra ``[tpu]`` or ``[cuda12]``, and no such device. Every time is an estimate: on a TPU
+the compiler's own, on a GPU the larger of bytes / bandwidth and operations / peak of each kernel.
+Estimates rank variants of a program; they replace no measurement. See benchmarks/README.md.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import sys
+import time
+from collections import Counter
+from typing import Any, NamedTuple
+
+import hlo
+from common import CLASSES, parse_model, print_table, write_json
+
+PROGRAMS = ("step", "evaluate", "autoattack")
+
+
+class Chip(NamedTuple):
+    """A kind of device. bandwidth: bytes a second, about what copies reach; peak: bf16 operations
+    a second; clock: cycles a second of the TPU compiler's estimates.
+    """
+
+    platform: str
+    bandwidth: float
+    peak: float
+    clock: float = 0.0
+
+
+CHIPS = {
+    "v5e": Chip("tpu", 0.82e12, 197e12, 1.5e9),
+    "v6e": Chip("tpu", 1.64e12, 918e12, 1.75e9),
+    "h200": Chip("cuda", 4.3e12, 790e12),
+}
+_FLOAT32_PEAK = 50e12  # of a GPU, without TF32
+PARTS = {  # of the model, by the names of its modules; the first that matches counts
+    "attention": r"/attn\b",
+    "MLP": r"/mlp\b",
+    "norms": r"/norm\d?\b",
+    "data": r"/inputs\b",
+    "update": r"/update\b",
+}
+
+
+class Target(NamedTuple):
+    """PLATFORM:CHIP[:TOPOLOGY], such as tpu:v5e:2x2 or cuda:h200:8, taken apart."""
+
+    chip: str
+    topology: str
+
+    @classmethod
+    def of(cls, text: str) -> "Target":
+        """Raises ValueError, in one sentence, for a text that is no target."""
+        platform, _, rest = text.partition(":")
+        chip, _, topology = rest.partition(":")
+        if chip not in CHIPS or CHIPS[chip].platform != platform:
+            known = ", ".join(f"{c.platform}:{name}" for name, c in CHIPS.items())
+            raise ValueError(f"--target is '{text}'; use one of {known}, and :TOPOLOGY")
+        pattern, example = (r"\d+x\d+", "2x2") if platform == "tpu" else (r"\d+", "8")
+        topology = topology or {"tpu": "2x2", "cuda": "1"}[platform]
+        if not re.fullmatch(pattern, topology):
+            raise ValueError(f"--target is '{text}'; a topology of {chip} looks like {example}")
+        return cls(chip, topology)
+
+    def devices(self) -> list[Any]:
+        """The described devices. Sets the environment, so JAX must not be imported before."""
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        if CHIPS[self.chip].platform == "tpu":  # no metadata server to ask, no device to lock
+            kind = {"v5e": "v5litepod", "v6e": "v6e"}[self.chip]
+            os.environ |= {
+                "TPU_SKIP_MDS_QUERY": "1",
+                "TPU_ACCELERATOR_TYPE": f"{kind}-4",
+                "TPU_WORKER_HOSTNAMES": "localhost",
+                "TPU_WORKER_ID": "0",
+                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            }
+            options = {"topology_name": f"{self.chip}:{self.topology}", "platform": "tpu"}
+        else:  # no device to tune on; without tuning, Triton's products fail on some shapes
+            flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+            os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
+            described = (pathlib.Path(__file__).parent / f"{self.chip}.txtpb").read_text()
+            options = {"topology_name": self.chip, "platform": "cuda"}
+            options |= {"topology": f"1x1x{self.topology}", "target_config": described}
+        from jax.experimental import topologies
+
+        return list(topologies.get_topology_desc(**options).devices)
+
+
+def main() -> None:
+    """The command line."""
+    options, overrides = _parse_arguments()
+    devices = options.target.devices()
+    import lowered
+
+    from vit_at.distributed import sharding
+
+    setup = lowered.make_setup(options, overrides, sharding.make_mesh(devices))
+    before = time.perf_counter()
+    program = getattr(lowered, options.program)(setup, options)
+    traced = time.perf_counter()
+    compiled = program.compile()
+    seconds = {"trace_s": traced - before, "compile_s": time.perf_counter() - traced}
+    text = compiled.as_text()
+    if options.hlo:
+        pathlib.Path(options.hlo).write_text(text)
+    report = {"title": lowered.title(setup, options), "target": options.target._asdict()} | seconds
+    report |= {"needed_flop": lowered.needed_flop(setup, options)}
+    report |= {"memory": memory(compiled), **summary(text, CHIPS[options.target.chip])}
+    report["share_of_peak"] = _share_of_peak(report, CHIPS[options.target.chip])
+    show(report)
+    write_json(options.out, report)
+
+
+def _parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--target", default="tpu:v5e:2x2", help="tpu:CHIP:AxB or cuda:CHIP:DEVICES")
+    add("--recipe", default="cifar10_sgd:scratch", help="and --config.FIELD=VALUE, as vit-at train")
+    add("--model", default="deit_tiny_patch16_224@32/4", help="NAME@SIZE/PATCH")
+    add("--depth", type=int, default=0, help="number of blocks; 0: the architecture's")
+    add("--batch_per_device", type=int, default=256)
+    add("--classes", type=int, default=CLASSES)
+    add("--program", default="step", choices=PROGRAMS)
+    add("--attack", default="", help="of evaluate (pgd-20) or autoattack (apgd-ce)")
+    add("--hlo", default="", help="file for the program's text")
+    add("--out", default="", help="JSON file; '': only the tables")
+    options, overrides = parser.parse_known_args()
+    unknown = [word for word in overrides if not word.startswith("--config.")]
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}")
+    try:
+        options.target = Target.of(options.target)
+        options.case = parse_model(options.model)
+    except ValueError as error:
+        parser.error(str(error))
+    return options, overrides
+
+
+def memory(compiled: Any) -> dict[str, int]:
+    """Bytes a device."""
+    analysis = compiled.memory_analysis()
+    names = {"arguments": "argument", "temporaries": "temp", "outputs": "output"}
+    names = {name: f"{word}_size_in_bytes" for name, word in names.items()}
+    return {name: getattr(analysis, attribute) for name, attribute in names.items()}
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of some kernels: how many run, their bytes, and the estimated seconds."""
+
+    kernels: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, times: int, size: int, seconds: float) -> None:
+        """Adds a kernel that runs some times."""
+        self.kernels += times
+        self.bytes += times * size
+        self.seconds += times * seconds
+
+
+def summary(text: str, chip: Chip) -> dict[str, Any]:
+    """What a program's text says, as JSON values: totals, and costs by kind, part and loop."""
+    program = hlo.Program(text)
+    total, kinds, parts, loops = Cost(), {}, {}, {}
+    products: Counter[str] = Counter()
+    for where, i, times, around in program.runs():
+        if i.operation in hlo.NO_KERNEL or i.operation in ("while", "conditional", "call"):
+            continue
+        product = _product(program, where, i)
+        size = program.traffic(where, i)
+        seconds = _seconds(i, product, size, chip)
+        if seconds is None:
+            continue
+        if product:
+            products[product.text] += times
+        kind = f"product {product.dtype}" if product else _kind(program, i)
+        loop = [f"{loop.trips} trips: {loop.scope[-60:]}" for loop in around]
+        groups = [(kinds, kind), (parts, part_of(i.scope)), *((loops, name) for name in loop)]
+        total.add(times, size, seconds)
+        for group, name in groups:
+            group.setdefault(name, Cost()).add(times, size, seconds)
+    costs = {"kinds": kinds, "parts": parts, "loops": loops}
+    ranked = {
+        group: dict(sorted(found.items(), key=lambda item: -item[1].seconds))
+        for group, found in costs.items()
+    }
+    return {
+        "kernels": total.kernels,
+        "bytes": total.bytes,
+        "estimated_s": total.seconds,
+        "bytes_over_bandwidth_s": total.bytes / chip.bandwidth,
+        "products": dict(products.most_common()),
+        "collectives": {name: list(both) for name, both in hlo.collectives(text).items()},
+        "loop_trips": sorted({loop.trips for *_, around in program.runs() for loop in around}),
+    } | {g: {n: dataclasses.asdict(c) for n, c in f.items()} for g, f in ranked.items()}
+
+
+def part_of(scope: str) -> str:
+    """The part of the model or of the step that an operation belongs to."""
+    return next((part for part, pattern in PARTS.items() if re.search(pattern, scope)), "other")
+
+
+class Product(NamedTuple):
+    """A matrix product. text: 'bf16 [8,4] x [4,2]'; flop: 0 where the text does not say."""
+
+    dtype: str
+    text: str
+    flop: float
+
+
+def _product(program: hlo.Program, where: str, i: hlo.Instruction) -> Product | None:
+    """The (first) product of a kernel, None if it has none."""
+    inside = program.computations.get(i.attribute("calls"), {}) if i.operation == "fusion" else {}
+    for body in (inside, {i.name: i}):
+        for inner in body.values():
+            is_call = inner.operation == "custom-call" and re.search("gemm|matmul|conv", inner.rest)
+            if is_call or inner.operation in ("dot", "convolution"):
+                names = body if inside else program.computations[where]
+                return _describe(inner, names)
+    return None
+
+
+def _describe(i: hlo.Instruction, names: dict[str, hlo.Instruction]) -> Product:
+    shapes = [names[n].shape if n in names else "" for n in i.operands[:2]]
+    arrays = [re.search(r"(\w+)\[([\d,]*)\]", shape) for shape in shapes]
+    text = " x ".join(f"[{a[2]}]" if a else "?" for a in arrays)
+    dtype = max((a[1] for a in arrays if a), key=len if "f64" not in text else str, default="?")
+    axis = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][\[{]"?(\d+)', i.rest)
+    if not (arrays[0] and axis):
+        return Product(dtype, f"{dtype} {text}", 0.0)
+    depth = int(arrays[0][2].split(",")[int(axis[1])])
+    result = re.search(r"\[([\d,]*)\]", i.shape)[1]
+    flop = 2.0 * depth * functools.reduce(lambda a, b: a * int(b), filter(None, result.split(",")), 1)
+    return Product(dtype, f"{dtype} {text}", flop)
+
+
+def _seconds(i: hlo.Instruction, product: Product | None, size: int, chip: Chip) -> float | None:
+    """An estimate; None for what costs nothing."""
+    if chip.platform == "tpu":
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', i.rest)
+        return int(cycles[1]) / chip.clock if cycles else None
+    rate = chip.peak if product and product.dtype in ("bf16", "f16") else _FLOAT32_PEAK
+    return max(size / chip.bandwidth, product.flop / rate if product else 0.0)
+
+
+def _kind(program: hlo.Program, i: hlo.Instruction) -> str:
+    """'copy', 'fusion', or 'stack' for a fusion that copies a slice from or into a stack."""
+    inside = program.computations.get(i.attribute("calls"), {})
+    slices = ("dynamic-slice", "dynamic-update-slice")
+    if i.operation in slices or any(x.operation in slices for x in inside.values()):
+        return "stack"
+    return i.operation
+
+
+def _share_of_peak(report: dict[str, Any], chip: Chip) -> float:
+    return report["needed_flop"] / chip.peak / report["estimated_s"]
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report as tables."""
+    sizes = ", ".join(f"{n} {b / 2**30:.2f} GiB" for n, b in report["memory"].items())
+    print(f"{report['title']} for {':'.join(report['target'].values())}")
+    print(f"traced in {report['trace_s']:.0f} s, compiled in {report['compile_s']:.0f} s")
+    print(f"memory a device: {sizes}")
+    print(
+        f"{report['kernels']} kernels, {report['bytes'] / 1e9:.1f} GB "
+        f"({report['bytes_over_bandwidth_s'] * 1e3:.4g} ms at the bandwidth), estimated "
+        f"{report['estimated_s'] * 1e3:.4g} ms, {report['share_of_peak']:.1%} of the bf16 peak"
+    )
+    for kind, (count, size) in report["collectives"].items():
+        print(f"{kind}: {count} times, {size / 2**20:.3g} MiB")
+    for group in ("kinds", "parts", "loops"):
+        rows = [
+            [name, str(c["kernels"]), f"{c['bytes'] / 1e9:.4g}", f"{c['seconds'] * 1e3:.4g}",
+             f"{c['seconds'] / report['estimated_s']:.1%}"]
+            for name, c in list(report[group].items())[:10]
+        ]  # fmt: skip
+        print_table([group, "kernels", "GB", "estimated ms", "share"], rows)
+    rows = [[name, str(count)] for name, count in list(report["products"].items())[:12]]
+    print_table(["products", "times"], rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
