@@ -138,6 +138,8 @@ class Program:
         the slice counts.
         """
         here = self.computations[computation]
+        if i.operation == "custom-call":  # a library's scratch memory is no result
+            i = dataclasses.replace(i, shape=re.sub(r"\b[su]8\[\d+\][^,)]*\)$", ")", i.shape))
         sizes = [nbytes(here[name].shape) if name in here else 0 for name in i.operands]
         if i.operation == "dynamic-update-slice":
             return 2 * sizes[1]
@@ -194,7 +196,7 @@ def _slices_read(fused: dict[str, Instruction], name: str) -> int | None:
             if read is None:
                 return None
             total += read
-        elif user.operation in ("dynamic-slice", "gather") and user.operands[0] == name:
+        elif user.operation in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
             total += nbytes(user.shape)
         else:
             return None

@@ -192,7 +192,7 @@ def unstack_blocks(apply: Apply, params: Any, platform: str) -> Any:
 
     platform: of the devices that run the loop, see ``sharding.platform``.
     """
-    if platform != "cpu" or not isinstance(apply, Classifier):
+    if not isinstance(apply, Classifier):
         return params
     names = {stack.split("/")[0] for stack in apply.model.stacks}
 

@@ -56,8 +56,7 @@ class Attention(nn.Module):
         qkv = QueryKeyValue(self.qkv_bias, self.dtype, name="qkv")(x, queries)
         heads = [part.reshape(b, -1, self.num_heads, head_dim) for part in qkv]
         q, k, v = (x.transpose(0, 2, 1, 3) for x in heads)
-        wide, scale = param_dtype(self.dtype), self.qk_scale or head_dim**-0.5
-        logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=wide) * scale
-        out = jnp.einsum("bhqk,bhkd->bhqd", ops.softmax(logits).astype(v.dtype), v)
+        weights = ops.attention_weights(q, k, None, self.qk_scale or head_dim**-0.5)
+        out = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
         out = out.transpose(0, 2, 1, 3).reshape(b, queries, d)
         return dense(d, self.dtype, name="proj")(out)

@@ -93,6 +93,42 @@ def _softmax_backward(value, cotangent):
 softmax.defvjp(lambda logits: (softmax(logits),) * 2, _softmax_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attention_weights(q: Array, k: Array, bias: Array | None, scale: float) -> Array:
+    """softmax(scale q k^T + bias) over the keys, in the dtype of q.
+
+    q [..., queries, c], k [..., keys, c]; bias: float32 at least, broadcast to the logits. These
+    and the softmax are float32 at least; what is kept, and what is multiplied, has the dtype of q.
+    """
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("...qc,...kc->...qk", q, k, preferred_element_type=wide) * scale
+    return jax.nn.softmax(logits if bias is None else logits + bias).astype(q.dtype)
+
+
+def _attention_weights_forward(q, k, bias, scale):
+    weights = attention_weights(q, k, bias, scale)
+    return weights, (q, k, weights, bias)
+
+
+def _attention_weights_backward(scale, residuals, cotangent):
+    q, k, weights, bias = residuals
+    (to_logits,) = _softmax_backward(_wide(weights), cotangent)
+    to_product = (to_logits * scale).astype(q.dtype)
+    to_q = jnp.einsum("...qk,...kc->...qc", to_product, k)
+    to_k = jnp.einsum("...qk,...qc->...kc", to_product, q)
+    return to_q, to_k, None if bias is None else _sum_to(to_logits, bias.shape)
+
+
+def _sum_to(x, shape):
+    """The sum over the axes along which an array of ``shape`` would be broadcast to x."""
+    x = x.sum(tuple(range(x.ndim - len(shape))))
+    axes = tuple(i for i, size in enumerate(shape) if size == 1 and x.shape[i] > 1)
+    return x.sum(axes, keepdims=True)
+
+
+attention_weights.defvjp(_attention_weights_forward, _attention_weights_backward)
+
+
 def linear(x: Array, kernel: Array) -> Array:
     """x [..., d] @ kernel [d, features], both of one dtype.
 

@@ -143,6 +143,7 @@ def train_step(
     return _laid_out(step, state, config.sharding), Collection.create_collection(**averages)
 
 
+@jax.named_scope("inputs")
 def _inputs(step, key, batch):
     """Augmented, mixed images [B, H, W, C] in [0, 1] and their targets [B, num_classes]."""
     config = step.config
@@ -235,6 +236,7 @@ def _mean_over_parts(function, parts):
     return jax.tree.map(lambda x: x / count, total)
 
 
+@jax.named_scope("update")
 def _update(state, gradient, optimizer, ema_decay):
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
