@@ -224,7 +224,7 @@ def _product(program: hlo.Program, where: str, i: hlo.Instruction) -> Product | 
     inside = program.computations.get(i.attribute("calls"), {}) if i.operation == "fusion" else {}
     for body in (inside, {i.name: i}):
         for inner in body.values():
-            is_call = inner.operation == "custom-call" and re.search("gemm|matmul|conv", inner.rest)
+            is_call = inner.operation == "custom-call" and re.search(r"target=\"__cu\w+\$(lt\$matmul|gemm|conv)", inner.rest)
             if is_call or inner.operation in ("dot", "convolution"):
                 names = body if inside else program.computations[where]
                 return _describe(inner, names)

@@ -183,6 +183,38 @@ def classifier(model: nn.Module, mean: Sequence[float], std: Sequence[float]) ->
     return Classifier(model, tuple(mean), tuple(std))
 
 
+def for_device(apply: Apply, device: Any) -> Apply:
+    """``apply`` as a device computes it best: attention in bfloat16 by cuDNN, on GPUs since Ampere.
+
+    No-op for other dtypes and devices, for heads that cuDNN does not take, and plain functions.
+    device: one of the mesh, which need not be there.
+    """
+    if not isinstance(apply, Classifier) or apply.model.dtype != "bfloat16":
+        return apply
+    capability = str(getattr(device, "compute_capability", ""))  # AMD's are no numbers
+    ampere = capability[:1].isdigit() and float(capability) >= 8
+    head_dim = apply.model.embed_dim // apply.model.num_heads
+    if not ampere or head_dim % 8 or head_dim > 128:
+        return apply
+    return dataclasses.replace(apply, model=apply.model.clone(fused_attention=True))
+
+
+def cast_kernels(apply: Apply, params: Any) -> Any:
+    """The parameters of the blocks' linear layers in ``dtype``, as ``apply`` would cast them.
+
+    For a loop that calls ``apply(params, ...)`` many times without a gradient by the parameters.
+    No-op for plain functions.
+    """
+    if not isinstance(apply, Classifier):
+        return params
+
+    def cast(path, x):
+        layers = [getattr(entry, "key", None) for entry in path[-2:-1]]
+        return x.astype(apply.model.dtype) if set(layers) & set(blocks.LINEAR) else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def unstack_blocks(apply: Apply, params: Any, platform: str) -> Any:
     """The parameters as a loop that calls ``apply(params, ...)`` many times wants them.
 

@@ -18,8 +18,13 @@ class QueryKeyValue(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, queries: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [b, n, d] -> q [b, queries, d], k [b, n, d], v [b, n, d]."""
+    def __call__(
+        self, x: jax.Array, queries: int, separately: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [b, n, d] -> q [b, queries, d], k [b, n, d], v [b, n, d].
+
+        separately: by three products instead of slices of one, where slices would be copies.
+        """
         d, weights, init = x.shape[-1], param_dtype(self.dtype), nn.initializers.zeros
         kernel = self.param("kernel", KERNEL_INIT, (d, 3 * d), weights)
         bias = self.param("bias", init, (3 * d,), weights) if self.use_bias else None
@@ -28,7 +33,9 @@ class QueryKeyValue(nn.Module):
             out = ops.linear(x.astype(self.dtype), kernel[:, features].astype(self.dtype))
             return out if bias is None else out + bias[features].astype(self.dtype)
 
-        if queries == x.shape[1]:
+        if separately:
+            q, k, v = (linear(x, slice(i * d, (i + 1) * d)) for i in range(3))
+        elif queries == x.shape[1]:
             q, k, v = jnp.split(linear(x, slice(None)), 3, -1)
         else:
             q = linear(x[:, :queries], slice(d))
@@ -47,12 +54,15 @@ class Attention(nn.Module):
     qk_scale: float  # of the attention logits; 0: head_dim ** -0.5
     dtype: str
     queries: int = 0  # the first tokens, which attend to all; 0: all tokens
+    tokens: int = 0  # by one kernel of cuDNN, of all tokens to these first ones; 0: not
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, n, d] -> [b, n, d], or [b, queries, d] of the first tokens."""
         b, n, d = x.shape
         head_dim, queries = d // self.num_heads, self.queries or n
+        if self.tokens:
+            return self._fused(x)
         qkv = QueryKeyValue(self.qkv_bias, self.dtype, name="qkv")(x, queries)
         heads = [part.reshape(b, -1, self.num_heads, head_dim) for part in qkv]
         q, k, v = (x.transpose(0, 2, 1, 3) for x in heads)
@@ -60,3 +70,14 @@ class Attention(nn.Module):
         out = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
         out = out.transpose(0, 2, 1, 3).reshape(b, queries, d)
         return dense(d, self.dtype, name="proj")(out)
+
+    def _fused(self, x: jax.Array) -> jax.Array:
+        """The same for all tokens; only q, k, v, the output and a number per row are kept."""
+        b, n, d = x.shape
+        parts = QueryKeyValue(self.qkv_bias, self.dtype, name="qkv")(x, n, separately=True)
+        heads = [part.reshape(b, n, self.num_heads, d // self.num_heads) for part in parts]
+        lengths = jnp.full((b,), self.tokens, jnp.int32) if self.tokens < n else None
+        options = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+        scale = self.qk_scale or None
+        out = jax.nn.dot_product_attention(*heads, scale=scale, implementation="cudnn", **options)
+        return dense(d, self.dtype, name="proj")(out.reshape(b, n, d))

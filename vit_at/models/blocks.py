@@ -23,6 +23,7 @@ from vit_at.models import layers
 from vit_at.models import stem as stems
 from vit_at.models.layers import LayerNorm, Mlp, drop_path, gate_gradient
 
+LINEAR = ("qkv", "qk", "v", "proj", "fc1", "fc2")  # layers of a block that run in ``dtype``
 Drop = tuple[jax.Array, jax.Array] | None  # (key, rate) of stochastic depth; None: no drops
 Switches = tuple[jax.Array | None, Any]  # (keep, drop), one row per block; None: off
 
@@ -33,6 +34,7 @@ class Transformer(nn.Module, kw_only=True):
     stem: 'patch' or 'conv', see ``stem``.
     qk_scale: of the attention logits; 0: head_dim ** -0.5. drop_path: rate of stochastic depth in
     the last block. remat: see ``run_blocks``.
+    fused_attention: see ``models.for_device``.
     """
 
     num_classes: int
@@ -48,6 +50,7 @@ class Transformer(nn.Module, kw_only=True):
     qk_scale: float = 0.0
     drop_path: float = 0.0
     remat: bool = False
+    fused_attention: bool = False
     dtype: str = "float32"
 
     @property
@@ -226,8 +229,13 @@ def last_blocks(
     """
     fields = (model.mlp_ratio, model.norm_eps, model.dtype)
     if count > 1:
-        block = functools.partial(Block, attention, *fields)
+        n, of_all = x.shape[1], attention
+        if model.fused_attention:  # cuDNN's takes an even number of tokens in training
+            x = jnp.pad(x, ((0, 0), (0, n % 2), (0, 0)))
+            of_all = functools.partial(attention, tokens=n)
+        block = functools.partial(Block, of_all, *fields)
         x = run_blocks(model, "blocks", count - 1, block, x, rows(switches, slice(count - 1)))
+        x = x[:, :n]
     of_first = functools.partial(attention, queries=read)
     x, _ = Block(of_first, *fields, name="last_block")(x, *rows(switches, count - 1))
     weights = layers.param_dtype(model.dtype)

@@ -169,6 +169,7 @@ def _mean_gradient(step, params, part, masks, threat):
     Every device attacks and differentiates its own images, part by part; only the mean over them is
     communicated, once.
     """
+    step = step._replace(apply=models.for_device(step.apply, step.mesh.devices.flat[0]))
     layout = sharding.layout(params, step.mesh, step.config.sharding)
     specs = jax.tree.map(lambda x: x.spec, layout)
 
@@ -201,7 +202,7 @@ def loss_and_gradient(
     def loss(params):
         clean = apply(params, images) if step.shares_clean else None
         options = {"objective": objective, "threat": threat, "clean_logits": clean}
-        fixed = jax.lax.stop_gradient(params)
+        fixed = models.cast_kernels(apply, jax.lax.stop_gradient(params))
         adversarial = perturb(apply, fixed, images, targets, draws, **options)
         rngs = {"drop_path": part.keys}
         options = {"beta": step.config.beta, "rngs": rngs, "clean_logits": clean}
