@@ -174,7 +174,9 @@ def summary(text: str, chip: Chip) -> dict[str, Any]:
     program = hlo.Program(text)
     total, kinds, parts, loops = Cost(), {}, {}, {}
     products: Counter[str] = Counter()
+    in_loops = 0  # collectives, each as often as it runs
     for where, i, times, around in program.runs():
+        in_loops += times * bool(around and re.match(hlo.COLLECTIVES, i.operation))
         if i.operation in hlo.NO_KERNEL or i.operation in ("while", "conditional", "call"):
             continue
         product = _product(program, where, i)
@@ -202,6 +204,7 @@ def summary(text: str, chip: Chip) -> dict[str, Any]:
         "bytes_over_bandwidth_s": total.bytes / chip.bandwidth,
         "products": dict(products.most_common()),
         "collectives": {name: list(both) for name, both in hlo.collectives(text).items()},
+        "collectives_in_loops": in_loops,
         "loop_trips": sorted({loop.trips for *_, around in program.runs() for loop in around}),
     } | {g: {n: dataclasses.asdict(c) for n, c in f.items()} for g, f in ranked.items()}
 
@@ -224,7 +227,9 @@ def _product(program: hlo.Program, where: str, i: hlo.Instruction) -> Product | 
     inside = program.computations.get(i.attribute("calls"), {}) if i.operation == "fusion" else {}
     for body in (inside, {i.name: i}):
         for inner in body.values():
-            is_call = inner.operation == "custom-call" and re.search(r"target=\"__cu\w+\$(lt\$matmul|gemm|conv)", inner.rest)
+            is_call = inner.operation == "custom-call" and re.search(
+                r"target=\"__cu\w+\$(lt\$matmul|gemm|conv)", inner.rest
+            )
             if is_call or inner.operation in ("dot", "convolution"):
                 names = body if inside else program.computations[where]
                 return _describe(inner, names)
@@ -235,13 +240,15 @@ def _describe(i: hlo.Instruction, names: dict[str, hlo.Instruction]) -> Product:
     shapes = [names[n].shape if n in names else "" for n in i.operands[:2]]
     arrays = [re.search(r"(\w+)\[([\d,]*)\]", shape) for shape in shapes]
     text = " x ".join(f"[{a[2]}]" if a else "?" for a in arrays)
-    dtype = max((a[1] for a in arrays if a), key=len if "f64" not in text else str, default="?")
+    dtype = max((a[1] for a in arrays if a), key=lambda t: hlo.nbytes(f"{t}[]"), default="?")
     axis = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][\[{]"?(\d+)', i.rest)
     if not (arrays[0] and axis):
         return Product(dtype, f"{dtype} {text}", 0.0)
     depth = int(arrays[0][2].split(",")[int(axis[1])])
     result = re.search(r"\[([\d,]*)\]", i.shape)[1]
-    flop = 2.0 * depth * functools.reduce(lambda a, b: a * int(b), filter(None, result.split(",")), 1)
+    flop = (
+        2.0 * depth * functools.reduce(lambda a, b: a * int(b), filter(None, result.split(",")), 1)
+    )
     return Product(dtype, f"{dtype} {text}", flop)
 
 

@@ -38,7 +38,10 @@ def make_setup(options: argparse.Namespace, overrides: list[str], mesh: Any) -> 
     """A recipe's setup without data. Evaluations run in float32, as they always do."""
     config, _ = main.parse([options.recipe, *overrides])
     with config.unlocked():
-        config.model.name, config.model.patch_size = options.case["model"], options.case["patch_size"]
+        config.model.name, config.model.patch_size = (
+            options.case["model"],
+            options.case["patch_size"],
+        )
         config.data.image_size = options.case["image_size"]
         config.model.depth = options.depth or config.model.depth
         config.batch_size = options.batch_per_device * mesh.size

@@ -24,8 +24,19 @@ def _wide(x: Array) -> Array:
 
 
 def _gelu_cdf(x: Array) -> Array:
-    """Phi(x) of the normal distribution, in float32 at least."""
-    return 0.5 * (1 + lax.erf(_wide(x) * math.sqrt(0.5)))
+    """Phi(x) of the normal distribution, in float32 at least.
+
+    For bfloat16, by formula 7.1.26 of Abramowitz and Stegun, whose error is at most 8e-8: a TPU
+    takes half the time, as the exponential is that of the density.
+    """
+    wide = _wide(x)
+    if x.dtype != jnp.bfloat16:
+        return 0.5 * (1 + lax.erf(wide * math.sqrt(0.5)))
+    t = 1 / (1 + (0.3275911 * math.sqrt(0.5)) * jnp.abs(wide))
+    coefficients = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+    tail = 0.5 * t * functools.reduce(lambda total, c: total * t + c, coefficients)
+    tail *= jnp.exp(-0.5 * wide**2)
+    return jnp.where(wide < 0, tail, 1 - tail)
 
 
 @jax.custom_vjp

@@ -1,0 +1,125 @@
+"""The programs of accelerators that are not there, and the tool that reads them."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import compiled
+import hlo
+import pytest
+
+PROGRAM = """
+%fused (stack: bf16[8,4,16], row: bf16[4,16], i: s32[]) -> bf16[8,4,16] {
+  %stack = bf16[8,4,16]{2,1,0} parameter(0)
+  %row = bf16[4,16]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %row.1 = bf16[1,4,16]{2,1,0} bitcast(%row)
+  ROOT %update = bf16[8,4,16]{2,1,0} dynamic-update-slice(%stack, %row.1, %i)
+}
+
+%condition (t: (s32[], bf16[8,4,16])) -> pred[] {
+  %count = s32[] constant(8)
+  ROOT %less = pred[] compare(%i, %count), direction=LT
+}
+
+%body (t: (s32[], bf16[8,4,16])) -> (s32[], bf16[8,4,16]) {
+  %stack.2 = bf16[8,4,16]{2,1,0} get-tuple-element(%t), index=1
+  %row.2 = bf16[4,16]{1,0} get-tuple-element(%t), index=2
+  %i.2 = s32[] get-tuple-element(%t), index=0
+  %fusion.2 = bf16[8,4,16]{2,1,0} fusion(%stack.2, %row.2, %i.2), kind=kLoop, calls=%fused, metadata={op_name="step/Block/mlp/gelu"}
+  %sum = f32[16]{0} all-reduce(%x), to_apply=%add
+  ROOT %tuple = (s32[], bf16[8,4,16]{2,1,0}) tuple(%i.2, %fusion.2)
+}
+
+ENTRY %main (a: bf16[4,16]) -> bf16[4,8] {
+  %a = bf16[4,16]{1,0} parameter(0)
+  %b = bf16[16,8]{1,0} parameter(1)
+  %product = (bf16[4,8]{1,0}, s8[4096]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}, metadata={op_name="step/Block/attn/qkv"}
+  %while.1 = (s32[], bf16[8,4,16]{2,1,0}) while(%t), condition=%condition, body=%body, metadata={op_name="step/while"}
+  ROOT %result = bf16[4,8]{1,0} get-tuple-element(%product), index=0
+}
+"""  # noqa: E501
+
+
+def test_a_program_is_read_as_counted_by_hand():
+    """A product without its scratch memory, and eight rows written into a stack in place."""
+    found = compiled.summary(PROGRAM, compiled.CHIPS["h200"])
+    product, row = 2 * (4 * 16 + 16 * 8 + 4 * 8), 2 * 2 * 4 * 16 + 4
+    assert found["parts"]["attention"]["bytes"] == product
+    assert found["parts"]["MLP"] == found["kinds"]["stack"]
+    assert found["kinds"]["stack"]["bytes"] == 8 * row
+    assert found["products"] == {"bf16 [4,16] x [16,8]": 1}
+    assert found["collectives"] == {"all-reduce": [8, 8 * 64]}
+    assert found["collectives_in_loops"] == 8
+    assert found["kernels"] == 1 + 8 + 8
+    assert found["loop_trips"] == [8]
+
+
+def test_a_known_trip_count_and_the_longest_branch_count():
+    text = PROGRAM.replace(
+        "body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}'
+    )
+    text = text.replace(
+        "ROOT %result",
+        "%if = f32[2] conditional(%p), branch_computations={%one, %body}\n  ROOT %result",
+    )
+    text += "\n%one (x: f32[2]) -> f32[2] {\n  ROOT %copy.1 = f32[2]{0} copy(%x)\n}\n"
+    times = {}
+    for _, i, count, _ in hlo.Program(text).runs():
+        times[i.name] = times.get(i.name, 0) + count
+    assert times["fusion.2"] == 3 + 1
+    assert "copy.1" not in times
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("tpu:v9:2x2", "--target is 'tpu:v9:2x2'; use one of tpu:v5e, tpu:v6e, cuda:h200"),
+        ("cuda:v5e", "use one of"),
+        ("tpu:v5e:8", "a topology of v5e looks like 2x2"),
+        ("cuda:h200:2x2", "a topology of h200 looks like 8"),
+    ],
+)
+def test_an_unknown_target_is_refused(text, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        compiled.Target.of(text)
+
+
+def test_an_unknown_option_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compiled.py", "--depht=2"])
+    with pytest.raises(SystemExit):
+        compiled._parse_arguments()
+    assert "unknown option --depht=2" in capsys.readouterr().err
+
+
+def report(tmp_path, target, *options):
+    """The tool's JSON for a shallow AT step in bfloat16; a process of its own, as JAX is here."""
+    out, tool = tmp_path / "report.json", pathlib.Path(compiled.__file__)
+    options = (f"--target={target}", "--depth=2", "--batch_per_device=64", f"--out={out}", *options)
+    done = subprocess.run([sys.executable, tool, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(out.read_text())
+
+
+def test_a_shallow_step_for_a_tpu_slice(tmp_path):
+    pytest.importorskip("libtpu", reason="needs the extra [tpu]")
+    found = report(tmp_path, "tpu:v5e:2x2")
+    assert not [product for product in found["products"] if product.startswith("f32")]
+    assert found["collectives"]["all-reduce"][0] == 1
+    assert found["collectives_in_loops"] == 0
+    assert max(found["loop_trips"]) == 10  # the attack's steps: no loop over images
+    assert found["kernels"] < KERNELS
+    assert found["bytes"] < BYTES
+
+
+def test_a_shallow_step_for_a_gpu(tmp_path):
+    """Of the products, only the head's are float32."""
+    pytest.importorskip("jax_cuda12_plugin", reason="needs the extra [cuda12]")
+    found = report(tmp_path, "cuda:h200:2")
+    wide = {product for product in found["products"] if product.startswith("f32")}
+    assert len(wide) <= 3
+    assert found["collectives_in_loops"] == 0
+    assert found["kinds"]["custom-call"]["kernels"] == 2 * 11  # attention and its gradient
+    assert found["kernels"] < KERNELS
+    assert found["bytes"] < BYTES
