@@ -6,7 +6,6 @@ autoattack   a round of one attack of AutoAttack
 """
 
 import argparse
-import dataclasses
 import functools
 import types
 from typing import Any

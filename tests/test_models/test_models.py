@@ -1,6 +1,7 @@
 """Every architecture against the PyTorch reference, and the gate that ARD needs."""
 
 import functools
+import types
 
 import golden
 import jax
@@ -294,6 +295,62 @@ def test_blocks_one_by_one_are_those_of_the_scan(name, remat):
     to_params = weights.to_timm(models.stack_blocks(to_params), model)
     for key, gradient in weights.to_timm(expected_to_params, model).items():
         np.testing.assert_allclose(to_params[key], gradient, rtol=1e-3, atol=1e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"])
+def test_fused_attention_is_attention(name, monkeypatch):
+    """An odd number of tokens and an even one, by JAX's formula in place of cuDNN's kernel."""
+    original = jax.nn.dot_product_attention
+    calls = []
+
+    def on_a_cpu(*arguments, implementation, **options):
+        calls.append((implementation, options["query_seq_lengths"] is None))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_a_cpu)
+    model, params = small(name, dtype="bfloat16", image_size=28)
+    images = jnp.asarray(golden.images(32, "cifar"), jnp.float32)[:, :28, :28]
+    apply = models.classifier(model, (0.5,) * 3, (0.5,) * 3)
+    fused = models.for_device(apply, types.SimpleNamespace(compute_capability="9.0"))
+    assert fused.model.fused_attention
+
+    def loss(params, images, apply):
+        logits = apply(params, images, jnp.arange(model.num_blocks) != 1)
+        return (logits**2).sum(), logits
+
+    step = quick_jit(jax.grad(loss, (0, 1), has_aux=True), static_argnums=2)
+    (expected_to_params, expected), expected_logits = step(params, images, apply)
+    (to_params, to_images), logits = step(params, images, fused)
+    assert set(calls) == {("cudnn", "distilled" not in name)}
+    assert error(logits, expected_logits) < 0.02
+    assert error(to_images, expected) < 0.05
+    for a, b in zip(*map(jax.tree.leaves, (to_params, expected_to_params)), strict=True):
+        assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b) + 1e-3
+
+
+def test_attention_is_fused_in_bfloat16_on_a_gpu_that_can():
+    def is_fused(capability, **options):
+        model, _ = small("deit_tiny_patch16_224", **options)
+        apply = models.classifier(model, (0.5,) * 3, (0.5,) * 3)
+        device = types.SimpleNamespace(compute_capability=capability)
+        return models.for_device(apply, device).model.fused_attention
+
+    assert is_fused("8.0", dtype="bfloat16")
+    assert not is_fused("8.0")
+    for other in ("7.5", "gfx90a", ""):  # a T4, an AMD, a device without the attribute
+        assert not is_fused(other, dtype="bfloat16")
+    assert not is_fused("8.0", dtype="bfloat16", embed_dim=36)  # heads of 12
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_weights_cast_before_an_attack_change_no_bit(name):
+    model, params = small(name, dtype="bfloat16")
+    apply = models.classifier(model, (0.5,) * 3, (0.5,) * 3)
+    images = jnp.asarray(golden.images(32, "cifar"), jnp.float32)
+    cast = models.cast_kernels(apply, models.unstack_blocks(apply, params, "cpu"))
+    assert {x.dtype.name for x in jax.tree.leaves(cast)} == {"float32", "bfloat16"}
+    cast = models.stack_blocks(cast)
+    np.testing.assert_array_equal(forward(model, cast, images), forward(model, params, images))
 
 
 def test_drop_path_keeps_the_mean():

@@ -147,7 +147,7 @@ def test_results_do_not_depend_on_the_number_of_devices(objective, devices):
 
 @pytest.mark.parametrize("objective", ["at", "trades", "mart"])
 def test_a_step_with_scanned_blocks_is_the_same(objective, monkeypatch):
-    """As on an accelerator, where ``unstack_blocks`` changes nothing."""
+    """As for a plain function, whose parameters ``unstack_blocks`` does not change."""
     options = MASKED | {"threat__norm": "l2", "threat__eps": 0.5, "threat__step_size": 0.25}
     laid_out, state = take_steps(4, 1, objective=objective, **options)
     monkeypatch.setattr(models, "unstack_blocks", lambda apply, params, platform: params)
@@ -319,7 +319,7 @@ def mesh_of(platform):
     return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
 
 
-def test_small_parts_unstacked_blocks_and_float32_are_for_a_mesh_of_cpus():
+def test_what_follows_from_the_platform_of_the_mesh():
     setup = runs.tiny_setup()
     apply = models.classifier(setup.model, (0.5,), (0.5,))
     params = jax.eval_shape(lambda: models.init_params(setup.model, jax.random.key(0)))
@@ -331,8 +331,10 @@ def test_small_parts_unstacked_blocks_and_float32_are_for_a_mesh_of_cpus():
         assert sharding.in_parts(jnp.zeros((64, 3)), mesh, 2).shape == (parts, 64 // parts, 3)
         assert training_dtype(setup.config, sharding.platform(mesh)) == dtype
     assert models.unstack_blocks(apply, params, "tpu") is params
-    assert models.unstack_blocks(lambda params, x: x, params, "cpu") is params
-    assert isinstance(models.unstack_blocks(apply, concrete(params), "cpu")["blocks"], Unstacked)
+    for platform in ("cpu", "gpu"):
+        assert models.unstack_blocks(lambda params, x: x, params, platform) is params
+        laid_out = models.unstack_blocks(apply, concrete(params), platform)
+        assert isinstance(laid_out["blocks"], Unstacked)
 
 
 def concrete(shapes):

@@ -1,8 +1,8 @@
-"""GELU, LayerNorm, softmax and linear layers with their gradients written out.
+"""GELU, LayerNorm, softmax, attention and linear layers with their gradients written out.
 
 The first three are bound by memory, and automatic differentiation keeps several arrays of each for
 the backward pass. Written out, GELU keeps only its input, LayerNorm its input and two numbers per
-token, softmax its result. Values and gradients equal the textbook formulas up to rounding;
+token, softmax its result, in the dtype of the products where it weights values. Values and gradients equal the textbook formulas up to rounding;
 docs/performance.md says how much time each saves.
 
 Everything is computed in float32 (float64 for float64 inputs) and returned in the input's dtype.
@@ -11,6 +11,7 @@ The products of ``linear`` have the input's dtype and accumulate in float32.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +25,8 @@ def _wide(x: Array) -> Array:
 
 
 def _gelu_cdf(x: Array) -> Array:
-    """Phi(x) of the normal distribution, in float32 at least.
-
-    For bfloat16, by formula 7.1.26 of Abramowitz and Stegun, whose error is at most 8e-8: a TPU
-    takes half the time, as the exponential is that of the density.
-    """
-    wide = _wide(x)
-    if x.dtype != jnp.bfloat16:
-        return 0.5 * (1 + lax.erf(wide * math.sqrt(0.5)))
-    t = 1 / (1 + (0.3275911 * math.sqrt(0.5)) * jnp.abs(wide))
-    coefficients = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
-    tail = 0.5 * t * functools.reduce(lambda total, c: total * t + c, coefficients)
-    tail *= jnp.exp(-0.5 * wide**2)
-    return jnp.where(wide < 0, tail, 1 - tail)
+    """Phi(x) of the normal distribution, in float32 at least."""
+    return 0.5 * (1 + lax.erf(_wide(x) * math.sqrt(0.5)))
 
 
 @jax.custom_vjp
@@ -125,8 +115,8 @@ def _attention_weights_backward(scale, residuals, cotangent):
     q, k, weights, bias = residuals
     (to_logits,) = _softmax_backward(_wide(weights), cotangent)
     to_product = (to_logits * scale).astype(q.dtype)
-    to_q = jnp.einsum("...qk,...kc->...qc", to_product, k)
-    to_k = jnp.einsum("...qk,...qc->...kc", to_product, q)
+    to_q = _by_platform(functools.partial(jnp.einsum, "...qk,...kc->...qc"), to_product, k)
+    to_k = _by_platform(functools.partial(jnp.einsum, "...qk,...qc->...kc"), to_product, q)
     return to_q, to_k, None if bias is None else _sum_to(to_logits, bias.shape)
 
 
@@ -155,15 +145,18 @@ def linear(x: Array, kernel: Array) -> Array:
 def _product(a: Array, b: Array, contracted: tuple[int, int]) -> Array:
     """The product of two matrices in their dtype, by the way that suits the program's platform."""
     dimensions = (tuple((axis,) for axis in contracted), ((), ()))
+    return _by_platform(functools.partial(lax.dot_general, dimension_numbers=dimensions), a, b)
+
+
+def _by_platform(product: Callable[..., Array], a: Array, b: Array) -> Array:
+    """product(a, b) in the dtype of both; in bfloat16 on a CPU, in float32 and rounded after."""
 
     def on_cpu(a, b):
-        wide = lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
-        return wide.astype(a.dtype)
+        return product(a, b, preferred_element_type=jnp.float32).astype(a.dtype)
 
-    def elsewhere(a, b):
-        return lax.dot_general(a, b, dimensions)
-
-    return lax.platform_dependent(a, b, cpu=on_cpu, default=elsewhere)
+    if a.dtype != jnp.bfloat16:
+        return product(a, b)
+    return lax.platform_dependent(a, b, cpu=on_cpu, default=product)
 
 
 @jax.custom_vjp
