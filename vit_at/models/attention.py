@@ -66,7 +66,7 @@ class Attention(nn.Module):
         qkv = QueryKeyValue(self.qkv_bias, self.dtype, name="qkv")(x, queries)
         heads = [part.reshape(b, -1, self.num_heads, head_dim) for part in qkv]
         q, k, v = (x.transpose(0, 2, 1, 3) for x in heads)
-        weights = ops.attention_weights(q, k, None, self.qk_scale or head_dim**-0.5)
+        weights = ops.attention_weights(q, k, self.qk_scale or head_dim**-0.5)
         out = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
         out = out.transpose(0, 2, 1, 3).reshape(b, queries, d)
         return dense(d, self.dtype, name="proj")(out)

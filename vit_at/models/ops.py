@@ -1,8 +1,8 @@
-"""GELU, LayerNorm, softmax, attention and linear layers with their gradients written out.
+"""GELU, LayerNorm, softmax, attention weights and linear layers with their gradients written out.
 
-The first three are bound by memory, and automatic differentiation keeps several arrays of each for
+All but the last are bound by memory, and automatic differentiation keeps several arrays of each for
 the backward pass. Written out, GELU keeps only its input, LayerNorm its input and two numbers per
-token, softmax its result, in the dtype of the products where it weights values. Values and gradients equal the textbook formulas up to rounding;
+token, a softmax its result. Values and gradients equal the textbook formulas up to rounding;
 docs/performance.md says how much time each saves.
 
 Everything is computed in float32 (float64 for float64 inputs) and returned in the input's dtype.
@@ -94,37 +94,30 @@ def _softmax_backward(value, cotangent):
 softmax.defvjp(lambda logits: (softmax(logits),) * 2, _softmax_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attention_weights(q: Array, k: Array, bias: Array | None, scale: float) -> Array:
-    """softmax(scale q k^T + bias) over the keys, in the dtype of q.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def attention_weights(q: Array, k: Array, scale: float) -> Array:
+    """softmax(scale q k^T) over the keys, [..., queries, keys].
 
-    q [..., queries, c], k [..., keys, c]; bias: float32 at least, broadcast to the logits. These
-    and the softmax are float32 at least; what is kept, and what is multiplied, has the dtype of q.
+    q [..., queries, c], k [..., keys, c]. Logits and softmax are float32 at least; what is kept for
+    the gradient, and what is multiplied, has the dtype of q, as the result has.
     """
     wide = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("...qc,...kc->...qk", q, k, preferred_element_type=wide) * scale
-    return jax.nn.softmax(logits if bias is None else logits + bias).astype(q.dtype)
+    return jax.nn.softmax(logits).astype(q.dtype)
 
 
-def _attention_weights_forward(q, k, bias, scale):
-    weights = attention_weights(q, k, bias, scale)
-    return weights, (q, k, weights, bias)
+def _attention_weights_forward(q, k, scale):
+    weights = attention_weights(q, k, scale)
+    return weights, (q, k, weights)
 
 
 def _attention_weights_backward(scale, residuals, cotangent):
-    q, k, weights, bias = residuals
+    q, k, weights = residuals
     (to_logits,) = _softmax_backward(_wide(weights), cotangent)
     to_product = (to_logits * scale).astype(q.dtype)
     to_q = _by_platform(functools.partial(jnp.einsum, "...qk,...kc->...qc"), to_product, k)
     to_k = _by_platform(functools.partial(jnp.einsum, "...qk,...qc->...kc"), to_product, q)
-    return to_q, to_k, None if bias is None else _sum_to(to_logits, bias.shape)
-
-
-def _sum_to(x, shape):
-    """The sum over the axes along which an array of ``shape`` would be broadcast to x."""
-    x = x.sum(tuple(range(x.ndim - len(shape))))
-    axes = tuple(i for i, size in enumerate(shape) if size == 1 and x.shape[i] > 1)
-    return x.sum(axes, keepdims=True)
+    return to_q, to_k
 
 
 attention_weights.defvjp(_attention_weights_forward, _attention_weights_backward)
