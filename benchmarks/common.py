@@ -49,8 +49,11 @@ class Case:
 
 
 def parse_model(text: str) -> dict[str, Any]:
-    """'NAME@SIZE/PATCH' as fields of a Case."""
-    name, size, patch = re.fullmatch(r"(\w+)@(\d+)/(\d+)", text).groups()
+    """'NAME@SIZE/PATCH' as fields of a Case; ValueError, in one sentence, for another text."""
+    found = re.fullmatch(r"(\w+)@(\d+)/(\d+)", text)
+    if not found:
+        raise ValueError(f"the model is '{text}'; write NAME@SIZE/PATCH, such as {Case.model}@32/4")
+    name, size, patch = found.groups()
     return {"model": name, "image_size": int(size), "patch_size": int(patch)}
 
 

@@ -12,6 +12,7 @@ Estimates rank variants of a program; they replace no measurement. See benchmark
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import os
 import pathlib
 import re
@@ -72,6 +73,14 @@ class Target(NamedTuple):
             raise ValueError(f"--target is '{text}'; a topology of {chip} looks like {example}")
         return cls(chip, topology)
 
+    def check_installed(self) -> None:
+        """Raises ValueError, in one sentence, where the compiler for the target is missing."""
+        extra, module = {"tpu": ("tpu", "libtpu"), "cuda": ("cuda12", "jax_cuda12_plugin")}[
+            CHIPS[self.chip].platform
+        ]
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"a {self.chip} needs {module}: pip install -e '.[{extra}]'")
+
     def devices(self) -> list[Any]:
         """The described devices. Sets the environment, so JAX must not be imported before."""
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -103,8 +112,10 @@ def main() -> None:
     import lowered
 
     from vit_at.distributed import sharding
+    from vit_at.errors import one_sentence_errors
 
-    setup = lowered.make_setup(options, overrides, sharding.make_mesh(devices))
+    with one_sentence_errors():
+        setup = lowered.make_setup(options, overrides, sharding.make_mesh(devices))
     before = time.perf_counter()
     program = getattr(lowered, options.program)(setup, options)
     traced = time.perf_counter()
@@ -140,6 +151,7 @@ def _parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"unknown option {unknown[0]}")
     try:
         options.target = Target.of(options.target)
+        options.target.check_installed()
         options.case = parse_model(options.model)
     except ValueError as error:
         parser.error(str(error))
@@ -177,7 +189,7 @@ def summary(text: str, chip: Chip) -> dict[str, Any]:
     in_loops = 0  # collectives, each as often as it runs
     for where, i, times, around in program.runs():
         in_loops += times * bool(around and re.match(hlo.COLLECTIVES, i.operation))
-        if i.operation in hlo.NO_KERNEL or i.operation in ("while", "conditional", "call"):
+        if i.operation in hlo.NO_KERNEL or i.operation.endswith("-done"):
             continue
         product = _product(program, where, i)
         size = program.traffic(where, i)

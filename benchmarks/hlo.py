@@ -11,7 +11,10 @@ import re
 from collections.abc import Iterator
 
 COLLECTIVES = r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-NO_KERNEL = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"}
+NO_KERNEL = {  # what costs nothing itself
+    *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"),
+    *("while", "conditional", "call", "async-start", "partition-id"),
+}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
 _ARRAY = re.compile(r"\b(pred|[su]\d+|bf16|f\d+)\[([\d,]*)\]")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}

@@ -125,10 +125,8 @@ def autoattack(setup: Setup, options: argparse.Namespace) -> Any:
     threat = setup.config.threat
     settings = Settings(threat.norm, threat.eps, mesh=setup.mesh)
     method = methods.make(options.attack or "apgd-ce", settings, options.classes)
-    platform = sharding.platform(setup.mesh)
-    params = jax.eval_shape(
-        lambda params: models.unstack_blocks(_apply(setup), params, platform), _params(setup)
-    )
+    unstacked = functools.partial(models.unstack_blocks, _apply(setup))
+    params = jax.eval_shape(unstacked, _params(setup))
     model = jax.tree_util.Partial(_apply(setup), _placed(params, setup.mesh, sharding.WHOLE))
     context = Context(model, jnp.uint32(0), jnp.float32(threat.eps))
     arrays = _batch(setup, image=np.float32, labels=np.int32, targets=np.int32, index=np.uint32,

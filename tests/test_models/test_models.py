@@ -284,7 +284,7 @@ def test_blocks_one_by_one_are_those_of_the_scan(name, remat):
     def loss(params, images):
         return (apply(params, images, keep, train=True, rngs=rngs) ** 2).sum()
 
-    laid_out = models.unstack_blocks(apply, params, "cpu")
+    laid_out = models.unstack_blocks(apply, params)
     kinds = {type(tree) for tree in laid_out.values()}
     assert kinds == {blocks.Unstacked, *(type(tree) for tree in params.values())}
     step = quick_jit(jax.value_and_grad(loss, argnums=(0, 1)))
@@ -347,7 +347,7 @@ def test_weights_cast_before_an_attack_change_no_bit(name):
     model, params = small(name, dtype="bfloat16")
     apply = models.classifier(model, (0.5,) * 3, (0.5,) * 3)
     images = jnp.asarray(golden.images(32, "cifar"), jnp.float32)
-    cast = models.cast_kernels(apply, models.unstack_blocks(apply, params, "cpu"))
+    cast = models.cast_kernels(apply, models.unstack_blocks(apply, params))
     assert {x.dtype.name for x in jax.tree.leaves(cast)} == {"float32", "bfloat16"}
     cast = models.stack_blocks(cast)
     np.testing.assert_array_equal(forward(model, cast, images), forward(model, params, images))

@@ -30,11 +30,11 @@ def functions(objective: str, masked: bool, dtype: str):
     one_step = ref.Threat("linf", ref.THREAT.eps, ref.THREAT.step_size, 1)
 
     def attack(threat, params, *rest):
-        params = models.unstack_blocks(apply, params, "cpu")
+        params = models.unstack_blocks(apply, params)
         return perturb(apply, params, *rest, objective=objective, threat=threat)
 
     def loss(params, *rest):
-        params = models.unstack_blocks(apply, params, "cpu")
+        params = models.unstack_blocks(apply, params)
         return training_loss(objective, apply, params, *rest, beta=6.0)
 
     attacks = (jax.jit(functools.partial(attack, threat)) for threat in (ref.THREAT, one_step))

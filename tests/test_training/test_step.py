@@ -150,7 +150,7 @@ def test_a_step_with_scanned_blocks_is_the_same(objective, monkeypatch):
     """As for a plain function, whose parameters ``unstack_blocks`` does not change."""
     options = MASKED | {"threat__norm": "l2", "threat__eps": 0.5, "threat__step_size": 0.25}
     laid_out, state = take_steps(4, 1, objective=objective, **options)
-    monkeypatch.setattr(models, "unstack_blocks", lambda apply, params, platform: params)
+    monkeypatch.setattr(models, "unstack_blocks", lambda apply, params: params)
     scanned, of_scanned = take_steps.__wrapped__(4, 1, objective=objective, **options)
     tolerance = 1e-2 if objective == "trades" else 1e-5  # as between numbers of devices
     for a, b in zip(laid_out, scanned, strict=True):
@@ -330,11 +330,8 @@ def test_what_follows_from_the_platform_of_the_mesh():
         assert sharding.platform(mesh) == platform
         assert sharding.in_parts(jnp.zeros((64, 3)), mesh, 2).shape == (parts, 64 // parts, 3)
         assert training_dtype(setup.config, sharding.platform(mesh)) == dtype
-    assert models.unstack_blocks(apply, params, "tpu") is params
-    for platform in ("cpu", "gpu"):
-        assert models.unstack_blocks(lambda params, x: x, params, platform) is params
-        laid_out = models.unstack_blocks(apply, concrete(params), platform)
-        assert isinstance(laid_out["blocks"], Unstacked)
+    assert models.unstack_blocks(lambda params, x: x, params) is params
+    assert isinstance(models.unstack_blocks(apply, concrete(params))["blocks"], Unstacked)
 
 
 def concrete(shapes):

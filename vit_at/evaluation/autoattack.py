@@ -16,7 +16,6 @@ from vit_at import models
 from vit_at.attacks import autoattack
 from vit_at.attacks.autoattack import audit
 from vit_at.data.sources import Examples
-from vit_at.distributed import sharding
 from vit_at.evaluation.protocol import Attack, weights_digest
 
 LEDGERS = "autoattack"  # in a work directory
@@ -64,7 +63,7 @@ def evaluate_autoattack(
     progress = progress and jax.process_index() == 0
     if jax.process_count() > 1:  # in the audit, each process calls the model on its own
         params = jax.device_get(params)
-    params = models.unstack_blocks(apply, params, sharding.platform(mesh))
+    params = models.unstack_blocks(apply, params)
     logits_fn = functools.partial(apply, params)
     if workdir is not None:
         workdir = workdir / LEDGERS / _ledger_name(attack, examples, seed, weights_digest(params))

@@ -50,7 +50,7 @@ def make_outcome_fn(
         return jnp.swapaxes(jax.vmap(of_image)(indices), 0, 1)
 
     def outcome(params, batch):
-        params = models.unstack_blocks(apply, params, sharding.platform(mesh))
+        params = models.unstack_blocks(apply, params)
         logits_fn = functools.partial(apply, params)
 
         def of_part(part):

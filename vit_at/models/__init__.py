@@ -215,14 +215,11 @@ def cast_kernels(apply: Apply, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def unstack_blocks(apply: Apply, params: Any, platform: str) -> Any:
+def unstack_blocks(apply: Apply, params: Any) -> Any:
     """The parameters as a loop that calls ``apply(params, ...)`` many times wants them.
 
-    On a CPU, every stack of blocks becomes a ``blocks.Unstacked``, which saves copying from and to
-    stacks (docs/performance.md). No-op on other platforms, and for plain functions.
-    ``stack_blocks`` undoes it.
-
-    platform: of the devices that run the loop, see ``sharding.platform``.
+    Every stack of blocks becomes a ``blocks.Unstacked``, which saves copying from and to stacks
+    (docs/performance.md). No-op for plain functions. ``stack_blocks`` undoes it.
     """
     if not isinstance(apply, Classifier):
         return params

@@ -175,7 +175,7 @@ def _mean_gradient(step, params, part, masks, threat):
 
     def on_device(params, part, masks, threat):
         parts = sharding.in_parts(part, step.mesh, step.config.accumulate_steps)
-        params = models.unstack_blocks(step.apply, params, sharding.platform(step.mesh))
+        params = models.unstack_blocks(step.apply, params)
         of_part = functools.partial(loss_and_gradient, step, params, masks, threat)
         gradient, metrics = _mean_over_parts(of_part, parts)
         means = models.stack_blocks(gradient), metrics
