@@ -106,6 +106,7 @@ def train_step(
     Returns:
       (new state, metrics): ``metrics.compute()`` is {name: scalar}, of the batch before the update.
     """
+    step = step._replace(apply=models.for_device(step.apply, step.mesh.devices.flat[0]))
     config, masking = step.config, step.masking
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     input_key, draw_key, train_key = jax.random.split(key, 3)
@@ -169,7 +170,6 @@ def _mean_gradient(step, params, part, masks, threat):
     Every device attacks and differentiates its own images, part by part; only the mean over them is
     communicated, once.
     """
-    step = step._replace(apply=models.for_device(step.apply, step.mesh.devices.flat[0]))
     layout = sharding.layout(params, step.mesh, step.config.sharding)
     specs = jax.tree.map(lambda x: x.spec, layout)
 
