@@ -87,6 +87,7 @@ def _smoke(config: ConfigDict) -> None:
     """The same path at toy size, in seconds and with no data to prepare: a check, not a result."""
     config.data.name, config.data.dir = "digits", ""
     config.data.train_split, config.data.test_split = "train[:160]", "test[:48]"
+    config.data.from_images, config.data.transform = "", "squash"
     config.data.validation_examples = 32
     config.data.image_size, config.model.patch_size = 16, 4
     config.model.embed_dim, config.model.depth, config.model.num_heads = 32, 2, 2

@@ -49,12 +49,16 @@ def get_config() -> ConfigDict:
     data.train_split = "train"  # TFDS split to train on, such as train or train[:1000]
     data.test_split = "test"  # TFDS split of the evaluation at the end
     data.allow_overlap = False  # permit test images that are training images too
+    data.from_images = ""  # set from the training images: image_size, normalisation, splits
+    data.stratified = False  # hold-out, and a folder's slices, have all classes in proportion
     data.validation_examples = 1000  # held out of the training split to choose the best checkpoint
-    data.image_size = 32  # images are resized (squashed) to this square
+    data.image_size = 32  # side of the square that the model sees, in pixels
+    data.transform = "squash"  # how images are made square; or resizeN-cropM[-bicubic]
     data.mean = CIFAR_MEAN  # per channel, in pixel units; as many channels are fed to the model
     data.std = CIFAR_STD  # per channel, in pixel units
     data.crop_padding = 4  # black pixels around an image before the random crop; 0: no crop
     data.flip = True  # random horizontal flip
+    data.augment = ""  # comma-separated, after crop and flip: randaugment-2-9, random-erasing, ...
     data.cache_gib = 4.0  # decoded sets up to this size stay in memory, larger ones are streamed
     data.threads = 0  # that read and decode; 0: one per core
 

@@ -63,11 +63,13 @@ _BELOW_ONE = (
 )
 _ANY_NUMBER = "threat.eps threat.step_size"
 _SWITCHES = (
-    "model.remat model.allow_few_tokens data.allow_overlap data.flip masking.ard masking.prm"
+    "model.remat model.allow_few_tokens data.allow_overlap data.stratified data.flip masking.ard "
+    "masking.prm"
 )
 _TEXTS = (
     "name dtype sharding objective model.name model.stem model.pretrained data.name data.dir "
-    "data.train_split data.test_split threat.norm threat.start optimizer.name optimizer.schedule "
+    "data.train_split data.test_split data.from_images data.transform data.augment "
+    "threat.norm threat.start optimizer.name optimizer.schedule "
     "eval.validation_attack eval.attacks eval.checkpoint eval.threat.norm"
 )
 _TUPLES = "data.mean data.std optimizer.drop_before_end"
@@ -76,7 +78,8 @@ _TEXT_LENGTH = 4096  # the longest path of Linux
 
 # Fields that older ``config.json`` files lack, with the value that describes those runs.
 ADDED = {"sharding": "replicated", "model.remat": False, "checkpoint.every_steps": 0}
-ADDED |= {"data.allow_overlap": False, "model.stem": "patch"}
+ADDED |= {"data.allow_overlap": False, "data.stratified": False, "model.stem": "patch"}
+ADDED |= {"data.transform": "squash", "data.augment": "", "data.from_images": ""}
 ADDED |= {"eval.threat.norm": "", "eval.threat.eps": 0.0, "eval.threat.step_size": 0.0}
 
 

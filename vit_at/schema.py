@@ -46,6 +46,8 @@ class Protocol(TypedDict):
     data: str
     num_examples: Count
     weights: Weights
+    transform: NotRequired[str]
+    ids: NotRequired[str]
     seed: NotRequired[Seed]
     norm: NotRequired[str]
     eps: NotRequired[Positive]

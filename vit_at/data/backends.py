@@ -35,6 +35,7 @@ class Encoded(NamedTuple):
     indices: np.ndarray  # [n] position in the split on disk of each row
     fetch: Callable[[Sequence[int]], list[tuple[bytes, int]]]  # rows -> encoded images, labels
     where: Callable[[int], str]  # row -> the image's name in an error message
+    names: Callable[[], list[str]]  # 'CLASS/FILE' of every row
     origin: list[tuple[str, np.ndarray]]  # (split on disk, positions in it) of all rows
 
 
@@ -57,11 +58,12 @@ def split_rows(split: str, lengths: dict[str, int], name: str) -> list[tuple[str
     ]
 
 
-def open_folder(root: Path, split: str) -> Encoded:
+def open_folder(root: Path, split: str, *, stratified: bool = False) -> Encoded:
     """Opens root/<split>/<class>/<image>; labels number the sorted classes of all splits.
 
     Images are ordered by a hash of class/file, so a slice such as test[:48] holds every class, as
-    in TFDS. `indices` are positions in the sorted listing.
+    in TFDS; where stratified, in proportion to its size. `indices` are positions in the sorted
+    listing.
     """
     if not root.is_dir():
         raise UserError(
@@ -77,9 +79,12 @@ def open_folder(root: Path, split: str) -> Encoded:
     parts = split_rows(split, lengths, str(root))
     for name, positions in parts:
         keys = [hashlib.md5(file.encode()).digest() for file in splits[name]]
-        chosen = np.array(sorted(range(len(keys)), key=keys.__getitem__), int)[positions]
-        indices.append(chosen)
-        paths += [root / name / splits[name][i] for i in chosen]
+        order = np.array(sorted(range(len(keys)), key=keys.__getitem__), int)
+        if stratified:
+            labels = np.array([splits[name][i].partition("/")[0] for i in order])
+            order = order[in_proportion(labels)]
+        indices.append(order[positions])
+        paths += [root / name / splits[name][i] for i in order[positions]]
     number = {name: label for label, name in enumerate(classes)}
     return Encoded(
         name=f"folder:{root} {split}",
@@ -87,8 +92,21 @@ def open_folder(root: Path, split: str) -> Encoded:
         indices=np.concatenate(indices),
         fetch=lambda rows: [(paths[i].read_bytes(), number[paths[i].parent.name]) for i in rows],
         where=lambda row: str(paths[row]),
+        names=lambda: [f"{path.parent.name}/{path.name}" for path in paths],
         origin=[(name, rows) for (name, _), rows in zip(parts, indices, strict=True)],
     )
+
+
+def in_proportion(labels: np.ndarray) -> np.ndarray:
+    """An order of labels in which each slice has every class in proportion, to within an image.
+
+    The k-th of a class's n images comes at (k + 1/2) / n; those of one class keep their order.
+    """
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    by_class, starts = np.argsort(classes, kind="stable"), np.cumsum(counts) - counts
+    rank = np.empty(len(labels))
+    rank[by_class] = np.arange(len(labels)) - np.repeat(starts, counts)
+    return np.argsort((rank + 0.5) / counts[classes], kind="stable")
 
 
 def folders(path: Path) -> list[str]:
@@ -260,11 +278,23 @@ def open_tfds(name: str, data_dir: str, split: str) -> Encoded:
         ]
         return [(record["image"], record["label"]) for record in found]
 
+    def names() -> list[str]:
+        if not isinstance(features.get("file_name"), tfds.features.Text):
+            raise UserError(
+                f"{info.full_name} does not say its images' file names (it has no feature "
+                "'file_name'), so --ids can't be used; give its images as folder:PATH"
+            )
+        logging.info("reading the file names of all %d images of %s", len(indices), split)
+        about = tfds.features.FeaturesDict({"label": label, "file_name": features["file_name"]})
+        found = (about.deserialize_example_np(records[i]) for i in range(len(indices)))
+        return [f"{label.int2str(r['label'])}/{r['file_name'].decode()}" for r in found]
+
     return Encoded(
         name=f"{info.full_name} {split}",
         class_names=tuple(label.names),
         indices=indices,
         fetch=fetch,
         where=lambda row: f"image {indices[row]} of {info.full_name} {split}",
+        names=names,
         origin=origin,
     )

@@ -88,12 +88,15 @@ def record(
         "data": examples.name,
         "num_examples": len(correct),
         "resolution": examples.image_shape[0],
+        "transform": examples.transform,
         "seed": seed,
         "dtype": "float32",
         "weights": weights,
         "packages": {"vit_at": vit_at.__version__}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
+    if examples.ids:
+        protocol["ids"] = examples.ids
     if attack.kind != "clean":
         threat = attack.threat
         protocol |= {"norm": threat.norm, "eps": float(threat.eps), "loss": attack.loss}

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from vit_at import models, weights
 from vit_at.attacks import Threat
 from vit_at.config import MAX_STEPS, evaluation_threat
-from vit_at.data import pipeline, sources
+from vit_at.data import augment, own, pipeline, sources
 from vit_at.data.sources import Examples
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
@@ -76,7 +76,9 @@ class Setup(NamedTuple):
         data, threads = config.data, config.data.threads
         everything = sources.load(data, data.train_split, threads=threads)
         model = models.build(config, everything.num_classes, config.dtype)
-        train_set, held_out = sources.hold_out(everything, data.validation_examples, config.seed)
+        train_set, held_out = sources.hold_out(
+            everything, data.validation_examples, config.seed, stratified=data.stratified
+        )
         steps_per_epoch = pipeline.steps_per_epoch(len(train_set), config.batch_size)
         if config.epochs * steps_per_epoch > MAX_STEPS:
             raise UserError(
@@ -90,13 +92,15 @@ class Setup(NamedTuple):
 
 
 def resolve(config: ConfigDict, mesh: Mesh) -> ConfigDict:
-    """The configuration, checked, with what depends on the devices of ``mesh`` filled in.
+    """The configuration, checked, with what depends on the images and the devices filled in.
 
     Raises:
       UserError: a field that is wrong.
     """
     objectives.check(config)
-    config = ConfigDict(config).unlock()
+    augment.check(config.data)
+    config = own.from_images(ConfigDict(config).unlock())
+    objectives.check(config)
     config.dtype = models.training_dtype(config, sharding.platform(mesh))
     return config.lock()
 

@@ -147,7 +147,8 @@ def _inputs(step, key, batch):
     """Augmented, mixed images [B, H, W, C] in [0, 1] and their targets [B, num_classes]."""
     config = step.config
     augment_key, mix_key = jax.random.split(key)
-    options = {"crop_padding": config.data.crop_padding, "flip": config.data.flip}
+    data = config.data
+    options = {"crop_padding": data.crop_padding, "flip": data.flip, "names": data.augment}
     images = augment.augment(augment_key, augment.to_float(batch["image"]), **options)
     targets = augment.one_hot(batch["label"], step.num_classes, config.label_smoothing)
     if config.mixing.probability:

@@ -134,6 +134,7 @@ def _key(entry: dict[str, Any]) -> str:
     protocol = entry["protocol"]
     place = f"{protocol['weights']['digest']}/{protocol['data']}"
     key = f"{place}/{protocol['num_examples']} {entry['attack']}"
+    key += "".join(f" {note}" for note in _notes(protocol))
     if "norm" in protocol:
         key += f" {protocol['norm']} {protocol['eps']!r}"
         if "step_size" in protocol:
@@ -142,8 +143,15 @@ def _key(entry: dict[str, Any]) -> str:
     return key
 
 
+def _notes(protocol: dict[str, Any]) -> list[str]:
+    """How the images of a protocol were chosen and made square, where not all and by squash."""
+    notes = {"transform": protocol.get("transform"), "ids": protocol.get("ids")}
+    return [f"{name} {value}" for name, value in notes.items() if value not in (None, "squash")]
+
+
 def _identity(entry: dict[str, Any]) -> str:
-    protocol = {k: v for k, v in entry["protocol"].items() if k != "packages"}
+    protocol = {"transform": "squash"}  # which earlier records leave out
+    protocol |= {k: v for k, v in entry["protocol"].items() if k != "packages"}
     return json.dumps([entry["attack"], protocol], sort_keys=True)
 
 
@@ -161,7 +169,8 @@ def as_text(records: Sequence[dict[str, Any]]) -> str:
         error = 100 * entry["standard_error"]
         lines.append(
             f"{entry['attack']:<10} {100 * entry['accuracy']:6.2f} %  "
-            f"{protocol['num_examples']:>7}  {threat}{protocol['data']} (s.e. {error:.2f})"
+            f"{protocol['num_examples']:>7}  {threat}"
+            f"{', '.join([protocol['data'], *_notes(protocol)])} (s.e. {error:.2f})"
         )
     return "\n".join(lines)
 
