@@ -69,6 +69,16 @@ class Examples:
         """The examples at these positions, in this order; copies no images."""
         return dataclasses.replace(self, indices=self.indices[indices], _rows=self._rows[indices])
 
+    def relabelled(self, class_names: Sequence[str]) -> "Examples":
+        """The same images with labels that number ``class_names``, which hold all of their own."""
+        number = np.array([list(class_names).index(name) for name in self.class_names], np.int32)
+
+        def read_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            images, labels = self._read_rows(rows)
+            return images, number[labels]
+
+        return dataclasses.replace(self, class_names=tuple(class_names), _read_rows=read_rows)
+
 
 def load(data: ConfigDict, split: str, *, threads: int = 0) -> Examples:
     """Opens a split of a data set; keeps it decoded in memory if it is small enough.
