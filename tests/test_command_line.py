@@ -164,7 +164,7 @@ def test_every_command_has_help_that_shows_how_it_is_called(capsys, name):
         (["--versoin"], "'versoin' is unknown; the nearest are --version"),
         (["train"], "no recipe is given"),
         (["evaluate"], "required: WORKDIR"),
-        (["evaluate", "runs/x", "--data=there"], "'data' is unknown; the nearest are --data_dir"),
+        (["evaluate", "runs/x", "--dat=there"], "'dat' is unknown; the nearest are --data"),
         (["evaluate", "runs/x", "--eps=8/0"], "--eps: invalid fraction value: '8/0'"),
         (["evaluate", "runs/x", "--checkpoint=bst"], "--checkpoint: invalid choice: 'bst'"),
         (["evaluate", "nowhere"], "nowhere is no work directory"),

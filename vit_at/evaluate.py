@@ -1,6 +1,8 @@
-"""Clean, PGD-n, CW-n and AutoAttack accuracy of a work directory or an export.
+"""Clean, PGD-n, CW-n and AutoAttack accuracy of a run, an export, weights or a function.
 
     vit-at evaluate runs/cifar10_sgd --attacks=clean,pgd-20,cw-20
+    vit-at evaluate --weights=FILE --model=deit_small_patch16_224 --data=cifar10
+    vit-at evaluate --function=MODULE:NAME --data=cifar10
 
 Each result is stored with its protocol in ``results.json``, the outcome of each image in
 ``per_example.npz``.
@@ -11,7 +13,6 @@ import inspect
 import os
 import sys
 import types
-import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,25 +20,33 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from vit_at import models
 from vit_at.attacks import Threat
 from vit_at.cli import add_process_arguments, join_processes
 from vit_at.config import CHOICES, evaluation_threat, validate
+from vit_at.configs import default
 from vit_at.console import quiet_logging
 from vit_at.data import sources
 from vit_at.distributed import devices, processes, sharding
 from vit_at.errors import Parser, UserError, explained_errors, one_sentence_errors
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store, select
 from vit_at.evaluation.protocol import parse_attacks
-from vit_at.workdir.checkpoint import load_trained
-from vit_at.workdir.exported import DESCRIPTION_FILE, load_exported
+from vit_at.evaluation.subject import Subject, in_classes_of, of_directory, of_file, of_function
 from vit_at.workdir.files import disk_errors, locked
 from vit_at.workdir.results import Results, as_text
 
+_PATH = ((str, os.PathLike), "the path of a directory")
 _TYPES: dict[Any, tuple[Any, str]] = {
     str: (str, "a string"),
     int: (int, "a whole number"),
-    float: ((int, float), "a number"),
+    float | None: ((int, float, types.NoneType), "a number"),
+    tuple[float, ...]: ((tuple, list), "a tuple of numbers"),
+}
+_TAKERS = {  # the sources that take an option
+    "model": ("--weights",),
+    "num_heads": ("--weights",),
+    "mean": ("--weights",),
+    "std": ("--weights",),
+    "image_size": ("--weights", "--function"),
 }
 _MOST_RESTARTS = 1000  # their starts are in memory together
 
@@ -51,12 +60,26 @@ def fraction(text: str) -> float:
         raise ValueError(f"'{text}' divides by 0") from error
 
 
+def fractions(text: str) -> tuple[float, ...]:
+    """'0.5,0.5,0.5' as numbers."""
+    return tuple(fraction(part) for part in text.split(","))
+
+
 def evaluate(
-    source: epath.PathLike,
+    source: epath.PathLike = "",
     attacks: str = "clean,pgd-20",
     *,
+    weights: str = "",
+    model: str = "",
+    num_heads: int = 0,
+    function: str = "",
     checkpoint: str = "best",
+    data: str = "",
+    data_dir: str = "",
     split: str = "",
+    image_size: int = 0,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
     num_examples: int = 0,
     norm: str = "",
     eps: float | None = None,
@@ -64,67 +87,108 @@ def evaluate(
     restarts: int = 1,
     batch_size: int = 0,
     seed: int = 0,
-    data_dir: str = "",
+    workdir: str = "",
 ) -> list[dict[str, Any]]:
-    """Measures the accuracy of a work directory or an export under attacks.
+    """Measures the accuracy of a run, an export, weights or a function under attacks.
 
     A result that ``results.json`` has under the same protocol is not measured again.
 
     Args:
-      source: a directory that ``vit_at.train`` or the export has written.
+      source: a directory that ``vit_at.train`` or the export has written; or '', and one of
+        ``weights`` and ``function``.
       attacks: comma-separated: clean, pgd-N, cw-N, autoattack.
+      weights: a weight file or 'hf:NAME', see ``vit_at.weights.load``; model: timm's name of its
+        architecture; num_heads: where it can't be known from the name, see docs/evaluate.md.
+      function: 'MODULE:NAME' of a function of images [B, H, W, C] in [0, 1] to logits [B, K].
       checkpoint: 'best' or 'last'; of a work directory.
+      data: as ``data.name`` of a configuration; '': that of the run, and cifar10 of the others.
+      data_dir: TFDS data directory, or the one that holds 'folder:NAME'; '': the configuration's.
       split: such as 'test[:1000]'; '': the configuration's.
+      image_size, mean, std: of weights and functions; 0 and (): the file's or the data set's.
       num_examples: the first so many images of it; 0: all.
       norm, eps, step_size: of the attacks, in pixel units of images in [0, 1]; '' and None: as in
         ``eval.threat``.
       restarts: random starts of PGD and CW, at most 1000; an image counts as robust if all fail.
       batch_size: over all devices; 0: the configuration's.
       seed: of the random starts.
-      data_dir: TFDS data directory, or the one that holds 'folder:NAME'; '': the configuration's.
+      workdir: where results are stored; '': the source, or a folder of runs/evaluate.
 
     Returns:
       One record for each attack, as in ``results.json``: accuracy, standard error, protocol.
 
     Raises:
-      UserError: a directory, data set or option that can't be used.
+      UserError: a directory, file, data set or option that can't be used.
     """
-    _check_arguments(locals())
-    workdir = epath.Path(source).expanduser()
-    exported = (workdir / DESCRIPTION_FILE).exists()
-    trained = load_exported(workdir) if exported else load_trained(workdir, checkpoint)
-    config = ConfigDict(trained.config).unlock()
+    given = locals()
+    _check_arguments(given)
+    subject = _subject(given)
+    config = subject.config
     _set_threat(config, norm, eps, step_size)
-    config.data.dir = data_dir or config.data.dir
     config.eval.batch_size = batch_size or config.eval.batch_size
     validate(config)
     mesh = sharding.make_mesh()
     sharding.check_batch_size("--batch_size", config.eval.batch_size, mesh)
     parsed = parse_attacks(attacks, Threat.of(evaluation_threat(config)), restarts)
     threads = config.data.threads
-    examples = sources.load(config.data, split or config.data.test_split, threads=threads)
-    examples = select(examples, num_examples)
-    apply = models.classifier(trained.model, config.data.mean, config.data.std)
+    examples = sources.load(config.data, config.data.test_split, threads=threads)
+    examples = in_classes_of(select(examples, num_examples), subject)
     options = {"batch_size": config.eval.batch_size, "seed": seed, "threads": threads}
-    evaluator = Evaluator(apply, examples, parsed, mesh, **options)
-    which = "export" if exported else checkpoint
-    weights = {"checkpoint": which, "step": trained.values["step"]}
-    with disk_errors(workdir), locked(workdir, "evaluation"):
-        return evaluate_and_store(
-            evaluator, trained.params, examples, Results(workdir), seed=seed, weights=weights
+    evaluator = Evaluator(subject.apply, examples, parsed, mesh, **options)
+    directory = epath.Path(workdir).expanduser() if workdir else subject.workdir
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with locked(directory, "evaluation"):
+            stored, about = Results(directory), subject.weights
+            return evaluate_and_store(
+                evaluator, subject.params, examples, stored, seed=seed, weights=about
+            )
+
+
+def _subject(given: dict[str, Any]) -> Subject:
+    """What the arguments name, with the data that they name."""
+    _check_sources(given)
+    if not (given["weights"] or given["function"]):
+        subject = of_directory(given["source"], given["checkpoint"])
+        _set_data(subject.config, given)
+        return subject
+    config = default.get_config().unlock()
+    _set_data(config, given)
+    if given["function"]:
+        return of_function(given["function"], config, given["image_size"])
+    options = {name: given[name] for name in ("num_heads", "image_size", "mean", "std")}
+    return of_file(given["weights"], given["model"], config, **options)
+
+
+def _check_sources(given: dict[str, Any]) -> None:
+    """Checks that there is one source, and only options that it takes."""
+    sources = {"WORKDIR": given["source"]} | {f"--{n}": given[n] for n in ("weights", "function")}
+    present = [name for name, value in sources.items() if value]
+    if len(present) > 1:
+        raise UserError(f"{' and '.join(present)} are both given; choose one of them")
+    if not present:
+        raise UserError(
+            "one source is required: WORKDIR, --weights=FILE with --model=NAME, or "
+            "--function=MODULE:NAME"
+        )
+    for option, takers in _TAKERS.items():
+        if given[option] and present[0] not in takers:
+            raise UserError(
+                f"--{option} is given, but only {' and '.join(takers)} take it; leave it out"
+            )
+    if given["weights"] and not given["model"]:
+        raise UserError(
+            "--weights needs --model=NAME, timm's name of the architecture, such as "
+            "--model=deit_small_patch16_224; 'vit-at models' lists them"
         )
 
 
 def _check_arguments(given: dict[str, Any]) -> None:
     """Checks types and choices, for calls from Python, and ranges."""
     for name, parameter in inspect.signature(evaluate).parameters.items():
-        value, allowed = given[name], typing.get_args(parameter.annotation)
-        kind, words = _TYPES.get((*allowed, parameter.annotation)[0], (object, ""))
-        if name == "source":
-            kind, words = (str, os.PathLike), "the path of a directory"
-        fits = isinstance(value, kind) and not isinstance(value, bool)
-        if not fits and not (value is None and types.NoneType in allowed):
-            raise UserError(f"{name} is {value!r}; it must be {words}")
+        kind, words = _TYPES.get(parameter.annotation, _PATH)
+        fits = isinstance(given[name], kind) and not isinstance(given[name], bool)
+        if not fits:
+            raise UserError(f"{name} is {given[name]!r}; it must be {words}")
     if given["checkpoint"] not in CHOICES["eval.checkpoint"]:
         choices = " or ".join(CHOICES["eval.checkpoint"])
         raise UserError(f"checkpoint is '{given['checkpoint']}'; it must be {choices}")
@@ -135,6 +199,12 @@ def _check_arguments(given: dict[str, Any]) -> None:
         raise UserError(f"--restarts is {restarts}; it must be at most {_MOST_RESTARTS}")
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed is {seed}; it must be from 0 to {2**32 - 1}")
+
+
+def _set_data(config: ConfigDict, given: dict[str, Any]) -> None:
+    """Changes the data to those that are asked for."""
+    fields = {"data": "name", "data_dir": "dir", "split": "test_split"}
+    config.data.update({field: given[n] for n, field in fields.items() if given[n]})
 
 
 def _set_threat(config: ConfigDict, norm: str, eps: float | None, step_size: float | None) -> None:
@@ -157,10 +227,20 @@ def _set_threat(config: ConfigDict, norm: str, eps: float | None, step_size: flo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command: arguments of ``evaluate``, and those of processes."""
     add = parser.add_argument
-    add("source", metavar="WORKDIR", help="what 'vit-at train' or 'vit-at export' has written")
+    written = "what 'vit-at train' or 'vit-at export' has written"
+    add("source", metavar="WORKDIR", nargs="?", default="", help=written)
+    add("--weights", default="", metavar="FILE", help="weights of somebody else, or hf:NAME")
+    add("--model", default="", metavar="MODEL", help="timm's name of their architecture")
+    add("--num_heads", type=int, default=0, help="of weights that are as wide as no known model")
+    add("--function", default="", metavar="MODULE:NAME", help="of images [B, H, W, C] to logits")
     add("--attacks", default="clean,pgd-20", help="comma-separated: clean, pgd-N, cw-N, autoattack")
     add("--checkpoint", default="best", choices=("best", "last"))
+    add("--data", default="", help="name of a data set, as in a recipe; default: that of the run")
+    add("--data_dir", default="", help="of TFDS, or the one that holds folder:NAME")
     add("--split", default="", help="such as test or test[:1000]; default: the configuration's")
+    add("--image_size", type=int, default=0, help="side in pixels; of weights and functions")
+    add("--mean", type=fractions, default=(), help="of the normalisation of weights, such as a,b,c")
+    add("--std", type=fractions, default=(), help="likewise")
     add("--num_examples", type=int, default=0, help="the first so many images; 0: all")
     add(
         "--norm",
@@ -173,7 +253,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--restarts", type=int, default=1, help="random starts of PGD and CW")
     add("--batch_size", type=int, default=0, help="over all devices")
     add("--seed", type=int, default=0, help="of the random starts")
-    add("--data_dir", default="", help="of TFDS, or the one that holds folder:NAME")
+    add("--workdir", default="", metavar="DIR", help="where results are stored")
     add_process_arguments(parser)
 
 
@@ -185,10 +265,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     shares = max(1, options.num_processes)
     batch_sizes = [options.batch_size // shares] if options.batch_size else []
-    with one_sentence_errors(options.source):
+    with one_sentence_errors(options.source or options.workdir):
         devices.configure(*batch_sizes, cache=options.compilation_cache)
         join_processes(options)
-        with processes.shared_exit(), explained_errors(options.source):
+        with processes.shared_exit(), explained_errors(options.source or options.workdir):
             processes.end_on_sigterm()  # there is nothing to save
             names = inspect.signature(evaluate).parameters
             records = evaluate(**{name: getattr(options, name) for name in names})

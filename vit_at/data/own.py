@@ -56,7 +56,7 @@ def from_images(config: ConfigDict) -> ConfigDict:
 
 def _set_test_split(data: ConfigDict) -> None:
     """Chooses the test images of a folder without the split that the configuration names."""
-    root = sources.folder_of(data)
+    root = sources.path_of(data)
     if not (data.name.startswith("folder:") and root.is_dir()):
         return
     found = backends.folders(root)

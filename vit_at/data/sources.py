@@ -75,6 +75,16 @@ class Examples:
         """The examples at these positions, in this order; copies no images."""
         return dataclasses.replace(self, indices=self.indices[indices], _rows=self._rows[indices])
 
+    def relabelled(self, class_names: Sequence[str]) -> "Examples":
+        """The same images with labels that number ``class_names``, which hold all of their own."""
+        number = np.array([list(class_names).index(name) for name in self.class_names], np.int32)
+
+        def read_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            images, labels = self._read_rows(rows)
+            return images, number[labels]
+
+        return dataclasses.replace(self, class_names=tuple(class_names), _read_rows=read_rows)
+
 
 def load(data: ConfigDict, split: str, *, threads: int = 0, chosen: str = "") -> Examples:
     """Opens a split of a data set; keeps it decoded in memory if it is small enough.
@@ -115,7 +125,9 @@ def load(data: ConfigDict, split: str, *, threads: int = 0, chosen: str = "") ->
 def open_encoded(data: ConfigDict, split: str) -> backends.Encoded:
     """Opens a split with its images still encoded; data, split and errors are as in `load`."""
     if data.name.startswith("folder:"):
-        encoded = backends.open_folder(folder_of(data), split, stratified=data.stratified)
+        encoded = backends.open_folder(path_of(data), split, stratified=data.stratified)
+    elif data.name.startswith("npy:"):
+        encoded = backends.open_npy(path_of(data), split)
     else:
         encoded = backends.open_tfds(data.name, data.dir, split)
     if not len(encoded.indices):
@@ -159,9 +171,9 @@ def _warn_of_loss(encoded: backends.Encoded, image_shape: tuple[int, int, int]) 
         )
 
 
-def folder_of(data: ConfigDict) -> Path:
-    """The directory of 'folder:PATH'; a relative PATH begins in data.dir."""
-    return Path(data.dir).expanduser() / Path(data.name.removeprefix("folder:")).expanduser()
+def path_of(data: ConfigDict) -> Path:
+    """PATH of 'folder:PATH' and 'npy:PATH'; a relative one begins in data.dir."""
+    return Path(data.dir).expanduser() / Path(data.name.partition(":")[2]).expanduser()
 
 
 def check_splits(data: ConfigDict, train: Examples, test: Examples) -> None:
@@ -180,7 +192,7 @@ def check_splits(data: ConfigDict, train: Examples, test: Examples) -> None:
         )
     if not data.name.startswith("folder:"):
         return
-    root = folder_of(data)
+    root = path_of(data)
     found = [{c for s, _ in e.origin for c in backends.folders(root / s)} for e in (train, test)]
     if single := sorted(found[0] ^ found[1]):
         raise UserError(

@@ -17,7 +17,7 @@ from vit_at.attacks import autoattack
 from vit_at.attacks.autoattack import audit
 from vit_at.data.sources import Examples
 from vit_at.distributed import sharding
-from vit_at.evaluation.protocol import Attack, weights_digest
+from vit_at.evaluation.protocol import Attack
 
 LEDGERS = "autoattack"  # in a work directory
 _AUDITED = 128  # images at most
@@ -52,9 +52,12 @@ def evaluate_autoattack(
     seed: int,
     batch_size: int,
     workdir: epath.Path | None,
+    digest: str,
     progress: bool,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Runs ``attack.version`` and, if that is several attacks, the audit on the first images.
+
+    workdir: of the ledger, None: none is kept; digest: of the weights, in the ledger's name.
 
     Returns:
       Correct [N] bool after the last attack, and further entries of the record: the accuracy after
@@ -67,7 +70,7 @@ def evaluate_autoattack(
     params = models.unstack_blocks(apply, params, sharding.platform(mesh))
     logits_fn = functools.partial(apply, params)
     if workdir is not None:
-        workdir = workdir / LEDGERS / _ledger_name(attack, examples, seed, weights_digest(params))
+        workdir = workdir / LEDGERS / _ledger_name(attack, examples, seed, digest)
     options = {"norm": threat.norm, "eps": threat.eps, "attacks": attack.version, "mesh": mesh}
     options |= {"batch_size": batch_size, "seed": seed, "workdir": workdir, "progress": progress}
     result = autoattack.run(logits_fn, images, labels, **options)

@@ -107,12 +107,16 @@ class Evaluator:
         *,
         progress: bool = False,
         workdir: epath.Path | None = None,
+        digest: str = "",
     ) -> np.ndarray:
-        """Correct [N] bool after one of the attacks; workdir: for AutoAttack's progress."""
+        """Correct [N] bool after one of the attacks.
+
+        workdir, digest: where AutoAttack's progress is stored, and of which weights.
+        """
         examples, batch_size, mesh = self.examples, self.batch_size, self.mesh
         if attack.kind == AUTOATTACK:
             options: dict[str, Any] = {"seed": self.seed, "batch_size": batch_size}
-            options |= {"workdir": workdir, "progress": progress}
+            options |= {"workdir": workdir, "digest": digest, "progress": progress}
             correct, self.details[attack.name] = evaluate_autoattack(
                 self.apply, params, examples, attack, mesh, **options
             )
@@ -148,7 +152,8 @@ def evaluate_and_store(
 ) -> list[dict[str, Any]]:
     """Runs an evaluator's attacks and stores each result; a result that is stored is not run again.
 
-    weights: what records say of the weights besides their digest: their source and step.
+    weights: what records say of the weights: their source and step; with a 'digest' in place of
+      that of the parameters, where they alone do not identify the function.
     """
     weights = {"digest": weights_digest(params), **weights}
     describe: dict[str, Any] = {"examples": examples, "seed": seed, "weights": weights}
@@ -157,7 +162,8 @@ def evaluate_and_store(
         wanted = record(attack, np.zeros(len(examples), bool), **describe)
         entry: Any = results.find(wanted)
         if not processes.agree(entry is not None):
-            correct = evaluator.run(attack, params, progress=True, workdir=results.workdir)
+            place = {"workdir": results.workdir, "digest": weights["digest"]}
+            correct = evaluator.run(attack, params, progress=True, **place)
             entry = record(attack, correct, **describe) | evaluator.details.get(attack.name, {})
             results.add(entry, correct, examples)
         records.append(entry)
