@@ -77,6 +77,8 @@ def evaluate(
     data: str = "",
     data_dir: str = "",
     split: str = "",
+    ids: str = "",
+    transform: str = "",
     image_size: int = 0,
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
@@ -104,6 +106,10 @@ def evaluate(
       data: as ``data.name`` of a configuration; '': that of the run, and cifar10 of the others.
       data_dir: TFDS data directory, or the one that holds 'folder:NAME'; '': the configuration's.
       split: such as 'test[:1000]'; '': the configuration's.
+      ids: a file with one image a line, as CLASS/FILE, or 'robustbench' for its 5 000 of ImageNet:
+        only these images of the split, in this order; '': all.
+      transform: such as 'squash' or 'resize256-crop224', see ``vit_at.data.transforms``; '': the
+        configuration's.
       image_size, mean, std: of weights and functions; 0 and (): the file's or the data set's.
       num_examples: the first so many images of it; 0: all.
       norm, eps, step_size: of the attacks, in pixel units of images in [0, 1]; '' and None: as in
@@ -130,7 +136,7 @@ def evaluate(
     sharding.check_batch_size("--batch_size", config.eval.batch_size, mesh)
     parsed = parse_attacks(attacks, Threat.of(evaluation_threat(config)), restarts)
     threads = config.data.threads
-    examples = sources.load(config.data, config.data.test_split, threads=threads)
+    examples = sources.load(config.data, config.data.test_split, threads=threads, chosen=ids)
     examples = in_classes_of(select(examples, num_examples), subject)
     options = {"batch_size": config.eval.batch_size, "seed": seed, "threads": threads}
     evaluator = Evaluator(subject.apply, examples, parsed, mesh, **options)
@@ -203,7 +209,7 @@ def _check_arguments(given: dict[str, Any]) -> None:
 
 def _set_data(config: ConfigDict, given: dict[str, Any]) -> None:
     """Changes the data to those that are asked for."""
-    fields = {"data": "name", "data_dir": "dir", "split": "test_split"}
+    fields = {"data": "name", "data_dir": "dir", "split": "test_split", "transform": "transform"}
     config.data.update({field: given[n] for n, field in fields.items() if given[n]})
 
 
@@ -238,6 +244,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", default="", help="name of a data set, as in a recipe; default: that of the run")
     add("--data_dir", default="", help="of TFDS, or the one that holds folder:NAME")
     add("--split", default="", help="such as test or test[:1000]; default: the configuration's")
+    add("--ids", default="", metavar="FILE", help="images, CLASS/FILE a line; or 'robustbench'")
+    add("--transform", default="", metavar="NAME", help="such as squash or resize256-crop224")
     add("--image_size", type=int, default=0, help="side in pixels; of weights and functions")
     add("--mean", type=fractions, default=(), help="of the normalisation of weights, such as a,b,c")
     add("--std", type=fractions, default=(), help="likewise")

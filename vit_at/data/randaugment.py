@@ -144,7 +144,8 @@ def rand_augment(key: Array, image: Array, n: int = 2, magnitude: int = 9) -> Ar
         which = jax.random.randint(which_key, (), 0, len(functions))
         flipped = signs[which] & jax.random.bernoulli(sign_key)
         amount = jnp.where(flipped, -1, 1) * amounts[which]
-        return jnp.floor(jax.lax.switch(which, functions, image, amount)), None
+        changed = jax.lax.switch(which, functions, image, amount)
+        return jnp.floor(changed + 1e-3), None  # whole values may come out just below
 
     levels, _ = jax.lax.scan(apply_one, jnp.round(image * 255), jax.random.split(key, n))
     return levels / 255

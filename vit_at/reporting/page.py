@@ -184,20 +184,25 @@ def _protocol(run: Run) -> list[tuple[str, str]]:
         weights, packages = measured["weights"], measured["packages"]
         rows += [
             ("tested on", f"{measured['data']}, {measured['num_examples']} images"),
+            ("images made square by", measured.get("transform", "squash")),
             ("weights", f"{weights['digest']} ({weights['checkpoint']}, step {weights['step']})"),
             ("versions", ", ".join(f"{name} {version}" for name, version in packages.items())),
         ]
     return rows
 
 
-def published(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Published results on the same data under the same threat; empty if none are listed."""
+def published(config: dict[str, Any]) -> dict[str, Any]:
+    """Published results on the same data under the same threat; empty if none are listed.
+
+    images: the test images; entries: rows that say whose model and whose measurement each is, and how
+    images were made square.
+    """
     threat = config["threat"]
     for table in json.loads((_PACKAGED / "published.json").read_text()):
         same_eps = abs(table["eps_255"] - 255 * threat["eps"]) < 1e-3
         if (table["data"], table["norm"]) == (config["data"]["name"], threat["norm"]) and same_eps:
-            return table["entries"]
-    return []
+            return table
+    return {}
 
 
 def flags_of(record: dict[str, Any]) -> dict[str, str]:
