@@ -50,7 +50,11 @@ def from_images(config: ConfigDict) -> ConfigDict:
         data.mean, data.std = _moments(data)
     data.from_images = ""
     changes = [line for line in differences(before, config) if "from_images" not in line]
-    logging.info("set from the images of %s: %s", encoded.name, "; ".join(changes) or "nothing")
+    start = config.model.pretrained or "scratch"
+    told = "; ".join(changes) or "nothing"
+    logging.info(
+        "set from the images of %s: %s; training starts from %s", encoded.name, told, start
+    )
     return config
 
 

@@ -194,8 +194,7 @@ def _protocol(run: Run) -> list[tuple[str, str]]:
 def published(config: dict[str, Any]) -> dict[str, Any]:
     """Published results on the same data under the same threat; empty if none are listed.
 
-    images: the test images; entries: rows that say whose model and whose measurement each is, and how
-    images were made square.
+    images: the test images; entries: whose model, whose measurement, and the transform.
     """
     threat = config["threat"]
     for table in json.loads((_PACKAGED / "published.json").read_text()):
