@@ -116,7 +116,8 @@ def open_npy(path: Path, split: str) -> Encoded:
     """Opens an array of images, such as ``brightness.npy`` of CIFAR-10-C, beside its labels.
 
     The file holds [N, S, S, 3] or [N, S, S] uint8 and stays on disk, labels.npy beside it [N]. Its
-    splits are ``all``, and ``severity1`` to ``severity5``, its fifths, as CIFAR-10-C lies.
+    splits are ``test``, the whole, and ``severity1`` to ``severity5``, its fifths in order, as in
+    CIFAR-10-C.
 
     Raises:
       UserError: a file is missing or no array of this kind.
@@ -129,7 +130,7 @@ def open_npy(path: Path, split: str) -> Encoded:
             f"{path} has {count} images and {beside} {len(labels)} labels; give each image a label "
             "of 0 or more"
         )
-    splits = {"all": np.arange(count)}
+    splits = {"test": np.arange(count)}
     if count % SEVERITIES == 0:
         parts = np.split(np.arange(count), SEVERITIES)
         splits |= {f"severity{i + 1}": part for i, part in enumerate(parts)}
@@ -146,7 +147,7 @@ def open_npy(path: Path, split: str) -> Encoded:
         fetch=fetch,
         where=lambda row: f"image {indices[row]} of {path}",
         names=lambda: [f"{labels[i]}/{i}" for i in indices],
-        origin=[("all", splits[name][rows]) for name, rows in parts],
+        origin=[("test", splits[name][rows]) for name, rows in parts],
     )
 
 
@@ -160,7 +161,8 @@ def _read_npy(path: Path, dtype: str, dimensions: tuple[int, ...]) -> np.ndarray
             f"{path} can't be read as an .npy file ({reason}); correct the path, or restore it"
         ) from error
     kind = array.dtype == dtype if dtype else array.dtype.kind in "iu"
-    if not (isinstance(array, np.memmap) and kind and array.ndim in dimensions):
+    colour = array.ndim < 4 or array.shape[-1] == 3
+    if not (isinstance(array, np.memmap) and kind and array.ndim in dimensions and colour):
         raise UserError(
             f"{path} holds {array.dtype}{list(array.shape)}; images must be uint8 [N, S, S, 3] or "
             "[N, S, S] and labels integers [N]"
