@@ -1,6 +1,7 @@
 """Augmentation: what each kind may do, its arithmetic beside torchvision's, and the targets."""
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from vit_at.data import augment, randaugment
+from vit_at.distributed import sharding
 from vit_at.errors import UserError
 
 
@@ -180,20 +182,22 @@ def test_erasing_replaces_one_rectangle_of_about_half_of_the_images():
             assert image[box].max() <= 1
 
 
-def test_named_augmentations_are_keyed_by_image_and_stay_in_range():
-    x = jnp.array(np.repeat(images(b=1, size=8), 24, axis=0))
-    run = jax.jit(augment.augment, static_argnames=("crop_padding", "flip", "names"))
-    first, again, other = (
-        np.asarray(run(jax.random.key(k), x, crop_padding=0, flip=False, names=ALL))
-        for k in (0, 0, 1)
-    )
-    assert first.shape == x.shape
-    assert first.dtype == np.float32
-    assert first.min() >= 0
-    assert first.max() <= 1 + 1e-6
-    np.testing.assert_array_equal(first, again)
-    assert np.any(first != other)
-    assert len(np.unique(first.reshape(24, -1), axis=0)) == 24  # though the images are all the same
+@pytest.mark.slow
+def test_named_augmentations_are_keyed_by_image_on_any_number_of_devices():
+    x = np.repeat(images(b=1, size=8), 24, axis=0)
+    options = {"crop_padding": 0, "flip": False, "names": ALL}
+    run = jax.jit(functools.partial(augment.augment, **options))
+    found = []
+    for count in (1, 4):
+        mesh = sharding.make_mesh(jax.devices()[:count])
+        found.append(np.asarray(run(jax.random.key(0), sharding.split_batch(x, mesh))))
+    one, four = found
+    assert one.shape == x.shape
+    assert one.dtype == np.float32
+    assert one.min() >= 0
+    assert one.max() <= 1 + 1e-6
+    np.testing.assert_allclose(one, four, atol=1e-6)
+    assert len(np.unique(one.reshape(24, -1), axis=0)) == 24  # though the images are all the same
 
 
 def test_a_grey_image_has_no_saturation():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from test_sources import data_config, write_image
 
-from vit_at import configs
+import vit_at
+from vit_at import configs, main
 from vit_at.data import backends, own, sources
 from vit_at.errors import UserError
 
@@ -104,3 +105,27 @@ def test_what_a_grey_small_recipe_loses_is_said(tmp_path, caplog, size, channels
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == len(says)
     assert all(part in warning for part, warning in zip(says, warnings, strict=True))
+
+
+@pytest.mark.slow
+def test_a_folder_is_trained_on_and_evaluated_by_the_command(tmp_path):
+    arranged(tmp_path / "photos", {"train/a": 30, "train/b": 50}, size=(20, 16))
+    fields = ["epochs=1", "batch_size=8", "model.embed_dim=8", "model.depth=1", "threat.steps=1"]
+    fields += ["model.num_heads=2", "threat.eps_warmup_epochs=1", "eval.validation_attack=pgd-1"]
+    fields += ["eval.attacks=clean", f"data.name=folder:{tmp_path / 'photos'}"]
+    fields += ["optimizer.drop_before_end=()", "data.augment=random-erasing", "eval.batch_size=8"]
+    run, flags = str(tmp_path / "run"), [f"--config.{field}" for field in fields]
+    command = ["folder:scratch", *flags, "--no-report", f"--workdir={run}"]
+    assert main.main(command) == 0
+    assert main.main(command) == 0  # the values of the first start are found again
+    (tmp_path / "ids.txt").write_text("b/3.png\na/2.png\n")
+    (record,) = vit_at.evaluate(
+        run, "clean", split="train", ids=str(tmp_path / "ids.txt"), transform="resize18-crop16"
+    )
+    protocol = record["protocol"]
+    assert (protocol["num_examples"], protocol["resolution"]) == (2, 16)
+    assert protocol["transform"] == "resize18-crop16"
+    assert protocol["ids"].startswith("ids.txt ")
+    (usual,) = vit_at.evaluate(run, "clean")
+    assert (usual["protocol"]["transform"], usual["protocol"]["num_examples"]) == ("squash", 16)
+    assert usual["protocol"]["data"].endswith("train[80%:]")

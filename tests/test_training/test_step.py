@@ -18,6 +18,7 @@ from vit_at.data import augment
 from vit_at.distributed import sharding
 from vit_at.models import training_dtype
 from vit_at.models.blocks import Unstacked
+from vit_at.training import step
 from vit_at.training.attack import Draws, Start, draw, perturb
 from vit_at.training.masking import Masking
 from vit_at.training.setup import initial_state
@@ -55,6 +56,17 @@ def test_the_same_key_draws_the_same_and_another_key_something_else():
     jax.tree.map(np.testing.assert_array_equal, draws(7), draws(7))
     for a, b in zip(draws(7), draws(8), strict=True):
         assert (np.asarray(a) != np.asarray(b)).any()
+
+
+def test_named_augmentations_are_part_of_the_step():
+    config, programs = runs.smoke(), set()
+    batch = {"image": np.zeros((4, 16, 16, 1), np.uint8), "label": np.zeros(4, np.int32)}
+    for names in ("", "random-erasing", "color-jitter"):
+        config.data.augment = names
+        static = types.SimpleNamespace(config=config, num_classes=10)
+        inputs = functools.partial(step._inputs, static, jax.random.key(0))
+        programs.add(str(jax.make_jaxpr(inputs)(batch)))
+    assert len(programs) == 3
 
 
 @pytest.mark.parametrize("ard", [False, True])
