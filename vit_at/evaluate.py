@@ -4,8 +4,13 @@
     vit-at evaluate --weights=FILE --model=deit_small_patch16_224 --data=cifar10
     vit-at evaluate --function=MODULE:NAME --data=cifar10
 
+    vit-at evaluate runs/cifar10_sgd --attacks=pgd-20 --eps=0,2/255,4/255,8/255
+    vit-at evaluate runs/cifar10_sgd --attacks=pgd-20 --norm=linf,l2 --eps=8/255,0.5
+    vit-at evaluate runs/cifar10_sgd --attacks=pgd-20 --from=runs/cifar10_ard_prm
+
 Each result is stored with its protocol in ``results.json``, the outcome of each image in
-``per_example.npz``.
+``per_example.npz`` and ``per_example.csv``. Several eps give a curve, several norms their union,
+and --from the accuracy on adversarial images that were made for other models.
 """
 
 import argparse
@@ -20,16 +25,16 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from vit_at.attacks import Threat
+from vit_at.attacks.norms import NORMS
 from vit_at.cli import add_process_arguments, join_processes
-from vit_at.config import CHOICES, evaluation_threat, validate
+from vit_at.config import CHOICES
 from vit_at.configs import default
 from vit_at.console import quiet_logging
 from vit_at.data import sources
 from vit_at.distributed import devices, processes, sharding
 from vit_at.errors import Parser, UserError, explained_errors, one_sentence_errors
+from vit_at.evaluation import curves, transfer
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store, select
-from vit_at.evaluation.protocol import parse_attacks
 from vit_at.evaluation.subject import Subject, in_classes_of, of_directory, of_file, of_function
 from vit_at.workdir.files import disk_errors, locked
 from vit_at.workdir.results import Results, as_text
@@ -39,6 +44,10 @@ _TYPES: dict[Any, tuple[Any, str]] = {
     str: (str, "a string"),
     int: (int, "a whole number"),
     float | None: ((int, float, types.NoneType), "a number"),
+    float | Sequence[float] | None: (
+        (int, float, tuple, list, types.NoneType),
+        "a number, or a tuple of numbers",
+    ),
     tuple[float, ...]: ((tuple, list), "a tuple of numbers"),
 }
 _TAKERS = {  # the sources that take an option
@@ -61,8 +70,24 @@ def fraction(text: str) -> float:
 
 
 def fractions(text: str) -> tuple[float, ...]:
-    """'0.5,0.5,0.5' as numbers."""
-    return tuple(fraction(part) for part in text.split(","))
+    """'0,2/255,4/255' as numbers."""
+    numbers = []
+    for part in text.split(","):
+        try:
+            numbers.append(fraction(part))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"invalid fraction value: '{part}'") from error
+    return tuple(numbers)
+
+
+def norms(text: str) -> str:
+    """The same text, if it is '', a norm, or several with commas."""
+    for name in text.split(",") if text else ():
+        if name not in NORMS:
+            raise argparse.ArgumentTypeError(
+                f"invalid choice: '{name}' (choose from {', '.join(NORMS)})"
+            )
+    return text
 
 
 def evaluate(
@@ -84,12 +109,13 @@ def evaluate(
     std: tuple[float, ...] = (),
     num_examples: int = 0,
     norm: str = "",
-    eps: float | None = None,
+    eps: float | Sequence[float] | None = None,
     step_size: float | None = None,
     restarts: int = 1,
     batch_size: int = 0,
     seed: int = 0,
     workdir: str = "",
+    from_runs: str = "",
 ) -> list[dict[str, Any]]:
     """Measures the accuracy of a run, an export, weights or a function under attacks.
 
@@ -113,14 +139,18 @@ def evaluate(
       image_size, mean, std: of weights and functions; 0 and (): the file's or the data set's.
       num_examples: the first so many images of it; 0: all.
       norm, eps, step_size: of the attacks, in pixel units of images in [0, 1]; '' and None: as in
-        ``eval.threat``.
+        ``eval.threat``. Several eps give a curve, with step sizes in proportion; 0 is clean images.
+        Several norms, comma-separated, with one eps for each, give their union.
       restarts: random starts of PGD and CW, at most 1000; an image counts as robust if all fail.
       batch_size: over all devices; 0: the configuration's.
       seed: of the random starts.
       workdir: where results are stored; '': the source, or a folder of runs/evaluate.
+      from_runs: other work directories or exports, comma-separated. The adversarial images of each
+        model are given to all; results are stored in ``transfer`` of the work directory.
 
     Returns:
-      One record for each attack, as in ``results.json``: accuracy, standard error, protocol.
+      One record for each attack, as in ``results.json``: accuracy, standard error, protocol. Of a
+      union one more, and of ``from_runs`` one for each pair of models.
 
     Raises:
       UserError: a directory, file, data set or option that can't be used.
@@ -129,25 +159,46 @@ def evaluate(
     _check_arguments(given)
     subject = _subject(given)
     config = subject.config
-    _set_threat(config, norm, eps, step_size)
     config.eval.batch_size = batch_size or config.eval.batch_size
-    validate(config)
+    sizes = (eps,) if isinstance(eps, (int, float)) else tuple(eps or ())
+    threats = curves.threats(config, norm, sizes, step_size)
     mesh = sharding.make_mesh()
     sharding.check_batch_size("--batch_size", config.eval.batch_size, mesh)
-    parsed = parse_attacks(attacks, Threat.of(evaluation_threat(config)), restarts)
+    parsed = curves.attacks(attacks, threats, restarts, clean=0 in sizes)
+    models = transfer.subjects(subject, from_runs, checkpoint, parsed, data) if from_runs else {}
     threads = config.data.threads
     examples = sources.load(config.data, config.data.test_split, threads=threads, chosen=ids)
     examples = in_classes_of(select(examples, num_examples), subject)
     options = {"batch_size": config.eval.batch_size, "seed": seed, "threads": threads}
-    evaluator = Evaluator(subject.apply, examples, parsed, mesh, **options)
     directory = epath.Path(workdir).expanduser() if workdir else subject.workdir
+    if models:
+        directory /= transfer.TRANSFER_DIRECTORY
+    else:
+        evaluator = Evaluator(subject.apply, examples, parsed, mesh, **options)
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         with locked(directory, "evaluation"):
-            stored, about = Results(directory), subject.weights
-            return evaluate_and_store(
-                evaluator, subject.params, examples, stored, seed=seed, weights=about
-            )
+            results = Results(directory)
+            if models:
+                records = transfer.evaluate_transfer(
+                    models, examples, parsed, mesh, results, **options
+                )
+            else:
+                about: dict[str, Any] = {"seed": seed, "weights": subject.weights}
+                records = evaluate_and_store(evaluator, subject.params, examples, results, **about)
+            if "," in norm:
+                records += curves.store_unions(records, results, examples)
+            if jax.process_index() == 0 and (models or len(threats) > 1):
+                _write_tables(results, records)
+            return records
+
+
+def _write_tables(results: Results, records: list[dict[str, Any]]) -> None:
+    """Writes the curves or matrices of records; says where."""
+    from vit_at.reporting import tables  # matplotlib is not needed otherwise
+
+    for path in tables.write(results, records):
+        print(f"table and picture: {path}.csv, .png", file=sys.stderr)
 
 
 def _subject(given: dict[str, Any]) -> Subject:
@@ -222,23 +273,6 @@ def _set_data(config: ConfigDict, given: dict[str, Any]) -> None:
     config.data.update({field: value for field, value in fields.items() if value})
 
 
-def _set_threat(config: ConfigDict, norm: str, eps: float | None, step_size: float | None) -> None:
-    """Changes the threat of evaluation to the one that is asked for."""
-    before = evaluation_threat(config)
-    if norm not in ("", before.norm) and eps is None:
-        raise UserError(
-            f"--norm is {norm}, but the run is evaluated under {before.norm}, whose eps means "
-            "something else; give --eps and --step_size too"
-        )
-    own = config.eval.threat
-    own.norm = norm or before.norm
-    own.eps = before.eps if eps is None else eps
-    own.step_size = before.step_size if step_size is None else step_size
-    for name, value in (("--eps", own.eps), ("--step_size", own.step_size)):
-        if not value > 0:
-            raise UserError(f"{name} is {value:g}; it must be over 0, such as 8/255")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command: arguments of ``evaluate``, and those of processes."""
     add = parser.add_argument
@@ -259,18 +293,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mean", type=fractions, default=(), help="of the normalisation of weights, such as a,b,c")
     add("--std", type=fractions, default=(), help="likewise")
     add("--num_examples", type=int, default=0, help="the first so many images; 0: all")
+    add("--norm", type=norms, default="", help="linf, l2 or l1, or several; default: as trained")
     add(
-        "--norm",
-        default="",
-        choices=("linf", "l2", "l1"),
-        help="default: as trained, likewise below",
+        "--eps",
+        type=fractions,
+        help="of images in [0, 1], such as 8/255 or 0,4/255,8/255",
     )
-    add("--eps", type=fraction, help="in pixel units of images in [0, 1], such as 8/255")
     add("--step_size", type=fraction, help="in the same units")
     add("--restarts", type=int, default=1, help="random starts of PGD and CW")
     add("--batch_size", type=int, default=0, help="over all devices")
     add("--seed", type=int, default=0, help="of the random starts")
     add("--workdir", default="", metavar="DIR", help="where results are stored")
+    others = "whose adversarial images it is given, comma-separated"
+    add("--from", dest="from_runs", default="", metavar="WORKDIRS", help=others)
     add_process_arguments(parser)
 
 

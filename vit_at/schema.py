@@ -40,6 +40,22 @@ class Weights(TypedDict):
     step: NotRequired[Count]
 
 
+class NormBall(TypedDict):
+    """One of the threats of a union over norms."""
+
+    norm: str
+    eps: Positive
+    step_size: NotRequired[Positive]
+
+
+class Transfer(TypedDict):
+    """For which model adversarial images were made, by name and digest, and on which measured."""
+
+    source: str
+    digest: str
+    target: str
+
+
 class Protocol(TypedDict):
     """What a result was measured on."""
 
@@ -53,6 +69,7 @@ class Protocol(TypedDict):
     eps: NotRequired[Positive]
     step_size: NotRequired[Positive]
     restarts: NotRequired[Count]
+    transfer: NotRequired[Transfer]
 
 
 class ThreatProtocol(Protocol):
@@ -68,6 +85,13 @@ class StepsProtocol(ThreatProtocol):
 
     step_size: Positive
     restarts: Count
+
+
+class UnionProtocol(Protocol):
+    """That of the worst case over norms."""
+
+    seed: Seed
+    union: list[NormBall]
 
 
 class Record(TypedDict):

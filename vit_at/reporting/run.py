@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
+from vit_at.config import evaluation_threat
 from vit_at.errors import UserError
 from vit_at.schema import check, content_of
 from vit_at.training.metrics import METRICS_FILE
 from vit_at.workdir.files import read_config
-from vit_at.workdir.results import read_records
+from vit_at.workdir.outcomes import EpsCurve, eps_curves
+from vit_at.workdir.results import Results, read_records
 
 Curve = tuple[Sequence[float], Sequence[float]]  # epochs (or other x), values
 
@@ -52,6 +55,18 @@ class Run:
         which = self.config["eval"]["checkpoint"]
         own = [r for r in self.records if r["protocol"]["weights"].get("checkpoint") == which]
         return own or self.records
+
+    @property
+    def ball(self) -> tuple[str, float]:
+        """(norm, eps) of evaluation."""
+        threat = evaluation_threat(ConfigDict(self.config))
+        return threat.norm, threat.eps
+
+    def eps_curves(self) -> list[EpsCurve]:
+        """The curves over eps of ``tested``; none of a run from a study file."""
+        if self.workdir is None:
+            return []
+        return eps_curves(Results(self.workdir).measured(self.tested))
 
     def series(self, name: str) -> Curve:
         """Epochs and values of a metric; empty if it was not logged."""

@@ -63,9 +63,19 @@ class Group:
     runs: tuple[Run, ...]
 
     @property
+    def natural(self) -> bool:
+        """Whether these runs are trained without an attack."""
+        return not OBJECTIVES[self.runs[0].config["objective"]].attack
+
+    @property
     def drawn(self) -> Run | None:
         """The run whose curves a page draws: the first that has any."""
         return next((run for run in self.runs if run.curves), None)
+
+    @property
+    def curved(self) -> Run:
+        """The first run with curves over eps, else the first run."""
+        return next((run for run in self.runs if run.eps_curves()), self.runs[0])
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
@@ -180,6 +190,7 @@ class Column:
     eps: float | None
     step_size: float | None
     restarts: int | None
+    union: str | None
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Column":
@@ -187,6 +198,10 @@ class Column:
         own: dict[str, Any] = {f.name: fields.get(f.name) for f in dataclasses.fields(cls)}
         for name in ("eps", "step_size"):
             own[name] = own[name] and round(own[name], 9)
+        if own["union"]:
+            own["union"] = " and ".join(
+                f"{part['norm']} {in_255ths(part['eps'])}" for part in own["union"]
+            )
         return cls(**own)
 
     def heading(self, others: Sequence["Column"]) -> str:
@@ -200,6 +215,7 @@ class Column:
             "restarts": f"{self.restarts} restarts",
             "num_examples": f"{self.num_examples} images",
             "data": self.data,
+            "union": self.union,
         }
         differing = [w for f, w in words.items() if len({getattr(o, f) for o in same}) > 1]
         return ", ".join(parts + [word for word in differing if word])
