@@ -28,8 +28,9 @@ from vit_at.evaluation.protocol import parse_attacks
 from vit_at.training import objectives
 from vit_at.training.masking import Masking
 from vit_at.training.step import Step, TrainState, init_state, train_step
+from vit_at.workdir import registry
 from vit_at.workdir.checkpoint import load_trained
-from vit_at.workdir.files import CONFIG_FILE
+from vit_at.workdir.files import is_workdir
 
 StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Collection]]
 
@@ -121,12 +122,15 @@ def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> Trai
 
 
 def _pretrained(source: str) -> dict[str, np.ndarray]:
-    """{timm name: array} of a work directory, or of a source that ``weights.load`` reads."""
+    """{timm name: array} of a work directory or packaged model, or as ``weights.load`` reads it."""
     workdir = epath.Path(source)
-    if source.startswith(weights.HUB_PREFIX) or not (workdir / CONFIG_FILE).exists():
+    if registry.is_packaged(source):
+        trained = registry.read(registry.place(source))
+    elif source.startswith(weights.HUB_PREFIX) or not is_workdir(workdir):
         return weights.load(source)
-    which = "best" if (workdir / "checkpoints" / "best").exists() else "last"
-    trained = load_trained(workdir, which)
+    else:
+        which = "best" if (workdir / "checkpoints" / "best").exists() else "last"
+        trained = load_trained(workdir, which)
     return weights.to_timm(trained.params, trained.model)
 
 
