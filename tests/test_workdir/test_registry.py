@@ -1,4 +1,4 @@
-"""Models by name: what is packaged, that it is what was measured, and where else models come from."""
+"""Models by name: that the packaged ones are what was measured, and where others come from."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from vit_at.workdir import registry
 from vit_at.workdir.results import Results
 
 DIGITS, CIFAR = "digits_deit_64x2", "cifar10_convit_96x4"
-with_data = [DIGITS, pytest.param(CIFAR, marks=runs.needs_tfds)]
+with_data = [DIGITS, pytest.param(CIFAR, marks=[runs.needs_tfds, pytest.mark.slow])]
 
 
 def test_the_models_are_those_that_were_listed():
@@ -68,9 +68,8 @@ def test_a_loaded_model_is_called_and_attacked():
     threat = vit_at.Threat(eps=0.15, step_size=0.0375, steps=5)
     attacked = vit_at.pgd_attack(loaded, images, labels, jax.random.key(0), threat)
     assert (np.asarray(loaded(attacked)).argmax(-1) == labels).sum() < correct.sum()
-    result = vit_at.autoattack.run(
-        loaded, images[:8], labels[:8], eps=0.15, attacks="apgd-ce", batch_size=8
-    )
+    options = {"attacks": ["apgd-ce"], "batch_size": 8, "budget": vit_at.autoattack.Budget(3)}
+    result = vit_at.autoattack.run(loaded, images[:8], labels[:8], eps=0.15, **options)
     np.testing.assert_array_equal(result.robust["clean"], correct[:8])
 
 
