@@ -227,7 +227,7 @@ def exported_model(name, overrides, path):
     metadata = about(name)
     exported.export(params, model, path, metadata)
     side = model.image_size
-    images = np.random.default_rng(0).random((3, side, side, 3), np.float32)
+    images = np.random.default_rng(0).random((2, side, side, 3), np.float32)
     apply = models.classifier(model, **metadata["normalisation"])
     return jax.jit(apply)(params, images), np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
