@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     model.allow_few_tokens = False  # permit a patch that leaves fewer than 16 tokens
 
     config.data = data = ConfigDict()  # images and their augmentation
-    data.name = "cifar10"  # 'digits', a TFDS name, or 'folder:PATH' of PATH/<split>/<class>/<image>
+    data.name = "cifar10"  # digits, a TFDS name, folder:PATH of PATH/<split>/<class>/, or npy:FILE
     data.dir = ""  # of TFDS, or of a relative folder; '': $TFDS_DATA_DIR or ~/tensorflow_datasets
     data.train_split = "train"  # TFDS split to train on, such as train or train[:1000]
     data.test_split = "test"  # TFDS split of the evaluation at the end

@@ -103,7 +103,7 @@ def evaluate(
       checkpoint: 'best' or 'last'; of a work directory.
       data: as ``data.name`` of a configuration; '': that of the run, and cifar10 of the others.
       data_dir: TFDS data directory, or the one that holds 'folder:NAME'; '': the configuration's.
-      split: such as 'test[:1000]'; '': the configuration's.
+      split: such as 'test[:1000]'; '': the configuration's, and of other data the whole of it.
       image_size, mean, std: of weights and functions; 0 and (): the file's or the data set's.
       num_examples: the first so many images of it; 0: all.
       norm, eps, step_size: of the attacks, in pixel units of images in [0, 1]; '' and None: as in
@@ -192,6 +192,9 @@ def _check_arguments(given: dict[str, Any]) -> None:
     if given["checkpoint"] not in CHOICES["eval.checkpoint"]:
         choices = " or ".join(CHOICES["eval.checkpoint"])
         raise UserError(f"checkpoint is '{given['checkpoint']}'; it must be {choices}")
+    for name in ("num_heads", "image_size"):
+        if given[name] < 0:
+            raise UserError(f"--{name} is {given[name]}; it must be 1 or more, or be left out")
     restarts, seed = given["restarts"], given["seed"]
     if restarts < 1:
         raise UserError(f"--restarts is {restarts}; it must be 1 or more")
@@ -202,9 +205,14 @@ def _check_arguments(given: dict[str, Any]) -> None:
 
 
 def _set_data(config: ConfigDict, given: dict[str, Any]) -> None:
-    """Changes the data to those that are asked for."""
-    fields = {"data": "name", "data_dir": "dir", "split": "test_split"}
-    config.data.update({field: given[n] for n, field in fields.items() if given[n]})
+    """Changes the data to those that are asked for; of other data, the whole split is used."""
+    whole = config.data.test_split.partition("[")[0] if given["data"] else ""
+    fields = {
+        "name": given["data"],
+        "dir": given["data_dir"],
+        "test_split": given["split"] or whole,
+    }
+    config.data.update({field: value for field, value in fields.items() if value})
 
 
 def _set_threat(config: ConfigDict, norm: str, eps: float | None, step_size: float | None) -> None:

@@ -86,7 +86,7 @@ COMMANDS = {
     "step size divided by zero": word("--step_size=2/0", "invalid fraction value: '2/0'"),
     "checkpoint left empty": word("--checkpoint=", "invalid choice: ''"),
     "misspelled attacks": word("--atacks=clean", "the nearest are --attacks"),
-    "option of another command": word("--workdir=run", "option 'workdir' is unknown"),
+    "option of another command": word("--output=run", "option 'output' is unknown"),
     "field of the configuration": word("--config.threat.eps=0.1", "'config.threat.eps' is unknown"),
     "attacks without a value": word("--attacks", "expected one argument"),
 }

@@ -1,4 +1,4 @@
-"""Opens TFDS data sets, image folders and the packaged digits.
+"""Opens TFDS data sets, image folders, arrays of images and the packaged digits.
 
 Each `open_*` gives a split as `Encoded`: image files that are still compressed, read by row. TFDS
 data sets are read from array_record files, without TensorFlow. They must be prepared first, by
@@ -6,6 +6,7 @@ data sets are read from array_record files, without TensorFlow. They must be pre
 """
 
 import hashlib
+import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,11 +17,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
+from PIL import Image
 
 from vit_at.errors import UserError, in_one_line, nearest
 from vit_at.schema import DatasetInfo, is_remote, read_json
 
 PACKAGED = Path(__file__).parent / "packaged"
+SEVERITIES = 5  # of each corruption in CIFAR-10-C
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 INFO_FILE = "dataset_info.json"
 _FEATURES_FILE = "features.json"
@@ -89,6 +92,70 @@ def open_folder(root: Path, split: str) -> Encoded:
         where=lambda row: str(paths[row]),
         origin=[(name, rows) for (name, _), rows in zip(parts, indices, strict=True)],
     )
+
+
+def open_npy(path: Path, split: str) -> Encoded:
+    """Opens an array of images, such as ``brightness.npy`` of CIFAR-10-C, beside its labels.
+
+    The file holds [N, S, S, 3] or [N, S, S] uint8 and stays on disk, labels.npy beside it [N]. Its
+    splits are ``test``, the whole, and ``severity1`` to ``severity5``, its fifths in order, as in
+    CIFAR-10-C.
+
+    Raises:
+      UserError: a file is missing or no array of this kind.
+    """
+    beside = path.parent / "labels.npy"
+    images, labels = _read_npy(path, "uint8", (3, 4)), _read_npy(beside, "", (1,))
+    count = len(images)
+    if len(labels) != count or not count or labels.min() < 0:
+        raise UserError(
+            f"{path} has {count} images and {beside} {len(labels)} labels; give each image a label "
+            "of 0 or more"
+        )
+    splits = {"test": np.arange(count)}
+    if count % SEVERITIES == 0:
+        parts = np.split(np.arange(count), SEVERITIES)
+        splits |= {f"severity{i + 1}": part for i, part in enumerate(parts)}
+    parts = split_rows(split, {name: len(rows) for name, rows in splits.items()}, str(path))
+    indices = np.concatenate([splits[name][rows] for name, rows in parts])
+
+    def fetch(rows: Sequence[int]) -> list[tuple[bytes, int]]:
+        return [(_as_bmp(images[indices[i]]), int(labels[indices[i]])) for i in rows]
+
+    return Encoded(
+        name=f"npy:{path} {split}",
+        class_names=tuple(map(str, range(int(labels.max()) + 1))),
+        indices=indices,
+        fetch=fetch,
+        where=lambda row: f"image {indices[row]} of {path}",
+        origin=[("test", splits[name][rows]) for name, rows in parts],
+    )
+
+
+def _read_npy(path: Path, dtype: str, dimensions: tuple[int, ...]) -> np.ndarray:
+    """The array of a file, which stays on disk; dtype '': whole numbers."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = in_one_line(error, 120)
+        raise UserError(
+            f"{path} can't be read as an .npy file ({reason}); correct the path, or restore it"
+        ) from error
+    kind = array.dtype == dtype if dtype else array.dtype.kind in "iu"
+    colour = array.ndim < 4 or array.shape[-1] == 3
+    if not (isinstance(array, np.memmap) and kind and array.ndim in dimensions and colour):
+        raise UserError(
+            f"{path} holds {array.dtype}{list(array.shape)}; images must be uint8 [N, S, S, 3] or "
+            "[N, S, S] and labels integers [N]"
+        )
+    return array
+
+
+def _as_bmp(pixels: np.ndarray) -> bytes:
+    """An image file that holds exactly these pixels."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "BMP")
+    return content.getvalue()
 
 
 def folders(path: Path) -> list[str]:

@@ -95,6 +95,8 @@ def load(data: ConfigDict, split: str, *, threads: int = 0) -> Examples:
     """
     if data.name.startswith("folder:"):
         encoded = backends.open_folder(_root(data), split)
+    elif data.name.startswith("npy:"):
+        encoded = backends.open_npy(_root(data), split)
     else:
         encoded = backends.open_tfds(data.name, data.dir, split)
     if not len(encoded.indices):
@@ -107,8 +109,8 @@ def load(data: ConfigDict, split: str, *, threads: int = 0) -> Examples:
 
 
 def _root(data: ConfigDict) -> Path:
-    """The directory of 'folder:PATH'; a relative PATH begins in data.dir."""
-    return Path(data.dir).expanduser() / Path(data.name.removeprefix("folder:")).expanduser()
+    """PATH of 'folder:PATH' and 'npy:PATH'; a relative one begins in data.dir."""
+    return Path(data.dir).expanduser() / Path(data.name.partition(":")[2]).expanduser()
 
 
 def check_splits(data: ConfigDict, train: Examples, test: Examples) -> None:

@@ -9,6 +9,7 @@ in_classes_of  examples with the labels of the model's classes
 
 import dataclasses
 import importlib
+import json
 import os
 import re
 import sys
@@ -22,9 +23,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_at import models, weights
-from vit_at.configs import default
+from vit_at.configs import common, default
 from vit_at.data.sources import Examples
 from vit_at.errors import UserError, in_one_line
+from vit_at.evaluation.protocol import weights_digest
+from vit_at.weights.architecture import arguments_for
+from vit_at.weights.forms import in_words
 from vit_at.workdir import registry
 from vit_at.workdir.files import DESCRIPTION_FILE
 
@@ -103,17 +107,66 @@ def of_file(
     Raises:
       UserError: a file or name that can't be used, or arrays that do not fit.
     """
-    state_dict = weights.load(source)
-    head = state_dict.get("head.weight", state_dict.get("head.fc.weight", np.empty((1, 0))))
-    sizes = {"image_size": image_size or None, "num_classes": len(head)}
-    model = models.create(name, **sizes | ({"num_heads": num_heads} if num_heads else {}))
-    config.data.image_size = model.image_size
-    config.data.mean, config.data.std = tuple(mean) or default.IMAGENET_MEAN, tuple(std)
-    config.data.std = config.data.std or default.IMAGENET_STD
-    apply = models.classifier(model, config.data.mean, config.data.std)
-    params = weights.from_timm(state_dict, model)
-    directory = _results_directory(os.path.basename(source.rstrip("/")))
-    return Subject(apply, params, config, {"source": source}, directory, len(head))
+    named, loaded = models.create(name, num_classes=1), weights.read(source)
+    common.use_published(config, name)  # timm 0.5's own attention scale
+    config.model.pretrained = ""
+    arguments = arguments_for(loaded.arrays, name, num_heads)
+    if config.model.qk_scale:
+        arguments["qk_scale"] = config.model.qk_scale
+    on_hub = source.startswith(weights.HUB_PREFIX)
+    shown = source if on_hub else os.path.basename(source.rstrip("/"))
+    if changes := [
+        f"{field} {value} (not {getattr(named, field)})"
+        for field, value in arguments.items()
+        if field != "num_classes" and value != getattr(named, field)
+    ]:
+        print(f"{shown}: {name} with {', '.join(changes)}", file=sys.stderr)
+    if image_size:
+        arguments["image_size"] = image_size
+    model = models.create(name, **arguments)
+    mean, std = _normalisation(loaded, config.data.name, model.in_channels, mean, std)
+    config.data.image_size, config.data.mean, config.data.std = model.image_size, mean, std
+    about = {"source": shown, "model": name} | arguments | {"mean": mean, "std": std}
+    params = weights.from_timm(loaded.arrays, model)
+    about["digest"] = weights_digest({"params": params, "about": json.dumps(about)})
+    place = _results_directory(shown.rpartition("/")[2] if on_hub else epath.Path(shown).stem)
+    apply = models.classifier(model, mean, std)
+    return Subject(apply, params, config, about, place, model.num_classes)
+
+
+def _normalisation(
+    loaded: weights.Plain, data: str, channels: int, mean: Sequence[float], std: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std: the file's, else the given ones, else those of the data set, which is said."""
+    known = (default.CIFAR_MEAN, default.CIFAR_STD, "CIFAR-10's")
+    if not data.startswith("cifar"):
+        known = (default.IMAGENET_MEAN, default.IMAGENET_STD, "ImageNet's")
+    found = []
+    for option, given, own, usual in zip(
+        ("--mean", "--std"), (mean, std), (loaded.mean, loaded.std), known[:2], strict=True
+    ):
+        same = len(given) in (1, len(own)) and np.allclose(given, own, atol=1e-3)
+        if own and given and not same:
+            raise UserError(
+                f"{option} is {in_words(given)}, but the file itself normalises by "
+                f"{in_words(own)}; leave {option} out"
+            )
+        values = tuple(own or given or usual)
+        if len(values) == 1 and channels == 3:
+            values *= 3
+        if len(values) != channels:
+            raise UserError(
+                f"the weights take images of {channels} channels, and {option} has {len(values)} "
+                f"({in_words(values)}); give one number a channel by --mean and --std"
+            )
+        found.append(values)
+    if not (loaded.mean or (mean and std)):
+        print(
+            f"normalisation: {known[2]}, as the data are '{data}': mean {in_words(found[0])}, "
+            f"std {in_words(found[1])}; --mean and --std change it",
+            file=sys.stderr,
+        )
+    return found[0], found[1]
 
 
 def of_function(name: str, config: ConfigDict, image_size: int = 0) -> Subject:

@@ -199,7 +199,7 @@ def _without_paths(config: ConfigDict) -> ConfigDict:
 
 def _last_part(data: str) -> str:
     """'folder:/home/me/flowers test' -> 'folder:flowers test'; other data sets as they are."""
-    return re.sub(r"^folder:.*/(?=[^/])", "folder:", data, flags=re.DOTALL).rstrip("/")
+    return re.sub(r"^(folder|npy):.*/(?=[^/])", r"\1:", data, flags=re.DOTALL).rstrip("/")
 
 
 def _percent(records: Sequence[dict[str, Any]], attack: str, threat: ConfigDict) -> str | None:

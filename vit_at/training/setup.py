@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from absl import logging
 from clu.metrics import Collection
 from etils import epath
 from jax.sharding import Mesh
@@ -114,23 +115,35 @@ def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> Trai
     config, model = setup.config, setup.model
     key = jax.random.key(config.seed)
     if config.model.pretrained:
-        params = weights.from_timm(_pretrained(config.model.pretrained), model)
+        params = weights.from_timm(_pretrained(config.model.pretrained, config.data), model)
     else:
         params = jax.jit(functools.partial(models.init_params, model))(key)
     state = init_state(params, optimizer, ema=config.ema_decay > 0)
     return sharding.distribute(state, setup.mesh, config.sharding)
 
 
-def _pretrained(source: str) -> dict[str, np.ndarray]:
-    """{timm name: array} of a work directory or packaged model, or as ``weights.load`` reads it."""
-    workdir = epath.Path(source)
+def _pretrained(source: str, data: ConfigDict) -> dict[str, np.ndarray]:
+    """{timm name: array} of a work directory, a packaged model, or what ``weights.read`` takes.
+
+    A file's own normalisation is not used, as a run normalises by ``data``; a warning says so.
+    """
     if registry.is_packaged(source):
-        trained = registry.read(registry.place(source))
-    elif source.startswith(weights.HUB_PREFIX) or not is_workdir(workdir):
-        return weights.load(source)
-    else:
-        which = "best" if (workdir / "checkpoints" / "best").exists() else "last"
-        trained = load_trained(workdir, which)
+        source = str(registry.place(source))
+    workdir = epath.Path(source)
+    if source.startswith(weights.HUB_PREFIX) or not is_workdir(workdir):
+        loaded = weights.read(source)
+        if loaded.mean and not np.allclose(
+            (loaded.mean, loaded.std), (data.mean, data.std), 0, 1e-3
+        ):
+            logging.warning(
+                "the weights were trained with the normalisation of their file, and this run uses "
+                "data.mean %s and data.std %s; set these to the file's to keep it",
+                data.mean,
+                data.std,
+            )
+        return loaded.arrays
+    which = "best" if (workdir / "checkpoints" / "best").exists() else "last"
+    trained = load_trained(workdir, which)
     return weights.to_timm(trained.params, trained.model)
 
 

@@ -22,13 +22,14 @@ from vit_at import models
 from vit_at.errors import UserError
 from vit_at.models import swin
 from vit_at.weights.adaptation import adapt
+from vit_at.weights.architecture import hint
+from vit_at.weights.forms import StateDict
 
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight"}
 _MODULE_NAMES = {"patch_embed": "patch_embed.proj", "patch_norm": "patch_embed.norm"}
 _BUFFERS = ("relative_position_index", "attn_mask")
 _SHOWN = 20  # arrays of each kind of problem that an error names
 
-StateDict = dict[str, np.ndarray]
 _init = jax.jit(models.init_params, static_argnums=0)  # traced once for each model
 
 
@@ -166,7 +167,7 @@ def convert(state_dict: StateDict, model: Any, key: jax.Array | None = None) -> 
                 adapted = adapt(name, values[name], shape, model.num_tokens)
             if adapted is not None:
                 values[name], report.adapted[name] = adapted
-    _check(values, shapes, report, new_names)
+    _check(values, shapes, report, new_names, hint(values, model))
     report.loaded = [n for n in shapes if n in values and n not in report.adapted]
 
     # Under jit, no parameter but the head is computed.
@@ -233,9 +234,16 @@ def _quoted(name: str) -> str:
 
 
 def _check(
-    values: StateDict, shapes: dict[str, tuple[int, ...]], report: Report, new_names: bool
+    values: StateDict,
+    shapes: dict[str, tuple[int, ...]],
+    report: Report,
+    new_names: bool,
+    right: str,
 ) -> None:
-    """Raises a UserError that names every array that does not fit, under its name in the file."""
+    """Raises a UserError that names every array that does not fit, under its name in the file.
+
+    right: which model the weights are of, in words; '' if that is not known.
+    """
     if new_names:
         values = {_rename_1x(name, 1): value for name, value in values.items()}
         shapes = {_rename_1x(name, 1): shape for name, shape in shapes.items()}
@@ -257,5 +265,5 @@ def _check(
     if parts:
         raise UserError(
             f"the weights do not fit the model ({'; '.join(parts)}); choose weights of the "
-            "architecture in model.name"
+            f"architecture in model.name{'; ' * bool(right)}{right}"
         )
