@@ -130,6 +130,16 @@ def test_blocks_of_pytorch_run_in_the_order_of_their_page(page, monkeypatch):
         if "onnx" in block and not importlib.util.find_spec("onnxscript"):
             continue
         exec(compile(block, str(page), "exec"), names)
+    if pathlib.Path("model.onnx").exists():
+        check_onnx(names["load"](), names["images"])
+
+
+def check_onnx(model, images) -> None:
+    """The logits of model.onnx are those of the model that it was made from."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession("model.onnx")
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    np.testing.assert_allclose(logits, model(images).detach(), atol=1e-5)
 
 
 # The commands of ``vit-at``, as the modules that they run.

@@ -53,5 +53,5 @@ def program(trained: Trained) -> bytes:
         return bytes(exported.serialize())
     except ImportError as error:
         raise UserError(
-            "--stablehlo needs the library flatbuffers; pip install flatbuffers"
+            "--stablehlo needs the library flatbuffers; pip install 'vit_at[stablehlo]'"
         ) from error
