@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import io
 import json
 import pathlib
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from vit_at import models
-from vit_at.reporting import study
+from vit_at.reporting import exported, study
 from vit_at.reporting.jobs import jobs_of
 from vit_at.training import objectives
 
@@ -25,6 +25,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SLOW = {"audit"}  # a whole AutoAttack
 LINKS = re.compile(r"\]\(([^)#\s]+)")
+# Packages of other frameworks; ``load`` is that of an export.
+OTHERS = {"torch", "timm", "autoattack", "robustbench", "load"}
+IMPORTS = re.compile(r"^(?:from|import) (\w+)", re.MULTILINE)
 
 
 def blocks(page: pathlib.Path, language: str) -> list[str]:
@@ -62,16 +65,81 @@ def with_marks(page):
     return pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem in SLOW))
 
 
-@pytest.mark.parametrize("page", [with_marks(page) for page in PAGES])
-def test_python_blocks_run_in_the_order_of_their_page(page, tmp_path, monkeypatch):
+def of_others(block: str) -> bool:
+    """Whether a block needs another framework."""
+    return bool(OTHERS & set(IMPORTS.findall(block)))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty current directory, with an export where the documentation has it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT)
+    return tmp_path
+
+
+def export_to(directory: str) -> None:
+    options = {"images": 12, "stablehlo": bool(importlib.util.find_spec("flatbuffers"))}
+    exported.export_workdir("digits_deit_64x2", "best", directory, **options)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("page", [with_marks(page) for page in PAGES])
+def test_python_blocks_run_in_the_order_of_their_page(page):
     names = dict(given())
+    if page.stem == "export":
+        pytest.importorskip("flatbuffers")
+        export_to("runs/digits_sgd/export")
     with unittest.mock.patch.dict(objectives.OBJECTIVES):  # extend.md adds one
         for block in blocks(page, "python"):
-            if "import json, timm, torch" in block:  # of another framework, see test_exported
-                continue
-            exec(compile(block, str(page), "exec"), names)
+            if not of_others(block):
+                exec(compile(block, str(page), "exec"), names)
+
+
+def shorten_autoattack(monkeypatch) -> None:
+    """Few steps for the official code; benchmarks/official_autoattack.py compares its numbers."""
+    import autoattack
+
+    standard = autoattack.AutoAttack.set_version
+
+    def shortened(self, version="standard"):
+        standard(self, version)
+        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 3
+        self.square.n_queries = 10
+
+    monkeypatch.setattr(autoattack.AutoAttack, "set_version", shortened)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("page", [p for p in PAGES if any(map(of_others, blocks(p, "python")))])
+def test_blocks_of_pytorch_run_in_the_order_of_their_page(page, monkeypatch):
+    """Those whose packages are installed, and the official AutoAttack's under either name."""
+    pytest.importorskip("torch")
+    pytest.importorskip("timm")
+    if not importlib.util.find_spec("autoattack"):
+        monkeypatch.setitem(sys.modules, "autoattack", pytest.importorskip("pyautoattack"))
+    shorten_autoattack(monkeypatch)
+    monkeypatch.delitem(sys.modules, "load", raising=False)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    export_to("runs/digits_sgd/export")
+    names: dict = {}
+    for block in filter(of_others, blocks(page, "python")):
+        if "robustbench" in block and not importlib.util.find_spec("autoattack"):
+            continue  # it imports more of the package than PyPI's copy has
+        if "onnx" in block and not importlib.util.find_spec("onnxscript"):
+            continue
+        exec(compile(block, str(page), "exec"), names)
+    if pathlib.Path("model.onnx").exists():
+        check_onnx(names["load"](), names["images"])
+
+
+def check_onnx(model, images) -> None:
+    """The logits of model.onnx are those of the model that it was made from."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession("model.onnx")
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    np.testing.assert_allclose(logits, model(images).detach(), atol=1e-5)
 
 
 # The commands of ``vit-at``, as the modules that they run.

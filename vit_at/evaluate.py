@@ -122,8 +122,8 @@ def evaluate(
     A result that ``results.json`` has under the same protocol is not measured again.
 
     Args:
-      source: a directory that ``vit_at.train`` or the export has written; or '', and one of
-        ``weights`` and ``function``.
+      source: a directory that ``vit_at.train`` or the export has written, or a model's name as in
+        ``vit_at.load``; or '', and one of ``weights`` and ``function``.
       attacks: comma-separated: clean, pgd-N, cw-N, autoattack.
       weights: a weight file or 'hf:NAME', see ``vit_at.weights.load``; model: timm's name of its
         architecture; num_heads: where it can't be known from the name, see docs/evaluate.md.

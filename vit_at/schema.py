@@ -124,6 +124,7 @@ class Description(TypedDict):
     """``model.json``."""
 
     training: dict[str, Any]
+    results: NotRequired[list[Any]]
     checkpoint: Checkpoint
     num_classes: Annotated[int, msgspec.Meta(ge=1, le=10**6)]
     weights: WeightsFile

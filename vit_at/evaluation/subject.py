@@ -1,7 +1,7 @@
 """What is evaluated: a work directory, an export, a weight file, or a function.
 
 Subject        the function from images to logits, and what data, threat and records need to know
-of_directory   that of a work directory or an export
+of_directory   that of a work directory, an export or a packaged model
 of_file        that of a weight file of somebody else, or of a name on the hub
 of_function    that of a function MODULE:NAME
 in_classes_of  examples with the labels of the model's classes
@@ -29,10 +29,12 @@ from vit_at.errors import UserError, in_one_line
 from vit_at.evaluation.protocol import weights_digest
 from vit_at.weights.architecture import arguments_for
 from vit_at.weights.forms import in_words
-from vit_at.workdir.checkpoint import load_trained
-from vit_at.workdir.exported import DESCRIPTION_FILE, load_exported
+from vit_at.workdir import registry
+from vit_at.workdir.files import DESCRIPTION_FILE
 
-RESULTS_DIRECTORY = "runs/evaluate"  # of weight files and functions, each in a folder of its name
+# Of weight files, functions and models that lie in no directory of the user's, each in a folder of
+# its name.
+RESULTS_DIRECTORY = "runs/evaluate"
 _PROBES = 8  # images that identify a function
 
 
@@ -57,24 +59,25 @@ class Subject:
     class_names: tuple[str, ...] = ()
 
 
-def of_directory(directory: epath.PathLike, checkpoint: str) -> Subject:
-    """That of a work directory or an export.
+def of_directory(source: epath.PathLike, checkpoint: str) -> Subject:
+    """That of a work directory, an export or a packaged model, see ``registry.place``.
 
     checkpoint: 'best' or 'last'; of a work directory.
 
     Raises:
-      UserError: it is neither, or can't be read.
+      UserError: it is none of these, or can't be read.
     """
-    workdir = epath.Path(directory).expanduser()
-    exported = (workdir / DESCRIPTION_FILE).exists()
-    trained = load_exported(workdir) if exported else load_trained(workdir, checkpoint)
+    directory = registry.place(source)
+    exported = (directory / DESCRIPTION_FILE).exists()
+    trained = registry.read(directory, checkpoint)
+    own = epath.Path(source).expanduser().exists()
     config, values = ConfigDict(trained.config).unlock(), trained.values
     return Subject(
         models.classifier(trained.model, config.data.mean, config.data.std),
         trained.params,
         config,
         {"checkpoint": "export" if exported else checkpoint, "step": values["step"]},
-        workdir,
+        directory if own else _results_directory(str(source).rpartition("/")[2]),
         trained.model.num_classes,
         tuple(values.get("class_names", ())),
     )

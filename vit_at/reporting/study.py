@@ -18,7 +18,7 @@ from vit_at.config import flatten
 from vit_at.reporting import study_file
 from vit_at.reporting.run import Run
 from vit_at.training.objectives import OBJECTIVES
-from vit_at.workdir.files import CONFIG_FILE
+from vit_at.workdir.files import CONFIG_FILE, is_workdir
 from vit_at.workdir.results import AUTOATTACK, in_255ths
 
 # Fields that do not change what is trained: names, places, and how often the run is measured.
@@ -43,8 +43,9 @@ def find(places: Sequence[str | epath.Path]) -> list[Run]:
         if place.suffix == ".json":
             runs += study_file.read(place)
             continue
-        own = (place / CONFIG_FILE).exists()
+        own = is_workdir(place)
         inner = [] if own else [path.parent for path in place.glob(f"*/{CONFIG_FILE}")]
+        inner = [path for path in inner if is_workdir(path)]
         runs += [Run.read(workdir) for workdir in sorted(inner, key=_by_numbers) or [place]]
     return runs
 

@@ -29,8 +29,9 @@ from vit_at.evaluation.protocol import parse_attacks
 from vit_at.training import objectives
 from vit_at.training.masking import Masking
 from vit_at.training.step import Step, TrainState, init_state, train_step
+from vit_at.workdir import registry
 from vit_at.workdir.checkpoint import load_trained
-from vit_at.workdir.files import CONFIG_FILE
+from vit_at.workdir.files import is_workdir
 
 StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Collection]]
 
@@ -126,12 +127,14 @@ def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> Trai
 
 
 def _pretrained(source: str, data: ConfigDict) -> dict[str, np.ndarray]:
-    """{timm name: array} of a work directory, or of a source that ``weights.read`` takes.
+    """{timm name: array} of a work directory, a packaged model, or what ``weights.read`` takes.
 
     A file's own normalisation is not used, as a run normalises by ``data``; a warning says so.
     """
+    if registry.is_packaged(source):
+        source = str(registry.place(source))
     workdir = epath.Path(source)
-    if source.startswith(weights.HUB_PREFIX) or not (workdir / CONFIG_FILE).exists():
+    if source.startswith(weights.HUB_PREFIX) or not is_workdir(workdir):
         loaded = weights.read(source)
         if loaded.mean and not np.allclose(
             (loaded.mean, loaded.std), (data.mean, data.std), 0, 1e-3

@@ -71,7 +71,7 @@ def read(source: str | os.PathLike) -> Plain:
     """``load`` with the normalisation of the file."""
     source = os.fspath(source)
     if source.startswith(HUB_PREFIX):
-        path = _fetch(source[len(HUB_PREFIX) :])
+        path = fetch(source[len(HUB_PREFIX) :])
     else:
         path = pathlib.Path(os.path.expanduser(source))
         if path.is_dir():
@@ -236,8 +236,14 @@ _READERS: Mapping[str, Callable[[pathlib.Path], StateDict]] = {
 } | dict.fromkeys((".pth", ".pt", ".bin"), _read_torch)
 
 
-def _fetch(name: str) -> pathlib.Path:
-    """The hub's file in the local cache; downloads it if necessary."""
+def fetch(name: str, file: str = HUB_FILE) -> pathlib.Path:
+    """A file of the hub's repository OWNER/NAME[@REVISION] in the local cache.
+
+    It is downloaded if necessary. Files of one repository lie in one directory.
+
+    Raises:
+      UserError: the name is malformed, or the file is not cached and can't be downloaded.
+    """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name, re.ASCII):
         raise UserError(f"'{HUB_PREFIX}{name}' is no name; write {HUB_PREFIX}OWNER/NAME[@REVISION]")
     try:
@@ -248,7 +254,7 @@ def _fetch(name: str) -> pathlib.Path:
             f"huggingface_hub, or {_WAYS_ON}"
         ) from error
     repository, _, revision = name.partition("@")
-    wanted = {"repo_id": repository, "filename": HUB_FILE, "revision": revision or None}
+    wanted = {"repo_id": repository, "filename": file, "revision": revision or None}
     with contextlib.suppress(Exception):  # not cached; the type depends on the hub's version
         return pathlib.Path(hub.hf_hub_download(**wanted, local_files_only=True))
     try:
