@@ -69,8 +69,14 @@ def get_config() -> ConfigDict:
     threat.eps = 8 / 255  # radius of the ball
     threat.step_size = 2 / 255  # of one attack step
     threat.steps = 10  # of the training attack
-    threat.start = "random"  # random (AT: uniform; TRADES, MART: tiny Gaussian) or zero
+    threat.start = (
+        "random"  # random (TRADES, MART: tiny), zero, or noise (N-FGSM: 2 eps, unclipped)
+    )
     threat.eps_warmup_epochs = 0.0  # eps and step size grow linearly from 0 over these
+
+    config.awp = weights = ConfigDict()  # adversarial weight perturbation (Wu et al. 2020)
+    weights.gamma = 0.0  # its size, as a share of each weight's norm, such as 0.005; 0: off
+    weights.warmup_epochs = 0.0  # epochs before it begins
 
     config.masking = masking = ConfigDict()  # ARD and PRM, the paper's two methods
     masking.ard = False  # attention random dropping
@@ -86,6 +92,7 @@ def get_config() -> ConfigDict:
     optimizer.b1 = 0.9  # of AdamW: decay of the mean gradient
     optimizer.b2 = 0.999  # of AdamW: decay of the mean squared gradient
     optimizer.weight_decay = 1e-4  # on all parameters
+    optimizer.layer_decay = 1.0  # factor on the rate from a layer to the one below; 1: one rate
     optimizer.clip_norm = 1.0  # global gradient norm, before weight decay; 0: no clipping
     optimizer.schedule = "step"  # step, cosine, cyclic or constant
     optimizer.drop_before_end = (5.0, 2.0)  # step: the rate falls this many epochs before the end

@@ -17,7 +17,7 @@ CHOICES = {
     "sharding": ("replicated", "fsdp"),
     "threat.norm": ("linf", "l2", "l1"),
     "eval.threat.norm": ("", "linf", "l2", "l1"),
-    "threat.start": ("random", "zero"),
+    "threat.start": ("random", "zero", "noise"),
     "optimizer.name": ("sgd", "adamw"),
     "optimizer.schedule": ("step", "cosine", "cyclic", "constant"),
     "eval.checkpoint": ("best", "last"),
@@ -50,11 +50,12 @@ _WHOLE = {
 }
 # {highest: fields} of numbers from 0.
 _NUMBERS = {
-    1: "mixing.probability mixing.cutmix_probability masking.keep_max optimizer.drop_factor",
+    1: "mixing.probability mixing.cutmix_probability masking.keep_max optimizer.drop_factor "
+    "awp.gamma optimizer.layer_decay",
     100: "model.mlp_ratio",
     1000: "optimizer.learning_rate optimizer.weight_decay",
     10**4: "model.qk_scale mixing.mixup_alpha mixing.cutmix_alpha",
-    10**6: "beta data.cache_gib threat.eps_warmup_epochs masking.warmup_epochs "
+    10**6: "beta data.cache_gib threat.eps_warmup_epochs awp.warmup_epochs masking.warmup_epochs "
     "optimizer.warmup_epochs checkpoint.every_minutes",
     10**9: "optimizer.clip_norm eval.threat.eps eval.threat.step_size",
 }
@@ -77,6 +78,7 @@ _TEXT_LENGTH = 4096  # the longest path of Linux
 # Fields that older ``config.json`` files lack, with the value that describes those runs.
 ADDED = {"sharding": "replicated", "model.remat": False, "checkpoint.every_steps": 0}
 ADDED |= {"data.allow_overlap": False, "model.stem": "patch"}
+ADDED |= {"awp.gamma": 0.0, "awp.warmup_epochs": 0.0, "optimizer.layer_decay": 1.0}
 ADDED |= {"eval.threat.norm": "", "eval.threat.eps": 0.0, "eval.threat.step_size": 0.0}
 
 
@@ -281,6 +283,11 @@ def _validate_schedule(config: ConfigDict) -> None:
         raise UserError(
             f"optimizer.warmup_epochs is {options.warmup_epochs:g}; it must be less than epochs "
             f"({config.epochs})"
+        )
+    if not options.layer_decay or (options.layer_decay < 1 and config.model.name[:4] == "swin"):
+        raise UserError(
+            f"optimizer.layer_decay is {options.layer_decay:g} with model.name "
+            f"'{config.model.name}'; it must be over 0 and at most 1, and 1 for Swin, such as 0.75"
         )
     if options.schedule == "cyclic" and not options.warmup_epochs:
         raise UserError(

@@ -18,7 +18,7 @@ from vit_at.data import augment
 from vit_at.distributed import sharding
 from vit_at.models import training_dtype
 from vit_at.models.blocks import Unstacked
-from vit_at.training.attack import Draws, Start, draw, perturb
+from vit_at.training.attack import Draws, Start, draw, perturb, reach
 from vit_at.training.masking import Masking
 from vit_at.training.setup import initial_state
 from vit_at.training.step import TrainState
@@ -84,6 +84,27 @@ def test_trades_and_mart_start_at_a_thousandth_of_a_normal_in_normalised_units(o
 @pytest.mark.parametrize("objective", ["at", "mart"])
 def test_a_zero_start_is_zero(objective):
     np.testing.assert_array_equal(draws(objective=objective, start=Start("zero")).delta, 0)
+
+
+def test_n_fgsm_adds_its_step_to_twice_the_ball_of_noise_and_clips_to_the_image_range():
+    """Algorithm 1 of de Jorge et al. 2022, written out."""
+    threat = Threat("linf", 0.1, 0.1, 1)
+    drawn = draws(threat=threat, masking=Masking(), start=Start("noise"))
+    assert 0.1 < float(jnp.abs(drawn.delta).max()) <= 0.2
+    images, slope = jax.random.uniform(jax.random.key(3), (2, *SHAPE))
+    targets = jax.nn.one_hot(jnp.zeros(len(images), int), 2)
+
+    def apply(params, images, attn_keep=None):
+        return (params * images).sum((1, 2, 3))[:, None] * jnp.array([1.0, -1.0])
+
+    slope = slope - 0.5
+    options = {"objective": "at", "threat": reach(threat, "noise")}
+    adversarial = perturb(apply, slope, images, targets, drawn, **options)
+    noise = jnp.clip(images + drawn.delta, 0, 1) - images
+    expected = jnp.clip(images + noise - 0.1 * jnp.sign(slope), 0, 1)
+    np.testing.assert_allclose(adversarial, expected, atol=1e-6)
+    assert float(jnp.abs(adversarial - images).max()) > 0.2
+    assert reach(threat, "random") is threat
 
 
 def test_natural_training_has_no_attack():

@@ -64,7 +64,7 @@ def train(
     workdir = epath.Path(workdir).expanduser()
     metrics.check_wandb(wandb)
     setup = Setup.of(config)
-    optimizer = optim.make_optimizer(setup.config, setup.steps_per_epoch)
+    optimizer = optim.make_optimizer(setup.config, setup.steps_per_epoch, setup.model.num_blocks)
     state = initial_state(setup, optimizer)
     with disk_errors(workdir):
         check_config(workdir, setup.config)
@@ -105,7 +105,11 @@ def _describe(setup: Setup, state: TrainState, workdir: epath.Path) -> None:
         overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
         write_atomically(workdir / "parameters.txt", overview + "\n")
     flops = metrics.step_flops(
-        config.objective, setup.model.forward_flops(), config.batch_size, config.threat.steps
+        config.objective,
+        setup.model.forward_flops(),
+        config.batch_size,
+        config.threat.steps,
+        awp=config.awp.gamma > 0,
     )
     parameters = parameter_overview.count_parameters(state.params)
     held_out = len(setup.validation_set or ())

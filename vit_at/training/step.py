@@ -26,7 +26,8 @@ from vit_at.attacks.threat import Threat
 from vit_at.data import augment, mixing
 from vit_at.distributed import sharding
 from vit_at.distributed.sharding import SPLIT, WHOLE
-from vit_at.training.attack import Draws, Start, draw, perturb
+from vit_at.training import awp
+from vit_at.training.attack import Draws, Start, draw, perturb, reach
 from vit_at.training.masking import Masking, keep_probability
 from vit_at.training.objectives import CLEAN, OBJECTIVES, training_loss
 from vit_at.training.optim import learning_rate
@@ -86,13 +87,14 @@ class Part(NamedTuple):
     """Some images of a batch, with what belongs to each.
 
     images: [b, H, W, C] in [0, 1]; targets: [b, num_classes]; delta: start of the perturbation, as
-    images; keys: [b], of stochastic depth.
+    images; keys: [b], of stochastic depth; adversarial: as images, or None: not attacked yet.
     """
 
     images: Array
     targets: Array
     delta: Array
     keys: Array
+    adversarial: Array | None = None
 
 
 def train_step(
@@ -129,7 +131,13 @@ def train_step(
     params = _laid_out(step, state.params, "replicated")  # gathered once, for all that follows
     part = Part(images, targets, draws.delta, keys)
     masks = draws.attn_keep, draws.patch_keep
-    gradient, metrics = _mean_gradient(step, params, part, masks, threat)
+    attack_threat = reach(threat, config.threat.start)
+    if config.awp.gamma:
+        part = part._replace(adversarial=_attacked(step, params, part, masks, attack_threat))
+        gradient, _ = _mean_gradient(step, params, part, masks, attack_threat)
+        gamma = jnp.where(progress > config.awp.warmup_epochs, config.awp.gamma, 0.0)
+        params = awp.perturb_weights(step.apply, params, gradient, gamma)
+    gradient, metrics = _mean_gradient(step, params, part, masks, attack_threat)
     metrics |= {
         "gradient_norm": optax.tree.norm(gradient),
         "learning_rate": learning_rate(config, step.steps_per_epoch)(state.step),
@@ -184,6 +192,25 @@ def _mean_gradient(step, params, part, masks, threat):
     return mapped(params, part, masks, threat)
 
 
+def _attacked(step, params, part, masks, threat):
+    """The adversarial images [B, H, W, C] of a batch: every device attacks its own, in parts."""
+
+    def on_device(params, part, masks, threat):
+        parts = sharding.in_parts(part, step.mesh, step.config.accumulate_steps)
+        params = models.unstack_blocks(step.apply, params, sharding.platform(step.mesh))
+
+        def of_part(part):
+            draws = Draws(part.delta, *masks)
+            options = {"objective": step.config.objective, "threat": threat}
+            return perturb(step.apply, params, part.images, part.targets, draws, **options)
+
+        return jax.lax.map(of_part, parts).reshape(part.images.shape)
+
+    return sharding.map_shards(on_device, step.mesh, (WHOLE, SPLIT, WHOLE, WHOLE))(
+        params, part, masks, threat
+    )
+
+
 def loss_and_gradient(
     step: Step, params: Any, masks: tuple[Array | None, Array | None], threat: Threat, part: Part
 ) -> tuple[Any, dict[str, Array]]:
@@ -200,8 +227,10 @@ def loss_and_gradient(
     def loss(params):
         clean = apply(params, images) if step.shares_clean else None
         options = {"objective": objective, "threat": threat, "clean_logits": clean}
-        fixed = jax.lax.stop_gradient(params)
-        adversarial = perturb(apply, fixed, images, targets, draws, **options)
+        adversarial = part.adversarial
+        if adversarial is None:
+            fixed = jax.lax.stop_gradient(params)
+            adversarial = perturb(apply, fixed, images, targets, draws, **options)
         rngs = {"drop_path": part.keys}
         options = {"beta": step.config.beta, "rngs": rngs, "clean_logits": clean}
         return training_loss(objective, apply, params, images, adversarial, targets, **options)
