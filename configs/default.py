@@ -102,6 +102,7 @@ def get_config() -> ConfigDict:
     config.eval = evaluation = ConfigDict()  # what is measured, when and on what
     evaluation.every_epochs = 1  # between robust validations, also at the end; 0: never
     evaluation.validation_attack = "pgd-10"  # what validation runs beside clean accuracy
+    evaluation.stop_if_overfitted = False  # end where robust validation halves: keep the best
     evaluation.attacks = "clean,cw-20,pgd-20,pgd-100,autoattack"  # on the test split at the end
     evaluation.num_examples = 0  # test images used; 0: all
     evaluation.batch_size = 256  # over all devices

@@ -64,7 +64,8 @@ _BELOW_ONE = (
 )
 _ANY_NUMBER = "threat.eps threat.step_size"
 _SWITCHES = (
-    "model.remat model.allow_few_tokens data.allow_overlap data.flip masking.ard masking.prm"
+    "model.remat model.allow_few_tokens data.allow_overlap data.flip masking.ard masking.prm "
+    "eval.stop_if_overfitted"
 )
 _TEXTS = (
     "name dtype sharding objective model.name model.stem model.pretrained data.name data.dir "
@@ -79,6 +80,7 @@ _TEXT_LENGTH = 4096  # the longest path of Linux
 ADDED = {"sharding": "replicated", "model.remat": False, "checkpoint.every_steps": 0}
 ADDED |= {"data.allow_overlap": False, "model.stem": "patch"}
 ADDED |= {"awp.gamma": 0.0, "awp.warmup_epochs": 0.0, "optimizer.layer_decay": 1.0}
+ADDED |= {"eval.stop_if_overfitted": False}
 ADDED |= {"eval.threat.norm": "", "eval.threat.eps": 0.0, "eval.threat.step_size": 0.0}
 
 

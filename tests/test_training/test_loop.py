@@ -18,6 +18,7 @@ import runs
 from etils import epath
 
 from vit_at.errors import UserError
+from vit_at.training import metrics
 from vit_at.training.loop import train
 from vit_at.training.signals import Interrupted, Signals
 
@@ -282,3 +283,35 @@ def test_tests_run_on_four_devices():
     """What the tests of devices that do not divide, and of resuming, rest on."""
     assert len(jax.devices()) == 4
     assert "device_count=4" in os.environ["XLA_FLAGS"]
+
+
+def test_a_run_that_overfits_to_its_attack_stops_and_keeps_the_best_weights(
+    tmp_path, monkeypatch, capfd
+):
+    """Validation accuracy is made up; rerunning the command does not train on."""
+    robust = iter([0.6, 0.7, 0.3, 0.9, 0.9])
+
+    def made_up(evaluator, params, progress=False):
+        yield "clean", np.full(10, True)
+        yield "pgd-2", np.arange(10) < 10 * next(robust)
+
+    monkeypatch.setattr("vit_at.training.loop.Evaluator.__call__", made_up)
+    options = runs.QUICK | {"epochs": 5, "eval__attacks": "clean", "eval__num_examples": 0}
+    config = runs.smoke(**options, eval__stop_if_overfitted=True)
+    records = train(config, str(tmp_path))
+    assert "fell from 70.0% to 30.0%: catastrophic overfitting" in capfd.readouterr().err
+    last = lines_of(tmp_path)[-1]
+    assert last["epoch"] == 3
+    assert records[0]["protocol"]["weights"] == records[0]["protocol"]["weights"] | {
+        "checkpoint": "best",
+        "step": last["step"] * 2 // 3,
+    }
+    assert train(config, str(tmp_path)) == records
+    assert lines_of(tmp_path)[-1] == last
+    assert next(robust) == 0.9
+
+
+def test_only_a_model_that_was_robust_can_lose_it():
+    assert metrics.overfitted(0.2, 0.5, 10)
+    assert not metrics.overfitted(0.26, 0.5, 10)
+    assert not metrics.overfitted(0.01, 0.12, 10)

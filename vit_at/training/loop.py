@@ -81,14 +81,14 @@ def _run(
 ) -> list[dict[str, Any]]:
     """``train`` in a locked work directory."""
     checkpoints = Checkpoints(workdir, setup.config.checkpoint.keep)
-    values: dict[str, Any] = {"best": None}
+    values: dict[str, Any] = {"best": None, "stopped": False}
     if restored := checkpoints.restore(state.trees, setup.mesh, setup.fingerprint):
         step, trees, values = restored
         state = state.replace(step=sharding.replicate(np.int32(step), setup.mesh), **trees)
     Results(workdir)  # fails now, not after the training, if its files are damaged
     write_config(workdir, setup.config)
     _describe(setup, state, workdir)
-    if int(state.step) < setup.total_steps:
+    if int(state.step) < setup.total_steps and not values.get("stopped"):
         loop = Loop(setup, compile_step(setup, optimizer), checkpoints, workdir, values["best"])
         state = loop.run(state, wandb)
     if jax.process_count() > 1:  # JAX's preemption service no longer needs SIGTERM
@@ -140,7 +140,7 @@ class Loop:
         self._step_fn, self._checkpoints, self._workdir = step_fn, checkpoints, workdir
         self._best = best
         self._unlogged: list[Collection] = []  # the metrics of the steps since the last line
-        self._validated = False
+        self._validated = self._stopped = False
         self._collapse = metrics.Collapse(setup.train_set.num_classes)
         options, held_out = self._config.eval, setup.validation_set
         self._evaluator: Evaluator | None = None
@@ -160,7 +160,7 @@ class Loop:
                 self._unlogged.append(step_metrics)
                 signals.agree(step)
                 self._after_step(state, step, signals.received is not None)
-                if signals.received is not None:
+                if signals.received is not None or self._stopped:
                     break
         self._progress.close()
         self._checkpoints.wait()
@@ -237,6 +237,14 @@ class Loop:
         self._writer.write(step, {"epoch": epoch} | values)
         line = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
         self._progress.say(f"epoch {epoch:g}: validation {line}")
+        found = self._best and metrics.overfitted(
+            robust, self._best["robust"], self._setup.train_set.num_classes
+        )
+        if found:
+            self._progress.say(f"warning: {found}")
+            self._stopped = self._config.eval.stop_if_overfitted
+            if self._stopped:
+                self._progress.say(f"stopping; the best weights are of step {self._best['step']}")
         if self._best is None or robust > self._best["robust"]:
             self._best = {"step": step, "robust": robust}
             self._checkpoints.save_best(state.eval_params, self._values(step))
@@ -249,7 +257,8 @@ class Loop:
         data = self._setup.train_set
         classes = {"num_classes": data.num_classes, "class_names": list(data.class_names)}
         run = {"run": self._setup.fingerprint}
-        return {"step": step, "best": self._best} | classes | run
+        how = {"best": self._best, "stopped": self._stopped}
+        return {"step": step} | how | classes | run
 
 
 def _evaluator(setup: Setup, attacks: str, examples: Any) -> Evaluator:

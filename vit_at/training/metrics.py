@@ -200,6 +200,22 @@ class Collapse:
         )
 
 
+def overfitted(robust: float, best: float, num_classes: int) -> str | None:
+    """A sentence if validation shows catastrophic overfitting; None otherwise.
+
+    A cheap attack can suddenly train a model that withstands only this attack (Wong, Rice and
+    Kolter 2020, arXiv 2001.03994): accuracy under PGD falls to less than half of its best, which
+    was over chance.
+    """
+    if best <= 1.25 / num_classes or robust >= best / 2:
+        return None
+    return (
+        f"robust validation accuracy fell from {best:.1%} to {robust:.1%}: catastrophic "
+        "overfitting to the training attack; use more threat.steps, threat.start=noise, or a "
+        "longer threat.eps_warmup_epochs"
+    )
+
+
 def status_line(means: dict[str, float], epoch: float, epochs: int) -> str:
     """The text beside the progress bar."""
     kind = "adv" if "accuracy_adv" in means else "clean"
