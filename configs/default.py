@@ -58,6 +58,11 @@ def get_config() -> ConfigDict:
     data.cache_gib = 4.0  # decoded sets up to this size stay in memory, larger ones are streamed
     data.threads = 0  # that read and decode; 0: one per core
 
+    data.extra = extra = ConfigDict()  # a second source that every batch holds images of
+    extra.name = ""  # 'npz:FILE' of images and labels, or as data.name; '': none
+    extra.split = "train"  # of a source that has splits
+    extra.fraction = 0.0  # share of a batch, such as 0.7
+
     config.mixing = mixing = ConfigDict()  # mixup and CutMix before the attack; natural, AT only
     mixing.probability = 0.3  # that a batch is mixed at all
     mixing.mixup_alpha = 0.8  # Beta(alpha, alpha) of mixup; 0: never

@@ -51,7 +51,7 @@ _WHOLE = {
 # {highest: fields} of numbers from 0.
 _NUMBERS = {
     1: "mixing.probability mixing.cutmix_probability masking.keep_max optimizer.drop_factor "
-    "awp.gamma optimizer.layer_decay",
+    "awp.gamma optimizer.layer_decay data.extra.fraction",
     100: "model.mlp_ratio",
     1000: "optimizer.learning_rate optimizer.weight_decay",
     10**4: "model.qk_scale mixing.mixup_alpha mixing.cutmix_alpha",
@@ -69,6 +69,7 @@ _SWITCHES = (
 )
 _TEXTS = (
     "name dtype sharding objective model.name model.stem model.pretrained data.name data.dir "
+    "data.extra.name data.extra.split "
     "data.train_split data.test_split threat.norm threat.start optimizer.name optimizer.schedule "
     "eval.validation_attack eval.attacks eval.checkpoint eval.threat.norm"
 )
@@ -81,6 +82,7 @@ ADDED = {"sharding": "replicated", "model.remat": False, "checkpoint.every_steps
 ADDED |= {"data.allow_overlap": False, "model.stem": "patch"}
 ADDED |= {"awp.gamma": 0.0, "awp.warmup_epochs": 0.0, "optimizer.layer_decay": 1.0}
 ADDED |= {"eval.stop_if_overfitted": False}
+ADDED |= {"data.extra.name": "", "data.extra.split": "train", "data.extra.fraction": 0.0}
 ADDED |= {"eval.threat.norm": "", "eval.threat.eps": 0.0, "eval.threat.step_size": 0.0}
 
 

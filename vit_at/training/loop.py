@@ -179,6 +179,7 @@ class Loop:
             last_step=self._setup.total_steps,
             threads=self._config.data.threads,
             process=(jax.process_index(), jax.process_count()),
+            extra=self._setup.extra,
         )
         for batch in host_batches:
             yield sharding.split_batch(batch, self._setup.mesh)
