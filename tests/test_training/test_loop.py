@@ -1,5 +1,6 @@
 """The whole command: its files, resuming, interruption, divergence, and what it refuses."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ from etils import epath
 
 from vit_at.errors import UserError
 from vit_at.training import metrics
-from vit_at.training.loop import train
+from vit_at.training.loop import Loop, train
 from vit_at.training.signals import Interrupted, Signals
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -315,3 +316,60 @@ def test_only_a_model_that_was_robust_can_lose_it():
     assert metrics.overfitted(0.2, 0.5, 10)
     assert not metrics.overfitted(0.26, 0.5, 10)
     assert not metrics.overfitted(0.01, 0.12, 10)
+
+
+# Every pair of values of two fields is in one of the rows.
+COMBINED = [
+    ("at", 0.0, "digits", 2, "fsdp", "random"),
+    ("at", 0.01, "", 1, "fsdp", "noise"),
+    ("at", 0.01, "", 2, "replicated", "random"),
+    ("mart", 0.0, "digits", 1, "replicated", "noise"),
+    ("mart", 0.01, "", 2, "fsdp", "random"),
+    ("trades", 0.0, "", 1, "replicated", "random"),
+    ("trades", 0.01, "digits", 2, "fsdp", "noise"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", COMBINED, ids=lambda row: "-".join(map(str, row)))
+def test_what_goes_beyond_the_paper_resumes_bit_exactly(row, tmp_path, monkeypatch):
+    objective, gamma, extra, parts, sharding, start = row
+    options = runs.QUICK | {
+        "objective": objective,
+        "mixing__probability": 0.0,
+        "awp__gamma": gamma,
+        "data__extra__name": extra,
+        "data__extra__split": "train[160:320]",
+        "data__extra__fraction": 0.5,
+        "accumulate_steps": parts,
+        "sharding": sharding,
+        "threat__start": start,
+        "ema_decay": 0.9,
+        "optimizer__layer_decay": 0.8,
+        "checkpoint__every_steps": 2,
+        "eval__attacks": "clean",
+    }
+    config = runs.smoke(**options)
+    train(config, str(tmp_path / "whole"))
+    after_step = Loop._after_step
+
+    def dies_at_step_5(loop, state, step, ending):
+        if step == 5:
+            raise RuntimeError("killed")
+        after_step(loop, state, step, ending)
+
+    monkeypatch.setattr(Loop, "_after_step", dies_at_step_5)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, str(tmp_path / "killed"))
+    monkeypatch.undo()
+    train(config, str(tmp_path / "killed"))
+    whole, killed = (
+        runs.arrays_of(epath.Path(tmp_path / n), LAST_STEP) for n in ("whole", "killed")
+    )
+    assert_same_arrays(whole, killed)
+
+
+def test_the_rows_above_hold_every_pair():
+    for a, b in itertools.combinations(range(len(COMBINED[0])), 2):
+        seen = {(row[a], row[b]) for row in COMBINED}
+        assert seen == set(itertools.product(*({row[i] for row in COMBINED} for i in (a, b))))
