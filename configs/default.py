@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 64  # images per update, over all devices
     config.accumulate_steps = 1  # micro-batches per update; the result does not depend on it
     config.ema_decay = 0.0  # of the averaged weights that are evaluated; 0: no averaging
+    config.swa_epochs = 0.0  # the weights of these last epochs are averaged equally; 0: none
     config.log_every_steps = 10  # steps between two lines of metrics.jsonl
 
     config.model = model = ConfigDict()  # the network, and the weights that it starts from
@@ -112,6 +113,7 @@ def get_config() -> ConfigDict:
     evaluation.num_examples = 0  # test images used; 0: all
     evaluation.batch_size = 256  # over all devices
     evaluation.checkpoint = "best"  # which weights are tested: best (on validation) or last
+    evaluation.weights = ""  # raw, ema or swa; '': averaged ones where there are any
     evaluation.threat = ball = ConfigDict()  # the attacks' ball; '' and 0: as in training
     ball.norm = ""  # linf, l2 or l1; if not that of training, set eps and step_size too
     ball.eps = 0.0  # radius of the ball

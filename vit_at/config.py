@@ -21,8 +21,11 @@ CHOICES = {
     "optimizer.name": ("sgd", "adamw"),
     "optimizer.schedule": ("step", "cosine", "cyclic", "constant"),
     "eval.checkpoint": ("best", "last"),
+    "eval.weights": ("", "raw", "ema", "swa"),
 }
 
+# What is stored of a run: the best weights on validation, and the last of each kind.
+CHECKPOINTS = ("best", "last", "last-raw", "last-ema", "last-swa")
 MAX_STEPS = 2**31 - 1  # the step is an int32 on the device
 # {field: (lowest, highest)} of whole numbers. No real run reaches the highest values; they catch
 # slips of the keyboard before memory, disk or hours are spent.
@@ -55,8 +58,8 @@ _NUMBERS = {
     100: "model.mlp_ratio",
     1000: "optimizer.learning_rate optimizer.weight_decay",
     10**4: "model.qk_scale mixing.mixup_alpha mixing.cutmix_alpha",
-    10**6: "beta data.cache_gib threat.eps_warmup_epochs awp.warmup_epochs masking.warmup_epochs "
-    "optimizer.warmup_epochs checkpoint.every_minutes",
+    10**6: "beta data.cache_gib threat.eps_warmup_epochs awp.warmup_epochs swa_epochs "
+    "masking.warmup_epochs optimizer.warmup_epochs checkpoint.every_minutes",
     10**9: "optimizer.clip_norm eval.threat.eps eval.threat.step_size",
 }
 _BELOW_ONE = (
@@ -71,7 +74,7 @@ _TEXTS = (
     "name dtype sharding objective model.name model.stem model.pretrained data.name data.dir "
     "data.extra.name data.extra.split "
     "data.train_split data.test_split threat.norm threat.start optimizer.name optimizer.schedule "
-    "eval.validation_attack eval.attacks eval.checkpoint eval.threat.norm"
+    "eval.validation_attack eval.attacks eval.checkpoint eval.weights eval.threat.norm"
 )
 _TUPLES = "data.mean data.std optimizer.drop_before_end"
 _NAME_BYTES = 200  # a file system allows 255, and files beside the directory add a suffix
@@ -81,7 +84,7 @@ _TEXT_LENGTH = 4096  # the longest path of Linux
 ADDED = {"sharding": "replicated", "model.remat": False, "checkpoint.every_steps": 0}
 ADDED |= {"data.allow_overlap": False, "model.stem": "patch"}
 ADDED |= {"awp.gamma": 0.0, "awp.warmup_epochs": 0.0, "optimizer.layer_decay": 1.0}
-ADDED |= {"eval.stop_if_overfitted": False}
+ADDED |= {"eval.stop_if_overfitted": False, "eval.weights": "", "swa_epochs": 0.0}
 ADDED |= {"data.extra.name": "", "data.extra.split": "train", "data.extra.fraction": 0.0}
 ADDED |= {"eval.threat.norm": "", "eval.threat.eps": 0.0, "eval.threat.step_size": 0.0}
 
@@ -213,6 +216,13 @@ def evaluation_threat(config: ConfigDict) -> ConfigDict:
     return threat
 
 
+def evaluated_weights(config: ConfigDict) -> str:
+    """Which weights are validated and tested, ``eval.weights``: raw, ema or swa."""
+    if config.eval.weights:
+        return config.eval.weights
+    return "swa" if config.swa_epochs else "ema" if config.ema_decay else "raw"
+
+
 def _validate_ball(name: str, threat: ConfigDict, values: int) -> None:
     """values: of an image."""
     if threat.norm == "linf" and not 0 < threat.eps <= 1:
@@ -293,6 +303,10 @@ def _validate_schedule(config: ConfigDict) -> None:
             f"optimizer.layer_decay is {options.layer_decay:g} with model.name "
             f"'{config.model.name}'; it must be over 0 and at most 1, and 1 for Swin, such as 0.75"
         )
+    if config.swa_epochs > config.epochs:
+        raise UserError(
+            f"swa_epochs is {config.swa_epochs:g}; it must be at most epochs ({config.epochs})"
+        )
     if options.schedule == "cyclic" and not options.warmup_epochs:
         raise UserError(
             "optimizer.schedule is 'cyclic', whose peak is at optimizer.warmup_epochs; set that "
@@ -301,6 +315,13 @@ def _validate_schedule(config: ConfigDict) -> None:
 
 
 def _validate_combinations(config: ConfigDict) -> None:
+    averaged = {"ema": ("ema_decay", config.ema_decay), "swa": ("swa_epochs", config.swa_epochs)}
+    field, value = averaged.get(config.eval.weights, ("", 1))
+    if not value:
+        raise UserError(
+            f"eval.weights is '{config.eval.weights}', but {field} is 0, so there are none; set it "
+            "above 0, or eval.weights to '' or raw"
+        )
     mixing = config.mixing
     if mixing.probability and not (mixing.mixup_alpha or mixing.cutmix_alpha):
         raise UserError(

@@ -172,6 +172,12 @@ CASES = {
     "python: an endless tuple": python(
         "optimizer.drop_before_end", optimizer__drop_before_end=(1.0,) * 10**4
     ),
+    "python: weights that are not averaged": python(
+        "eval.weights is 'ema', but ema_decay is 0", eval__weights="ema"
+    ),
+    "python: an average over more than all epochs": python(
+        "swa_epochs is 99; it must be at most", swa_epochs=99
+    ),
     "python: AWP after the end": python(
         "awp.warmup_epochs is 9", awp__gamma=0.1, awp__warmup_epochs=9
     ),

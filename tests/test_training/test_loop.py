@@ -18,10 +18,13 @@ import pytest
 import runs
 from etils import epath
 
+from vit_at.config import CHECKPOINTS
 from vit_at.errors import UserError
+from vit_at.evaluation.protocol import weights_digest
 from vit_at.training import metrics
 from vit_at.training.loop import Loop, train
 from vit_at.training.signals import Interrupted, Signals
+from vit_at.workdir.checkpoint import load_trained
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAST_STEP = 8
@@ -373,3 +376,20 @@ def test_the_rows_above_hold_every_pair():
     for a, b in itertools.combinations(range(len(COMBINED[0])), 2):
         seen = {(row[a], row[b]) for row in COMBINED}
         assert seen == set(itertools.product(*({row[i] for row in COMBINED} for i in (a, b))))
+
+
+def test_each_kind_of_weights_is_read_by_its_name(tmp_path):
+    averaging = {"ema_decay": 0.8, "swa_epochs": 1.0, "eval__attacks": "clean"}
+    records = train(runs.smoke(**runs.QUICK | averaging), str(tmp_path))
+    read = {w: load_trained(tmp_path, w).params for w in CHECKPOINTS if w != "best"}
+    digests = {which: weights_digest(params) for which, params in read.items()}
+    assert digests["last"] == digests["last-swa"]
+    assert len(set(digests.values())) == 3
+    assert records[0]["protocol"]["weights"]["digest"] == weights_digest(
+        load_trained(tmp_path, "best").params
+    )
+
+
+def test_averaged_weights_that_a_run_does_not_have(undisturbed):
+    with pytest.raises(UserError, match="has no averaged weights 'swa'; set ema_decay or swa"):
+        load_trained(undisturbed[0], "last-swa")

@@ -14,6 +14,7 @@ import runs
 
 from vit_at import models
 from vit_at.attacks import Threat
+from vit_at.config import evaluated_weights
 from vit_at.data import augment
 from vit_at.distributed import sharding
 from vit_at.models import training_dtype
@@ -238,13 +239,33 @@ def test_averaged_weights_are_the_exponential_mean_of_the_weights():
         now = jax.device_get(state.params)
         expected = jax.tree.map(lambda mean, new: 0.75 * mean + 0.25 * new, expected, now)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(close, jax.device_get(state.eval_params), expected)
-    assert state.eval_params is state.ema
+    jax.tree.map(close, jax.device_get(state.weights("ema")), expected)
 
 
-def test_without_averaging_the_weights_themselves_are_evaluated():
+def test_stochastic_averaging_is_the_equal_mean_of_the_last_epochs():
+    """SWA over the last 1.5 of 3 epochs of four steps: the weights after steps 7 to 12."""
+    setup, state, batches = start(objective="natural", epochs=3, swa_epochs=1.5)
+    step = runs.quick_step(setup, state, next(batches))
+    seen = []
+    for count in range(1, 13):
+        state, _ = step(state, next(batches))
+        seen.append(jax.device_get(state.params))
+        mean = jax.tree.map(lambda *trees: np.mean(trees, 0), *seen[6:] or seen[-1:])
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+        if count in (3, 7, 9, 12):
+            jax.tree.map(close, jax.device_get(state.weights("swa")), mean)
+
+
+def test_the_averaged_weights_are_evaluated_where_there_are_any():
+    for changes, name in (
+        ({}, "raw"),
+        ({"ema_decay": 0.9}, "ema"),
+        ({"ema_decay": 0.9, "swa_epochs": 1.0}, "swa"),
+        ({"ema_decay": 0.9, "swa_epochs": 1.0, "eval__weights": "raw"}, "raw"),
+    ):
+        assert evaluated_weights(runs.smoke(**changes)) == name
     state = TrainState(0, params={"a": 1}, opt_state=(), ema=None)
-    assert state.eval_params is state.params
+    assert state.weights("raw") is state.params
 
 
 def test_the_state_is_donated():

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from vit_at import models
 from vit_at.attacks import Threat
-from vit_at.config import evaluation_threat
+from vit_at.config import evaluated_weights, evaluation_threat
 from vit_at.console import Progress
 from vit_at.data import pipeline
 from vit_at.distributed import processes, sharding
@@ -230,7 +230,7 @@ class Loop:
     def _validate(self, evaluator: Evaluator, state: TrainState, step: int) -> None:
         """Robust validation; saves the weights if they are the best so far."""
         began = time.monotonic()
-        params = sharding.replicate(state.eval_params, self._setup.mesh)
+        params = sharding.replicate(self._evaluated(state), self._setup.mesh)
         accuracies = {n: float(c.mean()) for n, c in evaluator(params)}
         robust = accuracies[self._config.eval.validation_attack]
         epoch = step / self._setup.steps_per_epoch
@@ -248,11 +248,14 @@ class Loop:
                 self._progress.say(f"stopping; the best weights are of step {self._best['step']}")
         if self._best is None or robust > self._best["robust"]:
             self._best = {"step": step, "robust": robust}
-            self._checkpoints.save_best(state.eval_params, self._values(step))
+            self._checkpoints.save_best(self._evaluated(state), self._values(step))
         self._logged = time.monotonic()
         if not self._validated:  # this one has compiled its programs
             self._progress.discount(self._logged - began)
             self._validated = True
+
+    def _evaluated(self, state: TrainState) -> Any:
+        return state.weights(evaluated_weights(self._config))
 
     def _values(self, step: int) -> dict[str, Any]:
         data = self._setup.train_set
@@ -280,13 +283,14 @@ def _tested_weights(
     setup: Setup, state: TrainState, checkpoints: Checkpoints
 ) -> tuple[Any, dict[str, Any]]:
     """The weights for the final evaluation, and what its records say of them."""
+    evaluated = state.weights(evaluated_weights(setup.config))
     if setup.config.eval.checkpoint == "best":
-        restored = checkpoints.restore_best(state.eval_params, setup.mesh)
+        restored = checkpoints.restore_best(evaluated, setup.mesh)
         if restored is not None:
             params = sharding.replicate(restored[0], setup.mesh)
             return params, {"checkpoint": "best", "step": restored[1]}
         logging.warning("no best checkpoint can be read; testing the last weights instead")
-    params = sharding.replicate(state.eval_params, setup.mesh)
+    params = sharding.replicate(evaluated, setup.mesh)
     return params, {"checkpoint": "last", "step": int(state.step)}
 
 

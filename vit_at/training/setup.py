@@ -147,7 +147,7 @@ def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> Trai
         params = weights.from_timm(_pretrained(config.model.pretrained), model)
     else:
         params = jax.jit(functools.partial(models.init_params, model))(key)
-    state = init_state(params, optimizer, ema=config.ema_decay > 0)
+    state = init_state(params, optimizer, ema=config.ema_decay > 0, swa=config.swa_epochs > 0)
     return sharding.distribute(state, setup.mesh, config.sharding)
 
 

@@ -36,31 +36,37 @@ Array = jax.Array
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """What a checkpoint holds. step: updates done; ema: averaged parameters, or None."""
+    """What a checkpoint holds.
+
+    step: updates done; ema, swa: parameters averaged exponentially, and equally, or None.
+    """
 
     step: Array
     params: Any
     opt_state: Any
     ema: Any
+    swa: Any = None
 
-    @property
-    def eval_params(self) -> Any:
-        """The parameters to evaluate: the averaged ones where there are any."""
-        return self.params if self.ema is None else self.ema
+    def weights(self, name: str) -> Any:
+        """The parameters by name: raw, ema or swa."""
+        return {"raw": self.params, "ema": self.ema, "swa": self.swa}[name]
 
     @property
     def trees(self) -> dict[str, Any]:
         """Everything but the step, by name: what a checkpoint stores under the step."""
-        trees = {"params": self.params, "opt_state": self.opt_state, "ema": self.ema}
+        trees = {"params": self.params, "opt_state": self.opt_state}
+        trees |= {"ema": self.ema, "swa": self.swa}
         return {name: tree for name, tree in trees.items() if tree is not None}
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, ema: bool, swa: bool = False
+) -> TrainState:
     """The state before the first step."""
-    average = jax.tree.map(jnp.copy, params) if ema else None
+    averages = [jax.tree.map(jnp.copy, params) if on else None for on in (ema, swa)]
     # Jitted as one program: eagerly, each shape of a parameter would compile its own.
     opt_state = jax.jit(optimizer.init)(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, average)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, *averages)
 
 
 class Step(NamedTuple):
@@ -145,7 +151,7 @@ def train_step(
     }
     if masking.ard or masking.prm:
         metrics["keep_probability"] = keep_probability(masking, progress)
-    state = _update(state, gradient, step.optimizer, config.ema_decay)
+    state = _update(step, state, gradient)
     one = jnp.ones((), jnp.int32)  # the metrics' merge is the mean over steps
     averages = {name: Average(metrics[name], one) for name in sorted(metrics)}
     return _laid_out(step, state, config.sharding), Collection.create_collection(**averages)
@@ -264,8 +270,14 @@ def _mean_over_parts(function, parts):
     return jax.tree.map(lambda x: x / count, total)
 
 
-def _update(state, gradient, optimizer, ema_decay):
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+def _update(step, state, gradient):
+    updates, opt_state = step.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
-    return TrainState(state.step + 1, params, opt_state, ema)
+    ema, swa, done = state.ema, state.swa, state.step + 1
+    if ema is not None:
+        ema = optax.incremental_update(params, ema, 1 - step.config.ema_decay)
+    if swa is not None:  # of n weights so far, from the last swa_epochs; before them, the weights
+        first = (step.config.epochs - step.config.swa_epochs) * step.steps_per_epoch
+        share = 1 / jnp.maximum(1.0, done - first)
+        swa = optax.incremental_update(params, swa, share)
+    return TrainState(done, params, opt_state, ema, swa)
