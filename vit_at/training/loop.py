@@ -238,15 +238,13 @@ class Loop:
         self._writer.write(step, {"epoch": epoch} | values)
         line = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
         self._progress.say(f"epoch {epoch:g}: validation {line}")
-        found = self._best and metrics.overfitted(
-            robust, self._best["robust"], self._setup.train_set.num_classes
-        )
-        if found:
+        best, classes = self._best, self._setup.train_set.num_classes
+        if best is not None and (found := metrics.overfitted(robust, best["robust"], classes)):
             self._progress.say(f"warning: {found}")
             self._stopped = self._config.eval.stop_if_overfitted
             if self._stopped:
-                self._progress.say(f"stopping; the best weights are of step {self._best['step']}")
-        if self._best is None or robust > self._best["robust"]:
+                self._progress.say(f"stopping; the best weights are of step {best['step']}")
+        if best is None or robust > best["robust"]:
             self._best = {"step": step, "robust": robust}
             self._checkpoints.save_best(self._evaluated(state), self._values(step))
         self._logged = time.monotonic()
