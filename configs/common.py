@@ -89,6 +89,8 @@ def _smoke(config: ConfigDict) -> None:
     config.data.train_split, config.data.test_split = "train[:160]", "test[:48]"
     config.data.from_images, config.data.transform = "", "squash"
     config.data.validation_examples = 32
+    if config.data.extra.name:
+        config.data.extra.name, config.data.extra.split = "digits", "train[160:320]"
     config.data.image_size, config.model.patch_size = 16, 4
     config.model.embed_dim, config.model.depth, config.model.num_heads = 32, 2, 2
     _scratch(config)

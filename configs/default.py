@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 64  # images per update, over all devices
     config.accumulate_steps = 1  # micro-batches per update; the result does not depend on it
     config.ema_decay = 0.0  # of the averaged weights that are evaluated; 0: no averaging
+    config.swa_epochs = 0.0  # the weights of these last epochs are averaged equally; 0: none
     config.log_every_steps = 10  # steps between two lines of metrics.jsonl
 
     config.model = model = ConfigDict()  # the network, and the weights that it starts from
@@ -62,6 +63,11 @@ def get_config() -> ConfigDict:
     data.cache_gib = 4.0  # decoded sets up to this size stay in memory, larger ones are streamed
     data.threads = 0  # that read and decode; 0: one per core
 
+    data.extra = extra = ConfigDict()  # a second source that every batch holds images of
+    extra.name = ""  # 'npz:FILE' of images and labels, or as data.name; '': none
+    extra.split = "train"  # of a source that has splits
+    extra.fraction = 0.0  # share of a batch, such as 0.7
+
     config.mixing = mixing = ConfigDict()  # mixup and CutMix before the attack; natural, AT only
     mixing.probability = 0.3  # that a batch is mixed at all
     mixing.mixup_alpha = 0.8  # Beta(alpha, alpha) of mixup; 0: never
@@ -73,8 +79,14 @@ def get_config() -> ConfigDict:
     threat.eps = 8 / 255  # radius of the ball
     threat.step_size = 2 / 255  # of one attack step
     threat.steps = 10  # of the training attack
-    threat.start = "random"  # random (AT: uniform; TRADES, MART: tiny Gaussian) or zero
+    threat.start = (
+        "random"  # random (TRADES, MART: tiny), zero, or noise (N-FGSM: 2 eps, unclipped)
+    )
     threat.eps_warmup_epochs = 0.0  # eps and step size grow linearly from 0 over these
+
+    config.awp = weights = ConfigDict()  # adversarial weight perturbation (Wu et al. 2020)
+    weights.gamma = 0.0  # its size, as a share of each weight's norm, such as 0.005; 0: off
+    weights.warmup_epochs = 0.0  # epochs before it begins
 
     config.masking = masking = ConfigDict()  # ARD and PRM, the paper's two methods
     masking.ard = False  # attention random dropping
@@ -90,6 +102,7 @@ def get_config() -> ConfigDict:
     optimizer.b1 = 0.9  # of AdamW: decay of the mean gradient
     optimizer.b2 = 0.999  # of AdamW: decay of the mean squared gradient
     optimizer.weight_decay = 1e-4  # on all parameters
+    optimizer.layer_decay = 1.0  # factor on the rate from a layer to the one below; 1: one rate
     optimizer.clip_norm = 1.0  # global gradient norm, before weight decay; 0: no clipping
     optimizer.schedule = "step"  # step, cosine, cyclic or constant
     optimizer.drop_before_end = (5.0, 2.0)  # step: the rate falls this many epochs before the end
@@ -99,10 +112,12 @@ def get_config() -> ConfigDict:
     config.eval = evaluation = ConfigDict()  # what is measured, when and on what
     evaluation.every_epochs = 1  # between robust validations, also at the end; 0: never
     evaluation.validation_attack = "pgd-10"  # what validation runs beside clean accuracy
+    evaluation.stop_if_overfitted = False  # end where robust validation halves: keep the best
     evaluation.attacks = "clean,cw-20,pgd-20,pgd-100,autoattack"  # on the test split at the end
     evaluation.num_examples = 0  # test images used; 0: all
     evaluation.batch_size = 256  # over all devices
     evaluation.checkpoint = "best"  # which weights are tested: best (on validation) or last
+    evaluation.weights = ""  # raw, ema or swa; '': averaged ones where there are any
     evaluation.threat = ball = ConfigDict()  # the attacks' ball; '' and 0: as in training
     ball.norm = ""  # linf, l2 or l1; if not that of training, set eps and step_size too
     ball.eps = 0.0  # radius of the ball

@@ -56,7 +56,8 @@ def cost_of(config: ConfigDict) -> Cost:
     model = build(config, classes, "float32")
     forward = model.forward_flops()
     steps = config.epochs * ((examples - config.data.validation_examples) // batch_size)
-    step = step_flops(config.objective, forward, batch_size, config.threat.steps)
+    awp = config.awp.gamma > 0
+    step = step_flops(config.objective, forward, batch_size, config.threat.steps, awp=awp)
     return Cost(count_parameters(model), steps, forward, step)
 
 

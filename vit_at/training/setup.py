@@ -5,6 +5,7 @@ Every mistake in a configuration is refused here, before the first file is writt
 
 import functools
 import json
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from vit_at import models, weights
 from vit_at.attacks import Threat
 from vit_at.config import MAX_STEPS, evaluation_threat
 from vit_at.data import augment, own, pipeline, sources
+from vit_at.data.extra import PREFIX, Extra, open_npz
 from vit_at.data.sources import Examples
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
@@ -46,6 +48,7 @@ class Setup(NamedTuple):
     test_set: Examples
     model: Any
     steps_per_epoch: int
+    extra: Extra | None = None
 
     @property
     def total_steps(self) -> int:
@@ -57,6 +60,8 @@ class Setup(NamedTuple):
         """The configuration and the training images as JSON values: what checkpoints belong to."""
         config = json.loads(json.dumps(self.config.to_dict()))
         data = {"name": self.train_set.name, "images": len(self.train_set)}
+        if self.extra is not None:
+            data |= {"extra": self.extra.examples.name, "extra_images": len(self.extra.examples)}
         return {"config": config, "data": data}
 
     @classmethod
@@ -90,7 +95,8 @@ class Setup(NamedTuple):
         test_set = sources.load(data, data.test_split, threads=threads)
         test_set = select(test_set, config.eval.num_examples)
         sources.check_splits(data, everything, test_set)
-        return cls(config, mesh, train_set, held_out, test_set, model, steps_per_epoch)
+        extra = _extra(config, train_set)
+        return cls(config, mesh, train_set, held_out, test_set, model, steps_per_epoch, extra)
 
 
 def resolve(config: ConfigDict, mesh: Mesh) -> ConfigDict:
@@ -105,6 +111,31 @@ def resolve(config: ConfigDict, mesh: Mesh) -> ConfigDict:
     objectives.check(config)
     config.dtype = models.training_dtype(config, sharding.platform(mesh))
     return config.lock()
+
+
+def _extra(config: ConfigDict, train_set: Examples) -> Extra | None:
+    """The set of ``data.extra``, of the classes and image size of the training set; None: none."""
+    options = config.data.extra
+    if not options.name:
+        return None
+    count = round(options.fraction * config.batch_size)
+    if not 0 < count < config.batch_size:
+        raise UserError(
+            f"data.extra.fraction is {options.fraction:g}, or {count} of the {config.batch_size} "
+            "images of a batch; at least one must be extra and one not, such as by 0.7"
+        )
+    if options.name.startswith(PREFIX):
+        path = pathlib.Path(options.name.removeprefix(PREFIX)).expanduser()
+        return Extra(open_npz(path, train_set), count)
+    data = config.data.copy_and_resolve_references().unlock()
+    data.name, data.cache_gib = options.name, 0.0
+    found = sources.load(data, options.split)
+    if found.class_names != train_set.class_names:
+        raise UserError(
+            f"data.extra.name is '{options.name}', whose classes differ from those of "
+            f"'{config.data.name}'; choose a set with the same class names"
+        )
+    return Extra(found, count)
 
 
 def _check_evaluation(config: ConfigDict) -> None:
@@ -122,7 +153,7 @@ def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> Trai
         params = weights.from_timm(_pretrained(config.model.pretrained, config.data), model)
     else:
         params = jax.jit(functools.partial(models.init_params, model))(key)
-    state = init_state(params, optimizer, ema=config.ema_decay > 0)
+    state = init_state(params, optimizer, ema=config.ema_decay > 0, swa=config.swa_epochs > 0)
     return sharding.distribute(state, setup.mesh, config.sharding)
 
 

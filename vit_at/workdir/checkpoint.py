@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from vit_at import models
-from vit_at.config import differences, with_added
+from vit_at.config import differences, evaluated_weights, with_added
 from vit_at.distributed import processes, sharding
 from vit_at.errors import UserError
 from vit_at.models import build
@@ -229,7 +229,10 @@ class Trained(NamedTuple):
 
 
 def load_trained(workdir: str | epath.Path, which: str, dtype: str = "float32") -> Trained:
-    """The ``best`` or ``last`` weights of a work directory (the averaged ones, if any).
+    """The weights of a work directory.
+
+    which: of ``config.CHECKPOINTS``; 'last' are those that the run evaluates, such as the averaged
+      ones, 'last-raw', 'last-ema' and 'last-swa' those of this name.
 
     Raises:
       UserError: no work directory, no such checkpoint, or a corrupt one.
@@ -237,16 +240,26 @@ def load_trained(workdir: str | epath.Path, which: str, dtype: str = "float32") 
     workdir = epath.Path(workdir)
     config = read_config(workdir)
     mesh = sharding.make_mesh()
-    series = Series(workdir / "checkpoints" / which, None, read_only=True)
-    step = series.latest_step() if (workdir / "checkpoints" / which).exists() else None
+    kind, _, average = which.partition("-")
+    series = Series(workdir / "checkpoints" / kind, None, read_only=True)
+    step = series.latest_step() if (workdir / "checkpoints" / kind).exists() else None
     if step is None:
         raise UserError(f"{workdir} holds no '{which}' checkpoint yet; train it first")
     try:
         values = series.values(step)
         model = build(config, values["num_classes"], dtype)
         shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
-        name = "ema" if "ema" in values["fingerprints"] else "params"
+        # The best weights are stored alone, whichever they are.
+        average = "raw" if kind == "best" else average or evaluated_weights(config)
+        name = "params" if average == "raw" else average
+        if name not in values["fingerprints"]:
+            raise UserError(
+                f"{workdir} has no averaged weights '{name}'; set ema_decay or swa_epochs in "
+                "training, or use --checkpoint=last"
+            )
         params = series.restore(step, {name: shapes}, mesh)[name]
+    except UserError:
+        raise
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
