@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from vit_at.attacks.norms import NORMS
 from vit_at.cli import add_process_arguments, join_processes
-from vit_at.config import CHOICES
+from vit_at.config import CHECKPOINTS
 from vit_at.configs import default
 from vit_at.console import quiet_logging
 from vit_at.data import sources
@@ -246,8 +246,8 @@ def _check_arguments(given: dict[str, Any]) -> None:
         fits = isinstance(given[name], kind) and not isinstance(given[name], bool)
         if not fits:
             raise UserError(f"{name} is {given[name]!r}; it must be {words}")
-    if given["checkpoint"] not in CHOICES["eval.checkpoint"]:
-        choices = " or ".join(CHOICES["eval.checkpoint"])
+    if given["checkpoint"] not in CHECKPOINTS:
+        choices = ", ".join(CHECKPOINTS)
         raise UserError(f"checkpoint is '{given['checkpoint']}'; it must be {choices}")
     for name in ("num_heads", "image_size"):
         if given[name] < 0:
@@ -283,7 +283,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_heads", type=int, default=0, help="of weights that are as wide as no known model")
     add("--function", default="", metavar="MODULE:NAME", help="of images [B, H, W, C] to logits")
     add("--attacks", default="clean,pgd-20", help="comma-separated: clean, pgd-N, cw-N, autoattack")
-    add("--checkpoint", default="best", choices=("best", "last"))
+    add("--checkpoint", default="best", choices=CHECKPOINTS)
     add("--data", default="", help="name of a data set, as in a recipe; default: that of the run")
     add("--data_dir", default="", help="of TFDS, or the one that holds folder:NAME")
     add("--split", default="", help="such as test or test[:1000]; default: the configuration's")

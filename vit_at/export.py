@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from vit_at.config import CHECKPOINTS
 from vit_at.console import quiet_logging
 from vit_at.errors import Parser, one_sentence_errors
 from vit_at.reporting.exported import export_workdir
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add = parser.add_argument
     add("source", metavar="WORKDIR", help="of 'vit-at train', or a name as in vit_at.load")
-    add("--checkpoint", choices=("best", "last"), default="best")
+    add("--checkpoint", choices=CHECKPOINTS, default="best")
     add("--output", default="", metavar="DIR", help="default: WORKDIR/export")
     add("--images", type=int, default=0, metavar="N", help="add the first N test images")
     add("--data_dir", default="", help="of the images: TFDS, or the one that holds folder:NAME")
