@@ -124,19 +124,14 @@ def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> Trai
 def _pretrained(source: str, data: ConfigDict) -> dict[str, np.ndarray]:
     """{timm name: array} of a work directory, or of a source that ``weights.read`` takes.
 
-    A file's own normalisation is not used, as a run normalises by ``data``; a warning says so.
+    A file's own normalisation is not used, as a run normalises by ``data``; a message says so.
     """
     workdir = epath.Path(source)
     if source.startswith(weights.HUB_PREFIX) or not (workdir / CONFIG_FILE).exists():
         loaded = weights.read(source)
-        if loaded.mean and not np.allclose(
-            (loaded.mean, loaded.std), (data.mean, data.std), 0, 1e-3
-        ):
-            logging.warning(
-                "the weights were trained with the normalisation of their file, and this run uses "
-                "data.mean %s and data.std %s; set these to the file's to keep it",
-                data.mean,
-                data.std,
+        if own := loaded.mean + loaded.std:
+            logging.info(
+                "this run normalises by %s, the weights' file by %s", data.mean + data.std, own
             )
         return loaded.arrays
     which = "best" if (workdir / "checkpoints" / "best").exists() else "last"
