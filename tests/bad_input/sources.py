@@ -96,6 +96,17 @@ CASES = {
     "weights of other classes than the data": file(
         "digits.* has 10 classes, but the model 3", "--num_heads=2", "--data=digits"
     ),
+    "an export as weights": Case(
+        ["evaluate", "--weights=.", MODEL],
+        "an export or a work directory.*run 'vit-at evaluate .', without",
+        lambda folder: (folder / "model.json").write_text("{}"),
+    ),
+    "a run from an export, with the scale of its attention": Case(
+        ["train", "digits_sgd:smoke", "--config.model.pretrained=.", "--config.model.qk_scale=0.1"],
+        "an export, which has its attention scale in its weights.*set --config.model.qk_scale=0",
+        lambda folder: (folder / "model.json").write_text("{}"),
+        slow=True,
+    ),
     "unknown data": file("TFDS has no data set 'cifar11'", "--num_heads=2", "--data=cifar11"),
     "results below a file": file(
         "its path is a file: choose another --workdir",

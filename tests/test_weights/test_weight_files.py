@@ -19,6 +19,7 @@ from vit_at.configs import default
 from vit_at.errors import UserError
 from vit_at.training import setup
 from vit_at.weights.files import HUB_FILE
+from vit_at.weights.forms import NESTINGS
 
 MODEL = models.create(
     "deit_tiny_patch16_224",
@@ -213,7 +214,7 @@ def test_timms_config_beside_a_file_of_the_hub_gives_the_normalisation(tmp_path,
         assert weights.read(tmp_path).mean == ()
 
 
-@pytest.mark.parametrize("wrapper", ["", "model", "state_dict"])
+@pytest.mark.parametrize("wrapper", ["", *NESTINGS])
 def test_pth(wrapper, tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     values = VALUES

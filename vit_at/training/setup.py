@@ -30,6 +30,7 @@ from vit_at.training import objectives
 from vit_at.training.masking import Masking
 from vit_at.training.step import Step, TrainState, init_state, train_step
 from vit_at.workdir.checkpoint import load_trained
+from vit_at.workdir.exported import DESCRIPTION_FILE
 from vit_at.workdir.files import CONFIG_FILE
 
 StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Collection]]
@@ -114,6 +115,12 @@ def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> Trai
     config, model = setup.config, setup.model
     key = jax.random.key(config.seed)
     if config.model.pretrained:
+        source, scale = config.model.pretrained, config.model.qk_scale
+        if scale and (epath.Path(source) / DESCRIPTION_FILE).exists():
+            raise UserError(
+                f"model.pretrained is {source}, an export, which has its attention scale in its "
+                f"weights, and model.qk_scale is {scale:g}; set --config.model.qk_scale=0"
+            )
         params = weights.from_timm(_pretrained(config.model.pretrained, config.data), model)
     else:
         params = jax.jit(functools.partial(models.init_params, model))(key)
