@@ -14,7 +14,9 @@ import pytest
 import safetensors.numpy
 
 from vit_at import models, weights
+from vit_at.configs import default
 from vit_at.errors import UserError
+from vit_at.training import setup
 from vit_at.weights.files import HUB_FILE
 
 MODEL = models.create(
@@ -185,6 +187,21 @@ def test_pth_without_torch(tmp_path, monkeypatch):
     (tmp_path / "w.pth").write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
     with pytest.raises(UserError, match=r"needs PyTorch.*pip install torch"):
         weights.load(tmp_path / "w.pth")
+
+
+def test_a_run_starts_from_the_forms_that_load_reads(tmp_path, caplog):
+    mean, std = (np.full((1, 3, 1, 1), value, np.float32) for value in (0.5, 0.2))
+    named = {f"model.module.{name}": value for name, value in VALUES.items()}
+    named |= {"normalize.mean": mean, "normalize.std": std}
+    (tmp_path / "checkpoint_40").write_bytes(safetensors.numpy.save(named))
+    source, data = str(tmp_path / "checkpoint_40"), default.get_config().data
+    assert_same(setup._pretrained(source, data), VALUES)
+    assert "set these to the file's to keep it" in caplog.text
+    caplog.clear()
+    data = data.copy_and_resolve_references().unlock()
+    data.mean, data.std = (0.5,) * 3, (0.2,) * 3
+    assert_same(setup._pretrained(source, data), VALUES)
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("wrapper", ["", "model", "state_dict"])
