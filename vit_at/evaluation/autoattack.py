@@ -96,6 +96,8 @@ def evaluate_autoattack(
 
 def _ledger_name(attack: Attack, examples: Examples, seed: int, digest: str) -> str:
     """A directory name that is unique to the evaluation."""
-    data = re.sub(r"[^a-z0-9.]+", "-", examples.name.lower()).strip("-")
+    transform = "" if examples.transform == "squash" else examples.transform
+    data = " ".join([examples.name, transform, examples.ids]).lower()
+    data = re.sub(r"[^a-z0-9.]+", "-", data).strip("-")
     threat = f"{attack.threat.norm}_{float(attack.threat.eps)!r}"
     return f"{attack.version}_{threat}_{data}_{len(examples)}_seed{seed}_{digest}"

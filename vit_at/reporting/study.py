@@ -192,10 +192,12 @@ class Column:
     step_size: float | None
     restarts: int | None
     union: str | None
+    transform: str
+    ids: str | None
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Column":
-        fields = {"attack": record["attack"]} | record["protocol"]
+        fields = {"attack": record["attack"], "transform": "squash"} | record["protocol"]
         own: dict[str, Any] = {f.name: fields.get(f.name) for f in dataclasses.fields(cls)}
         for name in ("eps", "step_size"):
             own[name] = own[name] and round(own[name], 9)
@@ -217,6 +219,8 @@ class Column:
             "num_examples": f"{self.num_examples} images",
             "data": self.data,
             "union": self.union,
+            "transform": self.transform,
+            "ids": f"images of {self.ids}" if self.ids else "all images",
         }
         differing = [w for f, w in words.items() if len({getattr(o, f) for o in same}) > 1]
         return ", ".join(parts + [word for word in differing if word])
