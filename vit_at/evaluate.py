@@ -25,7 +25,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from vit_at.attacks.norms import NORMS
+from vit_at.attacks import NORMS
 from vit_at.cli import add_process_arguments, join_processes
 from vit_at.config import CHOICES
 from vit_at.configs import default
