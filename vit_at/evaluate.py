@@ -238,6 +238,8 @@ def _check_arguments(given: dict[str, Any]) -> None:
     for name, parameter in inspect.signature(evaluate).parameters.items():
         kind, words = _TYPES.get(parameter.annotation, _PATH)
         fits = isinstance(given[name], kind) and not isinstance(given[name], bool)
+        if isinstance(given[name], (tuple, list)):
+            fits = all(isinstance(number, (int, float)) for number in given[name])
         if not fits:
             raise UserError(f"{name} is {given[name]!r}; it must be {words}")
     if given["checkpoint"] not in CHOICES["eval.checkpoint"]:
