@@ -25,7 +25,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from vit_at.attacks.norms import NORMS
+from vit_at.attacks import NORMS
 from vit_at.cli import add_process_arguments, join_processes
 from vit_at.config import CHECKPOINTS
 from vit_at.configs import default
@@ -244,6 +244,8 @@ def _check_arguments(given: dict[str, Any]) -> None:
     for name, parameter in inspect.signature(evaluate).parameters.items():
         kind, words = _TYPES.get(parameter.annotation, _PATH)
         fits = isinstance(given[name], kind) and not isinstance(given[name], bool)
+        if isinstance(given[name], (tuple, list)):
+            fits = all(isinstance(number, (int, float)) for number in given[name])
         if not fits:
             raise UserError(f"{name} is {given[name]!r}; it must be {words}")
     if given["checkpoint"] not in CHECKPOINTS:

@@ -118,7 +118,7 @@ def line_chart(
             else:
                 bars = 100 * np.asarray(error) if percent else error
                 axes.errorbar(xs, scaled, bars, label=name, capsize=2, elinewidth=1, **look)
-        axes.set(xlabel=x, ylabel="%" if percent else "")
+        axes.set(xlabel=x, ylabel="% correct" if percent else "")
         if percent:
             axes.set_ylim(0, max(5.0, 1.04 * axes.dataLim.y1))
         if log:
@@ -149,7 +149,8 @@ def _eps_axis(axes: Any, sizes: Sequence[float]) -> None:
         if new - place > _APART:
             shown.append(size)
             place = new
-    axes.set_xticks(shown, [in_255ths(size) if size else "0" for size in shown])
+    fractions = all("/255" in in_255ths(size) for size in positive)
+    axes.set_xticks(shown, [in_255ths(s) if fractions and s else f"{s:.4g}" for s in shown])
 
 
 def heat_map(

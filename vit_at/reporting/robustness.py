@@ -83,7 +83,7 @@ def over_eps(title: str, curves: Mapping[str, EpsCurve]) -> pictures.Chart:
     """Named curves of accuracy over eps in one norm, with standard errors."""
     lines = {name: (curve.eps, curve.accuracy.tolist()) for name, curve in curves.items()}
     errors = {name: curve.standard_error.tolist() for name, curve in curves.items()}
-    (norm,) = {curve.norm for curve in curves.values()}
+    norm = _NORMS[next(iter(curves.values())).norm]
     look: dict[str, Any] = {"percent": True, "marked": True, "eps": True}
     return pictures.line_chart(title, lines, x=f"{norm} eps", errors=errors, **look)
 
@@ -96,7 +96,7 @@ def stored_curves(runs: Mapping[str, Run]) -> Section | None:
     found: dict[str, dict[str, EpsCurve]] = {}
     for name, run in runs.items():
         for curve in run.eps_curves():
-            title = f"{attack_name(curve.attack)}, {curve.norm}"
+            title = f"{attack_name(curve.attack)}, {_NORMS[curve.norm]}"
             found.setdefault(title, {})[name] = curve
     if not found:
         return None
@@ -124,6 +124,6 @@ def transfers(matrices: Sequence[Matrix]) -> Section | None:
 def transfer_map(matrix: Matrix) -> pictures.Chart:
     """The heat map of a transfer matrix."""
     threat = matrix.protocol
-    title = f"{attack_name(matrix.attack)}, {threat['norm']} eps {in_255ths(threat['eps'])}"
+    title = f"{attack_name(matrix.attack)}, {_NORMS[threat['norm']]} eps {in_255ths(threat['eps'])}"
     ends = {"rows": "images made for", "columns": "classified by"}
     return pictures.heat_map(title, matrix.names, matrix.accuracy, matrix.standard_error, **ends)

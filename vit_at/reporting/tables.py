@@ -13,6 +13,7 @@ from etils import epath
 
 from vit_at.evaluation.transfer import Matrix, matrices
 from vit_at.reporting import robustness
+from vit_at.reporting.study import attack_name
 from vit_at.workdir.files import write_atomically
 from vit_at.workdir.outcomes import eps_curves
 from vit_at.workdir.results import Results
@@ -26,7 +27,8 @@ def write(results: Results, records: Sequence[dict[str, Any]]) -> list[epath.Pat
     directory = results.workdir / CURVES_DIRECTORY
     for curve in eps_curves(results.measured(records)):
         path = directory / f"{curve.attack}_{curve.norm}"
-        chart = robustness.over_eps("", {"": curve})
+        title = f"{attack_name(curve.attack)}, {curve.robust.shape[1]} images"
+        chart = robustness.over_eps(title, {"": curve})
         written.append(_write(path, curve.csv(), chart.png()))
     for matrix in matrices([r for r in records if "transfer" in r["protocol"]]):
         threat = matrix.protocol
