@@ -112,7 +112,11 @@ def shorten_autoattack(monkeypatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize("page", [p for p in PAGES if any(map(of_others, blocks(p, "python")))])
+@pytest.mark.parametrize(
+    "page",
+    [p for p in PAGES if any(map(of_others, blocks(p, "python")))],
+    ids=lambda page: page.stem,
+)
 def test_blocks_of_pytorch_run_in_the_order_of_their_page(page, monkeypatch):
     """Those whose packages are installed, and the official AutoAttack's under either name."""
     pytest.importorskip("torch")

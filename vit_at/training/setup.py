@@ -169,7 +169,7 @@ def _pretrained(source: str, data: ConfigDict) -> dict[str, np.ndarray]:
 
     A file's own normalisation is not used, as a run normalises by ``data``; a message says so.
     """
-    if registry.is_packaged(source):
+    if source.isidentifier():  # a packaged model's name, unless a directory has it
         source = str(registry.place(source))
     workdir = epath.Path(source)
     if source.startswith(weights.HUB_PREFIX) or not is_workdir(workdir):

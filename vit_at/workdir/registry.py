@@ -85,11 +85,6 @@ def place(source: str | epath.PathLike) -> epath.Path:
     )
 
 
-def is_packaged(source: str) -> bool:
-    """Whether a source stands for a packaged model."""
-    return source in NAMES and not epath.Path(source).exists()
-
-
 def read(directory: epath.Path, checkpoint: str = "best") -> Trained:
     """The weights of an export or a work directory; checkpoint: of a work directory.
 
