@@ -4,7 +4,7 @@ model.safetensors    the weights, with the names of timm 1.x
 model.json           how timm builds the model, the normalisation, the training configuration, and
                      the results in the fields of RobustBench's ``model_info``
 load.py              gives the model in PyTorch, with the normalisation inside
-config.json          timm's, for ``timm.create_model("local-dir:...")``; not with a conv stem
+config.json          timm's, for ``timm.create_model("local-dir:...")``, if timm builds this model
 README.md            a model card
 images.safetensors   if asked for: test images and their labels
 model.stablehlo      if asked for: the whole classifier, for JAX without this package
@@ -28,7 +28,13 @@ from vit_at.config import differences, with_added
 from vit_at.errors import UserError
 from vit_at.evaluation.protocol import weights_digest
 from vit_at.reporting.extras import IMAGES_FILE, STABLEHLO_FILE, program, test_images
-from vit_at.reporting.for_timm import conv_stem, fold_scale, timm_arguments, timm_config
+from vit_at.reporting.for_timm import (
+    conv_stem,
+    fold_scale,
+    is_timms,
+    timm_arguments,
+    timm_config,
+)
 from vit_at.reporting.model_card import model_card
 from vit_at.reporting.outputs import check_directory
 from vit_at.schema import is_regular, read_json
@@ -93,12 +99,12 @@ def _contents(
     """{name: content} of all files, ``model.json`` last."""
     state_dict = fold_scale(weights.to_timm(params, model, names="1.x"), model)
     tensors = safetensors.numpy.save(state_dict, metadata={"format": "pt"})
-    stem = conv_stem(model)
     description = metadata | {
         "timm": {
             "create_model": timm_arguments(model, metadata["architecture"]),
             "layer_norm_eps": model.norm_eps,
-            "conv_stem": stem,  # of these widths, which timm has not: load.py adds it
+            "conv_stem": conv_stem(model),  # load.py adds it
+            "complete": is_timms(model),  # whether create_model alone gives the model
         },
         "image_size": model.image_size,
         "patch_size": model.patch_size,
@@ -108,7 +114,7 @@ def _contents(
         described = {"file": IMAGES_FILE, "sha256": sha256(extras[IMAGES_FILE])}
         description["images"] = described
     contents = {WEIGHTS_FILE: tensors, LOADER_FILE: _LOADER.read_bytes()} | extras
-    if stem is None:
+    if is_timms(model):
         contents[TIMM_FILE] = _as_json(timm_config(model, metadata))
     contents[CARD_FILE] = model_card(description).encode(errors="replace")
     description["files"] = {name: sha256(content) for name, content in contents.items()}

@@ -1,7 +1,8 @@
 """What timm must be told to build an exported model.
 
 timm_arguments   the arguments of ``timm.create_model``
-conv_stem        what timm has no argument for
+conv_stem        the widths of a stem that timm has not
+is_timms         whether these arguments alone give the model
 timm_config      ``config.json``, for ``timm.create_model("local-dir:PATH", pretrained=True)``
 fold_scale       the attention's scale inside the weights, as timm's is fixed
 """
@@ -51,8 +52,14 @@ def conv_stem(model: Any) -> list[int] | None:
     return conv_widths(model.patch_size, model.embed_dim)
 
 
+def is_timms(model: Any) -> bool:
+    """Whether timm builds the model itself: no convolutional stem, and timm's LayerNorm eps."""
+    eps = 1e-5 if isinstance(model, SwinTransformer) else 1e-6
+    return conv_stem(model) is None and model.norm_eps == eps
+
+
 def timm_config(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
-    """timm's ``config.json``, for a model without a convolutional stem.
+    """timm's ``config.json``, for a model that timm builds itself.
 
     metadata: of ``reporting.exported.export``.
     """

@@ -22,8 +22,8 @@ _BY_TIMM = (
     "the normalisation."
 )
 _NOT_BY_TIMM = (
-    "The model has a convolutional stem, which timm has not; `load.py` builds it from timm's "
-    "pieces."
+    "timm has no such model, as its stem is convolutional or its LayerNorm has another eps; "
+    "`load.py` builds it from timm's pieces."
 )
 
 
@@ -47,7 +47,7 @@ def model_card(about: dict[str, Any]) -> str:
         f"Images are {about['image_size']} x {about['image_size']} pixels in [0, 1]; they are "
         "normalised before the model, and eps is in pixel units before that.",
         _LOADING,
-        _NOT_BY_TIMM if about.get("timm", {}).get("conv_stem") else _BY_TIMM,
+        _BY_TIMM if about.get("timm", {}).get("complete", True) else _NOT_BY_TIMM,
         "## Results",
         _results(about.get("results") or ()),
     ]

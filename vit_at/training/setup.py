@@ -33,8 +33,7 @@ from vit_at.training.masking import Masking
 from vit_at.training.step import Step, TrainState, init_state, train_step
 from vit_at.workdir import registry
 from vit_at.workdir.checkpoint import load_trained
-from vit_at.workdir.exported import DESCRIPTION_FILE
-from vit_at.workdir.files import is_workdir
+from vit_at.workdir.files import DESCRIPTION_FILE, is_workdir
 
 StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Collection]]
 
@@ -152,12 +151,14 @@ def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> Trai
     key = jax.random.key(config.seed)
     if config.model.pretrained:
         source, scale = config.model.pretrained, config.model.qk_scale
+        if source.isidentifier():  # a packaged model's name, unless a directory has it
+            source = str(registry.place(source))
         if scale and (epath.Path(source) / DESCRIPTION_FILE).exists():
             raise UserError(
                 f"model.pretrained is {source}, an export, which has its attention scale in its "
                 f"weights, and model.qk_scale is {scale:g}; set --config.model.qk_scale=0"
             )
-        params = weights.from_timm(_pretrained(config.model.pretrained, config.data), model)
+        params = weights.from_timm(_pretrained(source, config.data), model)
     else:
         params = jax.jit(functools.partial(models.init_params, model))(key)
     state = init_state(params, optimizer, ema=config.ema_decay > 0, swa=config.swa_epochs > 0)
@@ -165,12 +166,10 @@ def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> Trai
 
 
 def _pretrained(source: str, data: ConfigDict) -> dict[str, np.ndarray]:
-    """{timm name: array} of a work directory, a packaged model, or what ``weights.read`` takes.
+    """{timm name: array} of a work directory, or of a source that ``weights.read`` takes.
 
     A file's own normalisation is not used, as a run normalises by ``data``; a message says so.
     """
-    if source.isidentifier():  # a packaged model's name, unless a directory has it
-        source = str(registry.place(source))
     workdir = epath.Path(source)
     if source.startswith(weights.HUB_PREFIX) or not is_workdir(workdir):
         loaded = weights.read(source)
