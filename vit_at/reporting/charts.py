@@ -103,21 +103,10 @@ def _compared_accuracies(runs: Mapping[str, Run]) -> list[str]:
     ]
 
 
-def by_attack(records: Sequence[dict[str, Any]], usual: float) -> Section:
-    """Bars of the accuracy under each attack, and after each attack of AutoAttack's cascade.
-
-    usual: the eps of evaluation; of an attack at several, only this one is drawn if it is there.
-    """
-    sizes: dict[str, set[float]] = {}
-    for record in records:
-        sizes.setdefault(record["attack"], set()).add(record["protocol"].get("eps", 0.0))
-    shown = [
-        record
-        for record in records
-        if record["protocol"].get("eps", usual) == usual or usual not in sizes[record["attack"]]
-    ]
-    bars = {_with_eps(record): {"": [record["accuracy"]]} for record in shown}
-    errors = {_with_eps(record): record["standard_error"] for record in shown}
+def by_attack(records: Sequence[dict[str, Any]]) -> Section:
+    """Bars of the accuracy under each attack, and after each attack of AutoAttack's cascade."""
+    bars = {_with_eps(record): {"": [record["accuracy"]]} for record in records}
+    errors = {_with_eps(record): record["standard_error"] for record in records}
     charts = [pictures.bar_chart("", bars, errors).svg()]
     for record in records:
         if "cascade" in record:

@@ -93,7 +93,7 @@ def single(run: Run) -> str:
     """The page of one run."""
     sections, missing = [], []
     if run.tested:
-        sections.append(charts.by_attack(run.tested, run.ball[1]))
+        sections.append(charts.by_attack(run.main))
         sections += _of_images({"": run}, run.workdir)
     else:
         missing.append(
@@ -185,7 +185,7 @@ def _render(
     source = (_PACKAGED / "report.html").read_text()
     return template.from_string(source).render(
         title=title,
-        headline=headline,
+        headline=headline.replace(" %", "\N{NO-BREAK SPACE}%"),
         tables=tables,
         sections=sections,
         missing=missing,

@@ -140,6 +140,7 @@ def _eps_axis(axes: Any, sizes: Sequence[float]) -> None:
     if positive and positive[-1] > _DECADE * positive[0]:
         axes.set_xscale("symlog", linthresh=positive[0], linscale=0.4)
         axes.minorticks_off()
+        axes.set_xlim(left=-0.3 * positive[0])
     axes.set_xlim(axes.get_xlim())
     left, right = axes.transData.transform([(x, 0) for x in axes.get_xlim()])[:, 0]
     shown: list[float] = []
@@ -149,8 +150,7 @@ def _eps_axis(axes: Any, sizes: Sequence[float]) -> None:
         if new - place > _APART:
             shown.append(size)
             place = new
-    fractions = all("/255" in in_255ths(size) for size in positive)
-    axes.set_xticks(shown, [in_255ths(s) if fractions and s else f"{s:.4g}" for s in shown])
+    axes.set_xticks(shown, [in_255ths(size) for size in shown])
 
 
 def heat_map(

@@ -60,7 +60,7 @@ def compared_headline(members: Sequence[Group], table: Table) -> str:
     ]
     size = f" at {_NORMS[column.norm]} eps {in_255ths(column.eps)}" if column.norm else ""
     return (
-        f"Of {len(trained)} adversarial trainings, {best} is the most robust: "
+        f"Of {len(trained)} adversarial trainings, {best} has the highest robust accuracy: "
         f"{mean_and_deviation(measured[best][column])} % of {column.num_examples} test images "
         f"withstand {attack_name(column.attack)}{size}{''.join(clean[:1])}."
     )
@@ -124,6 +124,7 @@ def transfers(matrices: Sequence[Matrix]) -> Section | None:
 def transfer_map(matrix: Matrix) -> pictures.Chart:
     """The heat map of a transfer matrix."""
     threat = matrix.protocol
-    title = f"{attack_name(matrix.attack)}, {_NORMS[threat['norm']]} eps {in_255ths(threat['eps'])}"
+    size = f"{_NORMS[threat['norm']]} eps {in_255ths(threat['eps'])}"
+    title = f"{attack_name(matrix.attack)}, {size}: % correct"
     ends = {"rows": "images made for", "columns": "classified by"}
     return pictures.heat_map(title, matrix.names, matrix.accuracy, matrix.standard_error, **ends)

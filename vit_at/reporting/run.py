@@ -62,6 +62,20 @@ class Run:
         threat = evaluation_threat(ConfigDict(self.config))
         return threat.norm, threat.eps
 
+    @property
+    def main(self) -> list[dict[str, Any]]:
+        """``tested`` without points of curves: of an attack at several eps, that of evaluation."""
+        sizes: dict[tuple[str, str], set[float]] = {}
+        kinds = [(r["attack"], r["protocol"].get("norm", "")) for r in self.tested]
+        for kind, record in zip(kinds, self.tested, strict=True):
+            sizes.setdefault(kind, set()).add(record["protocol"].get("eps", 0.0))
+        usual = self.ball[1]
+        return [
+            record
+            for kind, record in zip(kinds, self.tested, strict=True)
+            if usual not in sizes[kind] or record["protocol"].get("eps") == usual
+        ]
+
     def eps_curves(self) -> list[EpsCurve]:
         """The curves over eps of ``tested``; none of a run from a study file."""
         if self.workdir is None:

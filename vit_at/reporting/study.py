@@ -174,10 +174,11 @@ def describe(field: str, value: Any) -> str:
 
 
 def attack_name(attack: str) -> str:
-    """'pgd-20' -> 'PGD-20', 'autoattack' -> 'AutoAttack'."""
+    """'pgd-20' -> 'PGD-20', 'autoattack' -> 'AutoAttack', 'pgd-20-union' -> 'PGD-20 union'."""
     if attack == "clean":
         return attack
-    return attack.upper().replace(AUTOATTACK.upper(), "AutoAttack")
+    name = attack.removesuffix("-union").upper().replace(AUTOATTACK.upper(), "AutoAttack")
+    return f"{name} union" if attack.endswith("-union") else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +264,7 @@ def accuracies(group: Group) -> dict[Column, list[float]]:
     """{column: a value for each seed that was measured under its protocol}."""
     found: dict[Column, list[float]] = {}
     for run in group.runs:
-        for record in run.tested:
+        for record in run.main:
             found.setdefault(Column.of(record), []).append(record["accuracy"])
     return found
 

@@ -57,9 +57,10 @@ def threats(protocol: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def in_255ths(value: float) -> str:
-    """0.03137 -> '8/255'; other values as decimals."""
-    scaled = value * 255
-    return f"{round(scaled)}/255" if abs(scaled - round(scaled)) < 1e-6 else f"{value:.4g}"
+    """0.03137 -> '8/255'; other values, and those of few digits such as 0.2, as decimals."""
+    scaled, decimal = value * 255, f"{value:.4g}"
+    fraction = abs(scaled - round(scaled)) < 1e-6 and abs(float(decimal) - value) > 1e-9
+    return f"{round(scaled)}/255" if fraction else decimal
 
 
 def union(parts: Sequence[Measured]) -> np.ndarray:
