@@ -24,7 +24,9 @@ from vit_at.config import differences, with_added
 from vit_at.errors import UserError
 from vit_at.evaluation.protocol import weights_digest
 from vit_at.models.convit import ConViT
+from vit_at.models.convnext import ConvNeXt
 from vit_at.models.swin import STAGES, SwinTransformer
+from vit_at.models.xcit import XCiT
 from vit_at.reporting.model_card import model_card
 from vit_at.reporting.outputs import check_directory
 from vit_at.schema import is_regular, read_json
@@ -110,7 +112,25 @@ def _own_files(directory: epath.Path, metadata: dict[str, Any]) -> set[str]:
 
 
 def timm_arguments(model: Any, name: str) -> dict[str, Any]:
-    """The arguments of timm's ``create_model`` for this model, with its overrides."""
+    """The arguments of timm's ``create_model`` for this model, with its overrides.
+
+    Raises:
+      UserError: timm has no such model.
+    """
+    if isinstance(model, ConvNeXt):
+        if model.stem != "patch" or model.mlp_ratio != 4:
+            raise UserError(
+                f"timm has no {name} with model.stem '{model.stem}' and model.mlp_ratio "
+                f"{model.mlp_ratio:g}, so it can't be exported; those with 'patch' and 4 can"
+            )
+        return {
+            "model_name": name,
+            "num_classes": model.num_classes,
+            "in_chans": model.in_channels,
+            "patch_size": model.patch_size,
+            "depths": list(model.depths),
+            "dims": [model.embed_dim * 2**i for i in range(STAGES)],
+        }
     arguments = {
         "model_name": re.sub("_in2[12]k$|_timm05$", "", name),  # one name for several weights
         "num_classes": model.num_classes,
@@ -127,6 +147,15 @@ def timm_arguments(model: Any, name: str) -> dict[str, Any]:
             "window_size": model.window_size,
         }
     arguments |= {"depth": model.depth, "num_heads": model.num_heads}
+    if isinstance(model, XCiT):
+        if model.patch_size != 2**model.convolutions:
+            raise UserError(
+                f"timm has no {name} with model.patch_size {model.patch_size}, so it can't be "
+                f"exported; one with {2**model.convolutions} can"
+            )
+        arguments["model_name"] = re.sub("(medium|large)_12", r"\1_24", name)  # timm has no such
+        own = {"tokens_norm": model.tokens_norm, "eta": model.layer_scale}
+        return arguments | own | {"embed_dim": model.embed_dim}
     if isinstance(model, ConViT):  # timm counts its width per head
         width = model.embed_dim // model.num_heads
         return arguments | {"embed_dim": width, "local_up_to_layer": model.local_blocks}
