@@ -12,7 +12,7 @@ import runs
 from vit_at import configs, models, weights
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
-from vit_at.models import convnext
+from vit_at.models import convnext, ops
 from vit_at.training.setup import initial_state
 
 WIDTHS = {"patch": 8, "conv": 12}  # of the golden file of each stem
@@ -137,6 +137,31 @@ def test_forward_flops(name, gflop):
     last = [(d // 2, d)] if d < 128 else [(d // 2, d // 4 * 3), (d // 4 * 3, d)]
     added = 112**2 * 27 * d // 2 + 56**2 * (9 * sum(a * b for a, b in last)) - 224**2 * 3 * d
     assert conv.forward_flops() - model.forward_flops() == pytest.approx(2 * added)
+
+
+def test_gradients_of_the_depthwise_convolution():
+    """Against automatic differentiation of its definition, in float64."""
+    keys, size = jax.random.split(jax.random.key(0), 3), 5
+
+    def definition(x, kernel):
+        (_, h, w, _), margin = x.shape, size // 2
+        padded = jnp.pad(x, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
+        places = [(i, j) for i in range(size) for j in range(size)]
+        return sum(padded[:, i : i + h, j : j + w] * kernel[i, j, 0] for i, j in places)
+
+    with jax.enable_x64(True):
+        x = jax.random.normal(keys[0], (2, 5, 4, 3), "float64")
+        kernel = jax.random.normal(keys[1], (size, size, 1, 3), "float64")
+        weight = jax.random.normal(keys[2], x.shape, "float64")
+
+        @functools.partial(quick_jit, static_argnums=0)
+        def results(function, x, kernel):
+            value, vjp = jax.vjp(function, x, kernel)
+            return value, *vjp(weight)
+
+        found, expected = (results(f, x, kernel) for f in (ops.depthwise, definition))
+        for got, wanted in zip(found, expected, strict=True):
+            np.testing.assert_allclose(got, wanted, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -81,8 +81,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, drop: blocks.Drop) -> tuple[jax.Array, None]:
         """x [b, H, W, d]; drop: (key, rate) of stochastic depth, or None."""
-        d, fields = x.shape[-1], conv_fields(self.dtype)
-        y = nn.Conv(d, (7, 7), feature_group_count=d, name="conv_dw", **fields)(x)
+        d = x.shape[-1]
+        y = layers.DepthwiseConv(7, self.dtype, name="conv_dw")(x)
         y = layers.LayerNorm(self.norm_eps, self.dtype, name="norm")(y)
         y = layers.Mlp(int(d * self.mlp_ratio), self.dtype, name="mlp")(y)
         init, weights = nn.initializers.constant(_LAYER_SCALE), layers.param_dtype(self.dtype)

@@ -159,8 +159,7 @@ class LocalInteraction(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, n, d] -> [b, n, d]; the n tokens are a square grid in row-major order."""
         (b, n, d), side = x.shape, round(x.shape[1] ** 0.5)
-        fields = {"dtype": self.dtype, "param_dtype": layers.param_dtype(self.dtype)}
-        depthwise = functools.partial(nn.Conv, d, (3, 3), feature_group_count=d, **fields)
+        depthwise = functools.partial(layers.DepthwiseConv, 3, self.dtype)
         x = ops.gelu(depthwise(name="conv1")(x.reshape(b, side, side, d)))
         x = depthwise(name="conv2")(Affine(self.dtype, name="bn")(x))
         return x.reshape(b, n, d)
