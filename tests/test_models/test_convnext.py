@@ -13,6 +13,7 @@ from vit_at import configs, models, weights
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
 from vit_at.models import convnext, ops
+from vit_at.reporting.exported import timm_arguments
 from vit_at.training.setup import initial_state
 
 WIDTHS = {"patch": 8, "conv": 12}  # of the golden file of each stem
@@ -85,16 +86,21 @@ def test_weights_go_both_ways(stem):
 
 
 def test_weights_load_into_timm():
-    torch, theirs = pytest.importorskip("torch"), pytest.importorskip("timm.models.convnext")
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
     model, params, images = create("patch")
-    dims = [8 * 2**i for i in range(4)]
-    theirs = theirs.ConvNeXt(num_classes=10, depths=(3, 3, 1, 3), dims=dims).eval()
+    theirs = timm.create_model(**timm_arguments(model, "convnext_tiny")).eval()
     state = weights.to_timm(params, model)
-    theirs.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    theirs.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
     with torch.no_grad():
-        batch = torch.from_numpy(np.asarray(images, np.float32).transpose(0, 3, 1, 2).copy())
-        expected = theirs(batch).numpy()
-    np.testing.assert_allclose(expected, golden.arrays("convnext_patch")["logits"], atol=1e-4)
+        batch = torch.tensor(np.asarray(images, np.float32).transpose(0, 3, 1, 2))
+        logits = theirs(batch).numpy()
+    np.testing.assert_allclose(logits, golden.arrays("convnext_patch")["logits"], atol=1e-4)
+
+
+def test_what_timm_has_not_is_not_exported():
+    model, _, _ = create("conv")
+    with pytest.raises(UserError, match="timm has no mine with model.stem 'conv'"):
+        timm_arguments(model, "mine")
 
 
 def test_a_new_head_and_smaller_patches():

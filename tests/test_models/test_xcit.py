@@ -14,6 +14,7 @@ from vit_at import models, weights
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
 from vit_at.models import xcit
+from vit_at.reporting.exported import timm_arguments
 from vit_at.training.setup import initial_state
 
 # {tag of the golden file: (name, image size, normalisation, what is overridden)}
@@ -152,19 +153,25 @@ def test_weights_go_both_ways_with_the_statistics_folded():
 
 def test_weights_load_into_timm():
     """A strict load_state_dict, and timm's logits of random weights of ours."""
-    torch, timm_xcit = pytest.importorskip("torch"), pytest.importorskip("timm.models.xcit")
+    torch, timm = pytest.importorskip("torch"), pytest.importorskip("timm")
     model, _, images = create("xcit_p16")
     params = models.init_params(model, jax.random.key(0))
-    options = {"img_size": 64, "embed_dim": 32, "depth": 3, "num_heads": 4, "tokens_norm": True}
-    theirs = timm_xcit.Xcit(num_classes=10, **options).eval()
+    theirs = timm.create_model(**timm_arguments(model, "xcit_tiny_12_p16_224")).eval()
     state = weights.to_timm(params, model)
-    theirs.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    theirs.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
     images = np.asarray(images, np.float32)
     with torch.no_grad():
-        expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
-    np.testing.assert_allclose(
-        quick_jit(model.apply)({"params": params}, images), expected, atol=1e-5
-    )
+        expected = theirs(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+    ours = quick_jit(model.apply)({"params": params}, images)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_what_timm_has_not_is_not_exported():
+    model, _, _ = create("xcit_p4")
+    with pytest.raises(UserError, match="timm has no mine with model.patch_size 4"):
+        timm_arguments(model, "mine")
+    large = models.create("xcit_large_12_p16_224", num_classes=10)
+    assert timm_arguments(large, "xcit_large_12_p16_224")["model_name"] == "xcit_large_24_p16_224"
 
 
 def test_small_patches_take_the_weights_of_large_ones():
