@@ -99,7 +99,7 @@ def test_weights_load_into_timm():
 
 def test_what_timm_has_not_is_not_exported():
     model, _, _ = create("conv")
-    with pytest.raises(UserError, match="timm has no mine with model.stem 'conv'"):
+    with pytest.raises(UserError, match=r"timm has no mine with model\.stem 'conv'"):
         timm_arguments(model, "mine")
 
 

@@ -168,7 +168,7 @@ def test_weights_load_into_timm():
 
 def test_what_timm_has_not_is_not_exported():
     model, _, _ = create("xcit_p4")
-    with pytest.raises(UserError, match="timm has no mine with model.patch_size 4"):
+    with pytest.raises(UserError, match=r"timm has no mine with model\.patch_size 4"):
         timm_arguments(model, "mine")
     large = models.create("xcit_large_12_p16_224", num_classes=10)
     assert timm_arguments(large, "xcit_large_12_p16_224")["model_name"] == "xcit_large_24_p16_224"
