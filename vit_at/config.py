@@ -299,10 +299,12 @@ def _validate_schedule(config: ConfigDict) -> None:
             f"optimizer.warmup_epochs is {options.warmup_epochs:g}; it must be less than epochs "
             f"({config.epochs})"
         )
-    if not options.layer_decay or (options.layer_decay < 1 and config.model.name[:4] == "swin"):
+    others = config.model.name.startswith(("swin", "xcit", "convnext"))
+    if not options.layer_decay or (options.layer_decay < 1 and others):
         raise UserError(
             f"optimizer.layer_decay is {options.layer_decay:g} with model.name "
-            f"'{config.model.name}'; it must be over 0 and at most 1, and 1 for Swin, such as 0.75"
+            f"'{config.model.name}'; it must be over 0 and at most 1, such as 0.75, and 1 for "
+            "Swin, XCiT and ConvNeXt"
         )
     if config.swa_epochs > config.epochs:
         raise UserError(

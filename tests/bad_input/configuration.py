@@ -185,7 +185,7 @@ CASES = {
         "awp.gamma is 0.1, but objective 'natural'", awp__gamma=0.1, objective="natural"
     ),
     "python: a decay of Swin's layers": python(
-        "optimizer.layer_decay is 0.5 .*1 for Swin",
+        "optimizer.layer_decay is 0.5 .*1 for Swin, XCiT",
         optimizer__layer_decay=0.5,
         model__name="swin_tiny_patch4_window7_224",
     ),

@@ -12,17 +12,27 @@ from typing import Any
 
 import numpy as np
 
+from vit_at.errors import UserError
 from vit_at.models.convit import ConViT
+from vit_at.models.convnext import ConvNeXt
 from vit_at.models.stem import conv_widths
 from vit_at.models.swin import STAGES, SwinTransformer
 from vit_at.models.vit import DistilledTransformer
+from vit_at.models.xcit import XCiT
+
+_FIRST_CONV = {ConvNeXt: "stem.0", XCiT: "patch_embed.proj.0.0"}
 
 
 def timm_arguments(model: Any, name: str) -> dict[str, Any]:
     """The arguments of timm's ``create_model`` for this model, with its overrides.
 
     timm has no convolutional stem: with one, they describe all but the stem (see ``conv_stem``).
+
+    Raises:
+      UserError: timm has no such model.
     """
+    if isinstance(model, ConvNeXt):
+        return _of_convnext(model, name)
     arguments = {
         "model_name": re.sub("_in2[12]k$|_timm05$", "", name),  # one name for several weights
         "num_classes": model.num_classes,
@@ -39,10 +49,35 @@ def timm_arguments(model: Any, name: str) -> dict[str, Any]:
             "window_size": model.window_size,
         }
     arguments |= {"depth": model.depth, "num_heads": model.num_heads}
+    if isinstance(model, XCiT):
+        if model.patch_size != 2**model.convolutions:
+            raise UserError(
+                f"timm has no {name} with model.patch_size {model.patch_size}, so it can't be "
+                f"exported; one with {2**model.convolutions} can"
+            )
+        arguments["model_name"] = re.sub("(medium|large)_12", r"\1_24", name)  # timm has no such
+        own = {"tokens_norm": model.tokens_norm, "eta": model.layer_scale}
+        return arguments | own | {"embed_dim": model.embed_dim}
     if isinstance(model, ConViT):  # timm counts its width per head
         width = model.embed_dim // model.num_heads
         return arguments | {"embed_dim": width, "local_up_to_layer": model.local_blocks}
     return arguments | {"embed_dim": model.embed_dim, "qkv_bias": model.qkv_bias}
+
+
+def _of_convnext(model: ConvNeXt, name: str) -> dict[str, Any]:
+    if model.stem != "patch" or model.mlp_ratio != 4:
+        raise UserError(
+            f"timm has no {name} with model.stem '{model.stem}' and model.mlp_ratio "
+            f"{model.mlp_ratio:g}, so it can't be exported; those with 'patch' and 4 can"
+        )
+    return {
+        "model_name": name,
+        "num_classes": model.num_classes,
+        "in_chans": model.in_channels,
+        "patch_size": model.patch_size,
+        "depths": list(model.depths),
+        "dims": [model.embed_dim * 2**i for i in range(STAGES)],
+    }
 
 
 def conv_stem(model: Any) -> list[int] | None:
@@ -64,7 +99,8 @@ def timm_config(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
     metadata: of ``reporting.exported.export``.
     """
     arguments = timm_arguments(model, metadata["architecture"])
-    classifier: str | list[str] = "head.fc" if isinstance(model, SwinTransformer) else "head"
+    hierarchical = isinstance(model, (SwinTransformer, ConvNeXt))
+    classifier: str | list[str] = "head.fc" if hierarchical else "head"
     if isinstance(model, DistilledTransformer):
         classifier = ["head", "head_dist"]
     config = {
@@ -79,7 +115,7 @@ def timm_config(model: Any, metadata: dict[str, Any]) -> dict[str, Any]:
             "crop_pct": 1.0,
             "crop_mode": "squash",
             **metadata["normalisation"],
-            "first_conv": "patch_embed.proj",
+            "first_conv": _FIRST_CONV.get(type(model), "patch_embed.proj"),
             "classifier": classifier,
         },
     }
