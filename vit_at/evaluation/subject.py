@@ -104,6 +104,12 @@ def of_file(
     Raises:
       UserError: a file or name that can't be used, or arrays that do not fit.
     """
+    folder = epath.Path(source).expanduser()
+    if any((folder / own).exists() for own in (DESCRIPTION_FILE, "checkpoints")):
+        raise UserError(
+            f"--weights is {source}, an export or a work directory, which says itself how to build "
+            f"its model; run 'vit-at evaluate {source}', without --weights and --model"
+        )
     named, loaded = models.create(name, num_classes=1), weights.read(source)
     common.use_published(config, name)  # timm 0.5's own attention scale
     config.model.pretrained = ""
