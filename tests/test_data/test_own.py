@@ -8,7 +8,7 @@ from test_sources import data_config, write_image
 
 import vit_at
 from vit_at import configs, main
-from vit_at.data import backends, own, sources
+from vit_at.data import folders, own, sources
 from vit_at.errors import UserError
 
 
@@ -56,7 +56,7 @@ def test_held_out_images_are_in_proportion(tmp_path):
 
 def test_every_slice_is_in_proportion():
     labels = np.random.default_rng(0).permutation([0] * 30 + [1] * 60 + [2] * 10)
-    ordered = labels[backends.in_proportion(labels)]
+    ordered = labels[folders.in_proportion(labels)]
     for start in range(0, 100, 10):
         counts = np.bincount(ordered[start : start + 10], minlength=3)
         np.testing.assert_allclose(counts, [3, 6, 1], atol=1)

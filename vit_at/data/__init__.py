@@ -1,6 +1,7 @@
 """Images from disk to the device.
 
-backends     open TFDS data sets, image folders and the packaged digits
+backends     open TFDS data sets and the packaged digits
+folders      open image folders and arrays of images
 transforms   how images are made square: squashed, or resized and cropped
 ids          images chosen by a list of file names
 sources      labelled images that are read by position, decoded and resized

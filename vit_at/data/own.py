@@ -14,7 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from vit_at.config import differences, flatten
-from vit_at.data import backends, sources
+from vit_at.data import backends, folders, sources
 from vit_at.errors import UserError
 
 NAMES = ("image_size", "normalisation", "splits")
@@ -63,7 +63,7 @@ def _set_test_split(data: ConfigDict) -> None:
     root = sources.path_of(data)
     if not (data.name.startswith("folder:") and root.is_dir()):
         return
-    found = backends.folders(root)
+    found = folders.folders(root)
     if data.test_split.partition("[")[0] in found or data.train_split not in found:
         return
     others = [name for name in _TEST_SPLITS if name in found and name != data.train_split]

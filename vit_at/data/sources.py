@@ -20,7 +20,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
-from vit_at.data import backends, ids, transforms
+from vit_at.data import backends, folders, ids, transforms
 from vit_at.errors import UserError, in_one_line
 
 _SAMPLE = 32  # images whose headers say what a data set's images look like
@@ -125,9 +125,9 @@ def load(data: ConfigDict, split: str, *, threads: int = 0, chosen: str = "") ->
 def open_encoded(data: ConfigDict, split: str) -> backends.Encoded:
     """Opens a split with its images still encoded; data, split and errors are as in `load`."""
     if data.name.startswith("folder:"):
-        encoded = backends.open_folder(path_of(data), split, stratified=data.stratified)
+        encoded = folders.open_folder(path_of(data), split, stratified=data.stratified)
     elif data.name.startswith("npy:"):
-        encoded = backends.open_npy(path_of(data), split)
+        encoded = folders.open_npy(path_of(data), split)
     else:
         encoded = backends.open_tfds(data.name, data.dir, split)
     if not len(encoded.indices):
@@ -193,7 +193,7 @@ def check_splits(data: ConfigDict, train: Examples, test: Examples) -> None:
     if not data.name.startswith("folder:"):
         return
     root = path_of(data)
-    found = [{c for s, _ in e.origin for c in backends.folders(root / s)} for e in (train, test)]
+    found = [{c for s, _ in e.origin for c in folders.folders(root / s)} for e in (train, test)]
     if single := sorted(found[0] ^ found[1]):
         raise UserError(
             f"only one of data.train_split '{data.train_split}' and data.test_split "
@@ -236,7 +236,7 @@ def hold_out(
         return examples, None
     shuffled = np.random.Generator(np.random.Philox(seed)).permutation(len(examples))
     if stratified:
-        shuffled = shuffled[backends.in_proportion(examples.read(shuffled)[1])]
+        shuffled = shuffled[folders.in_proportion(examples.read(shuffled)[1])]
     return examples.take(np.sort(shuffled[n:])), examples.take(np.sort(shuffled[:n]))
 
 
