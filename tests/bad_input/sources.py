@@ -31,10 +31,10 @@ def file(says: str, *options: str, prepare: Callable[[pathlib.Path], Any] | None
 
 
 def function(says: str, name: str, *options: str) -> Case:
-    """An evaluation of a function of mine.py."""
+    """An evaluation of a function of pixels.py."""
 
     def prepare(folder: pathlib.Path) -> None:
-        (folder / "mine.py").write_text(MODULE)
+        (folder / "pixels.py").write_text(MODULE)
         (folder / "broken.py").write_text("import a_module_that_is_not_there\n")
 
     return Case(["evaluate", f"--function={name}", *options], says, prepare)
@@ -61,7 +61,7 @@ CASES = {
     "the size of a run": Case(
         ["evaluate", ".", "--image_size=32"], "only --weights and --function"
     ),
-    "heads of a function": function("--num_heads is given, but only", "mine:f", "--num_heads=2"),
+    "heads of a function": function("--num_heads is given, but only", "pixels:f", "--num_heads=2"),
     "weights without a model": Case(
         ["evaluate", "--weights=w.npz"], "--weights needs --model=NAME"
     ),
@@ -96,6 +96,17 @@ CASES = {
     "weights of other classes than the data": file(
         "digits.* has 10 classes, but the model 3", "--num_heads=2", "--data=digits"
     ),
+    "an export as weights": Case(
+        ["evaluate", "--weights=.", MODEL],
+        "an export or a work directory.*run 'vit-at evaluate .', without",
+        lambda folder: (folder / "model.json").write_text("{}"),
+    ),
+    "a run from an export, with the scale of its attention": Case(
+        ["train", "digits_sgd:smoke", "--config.model.pretrained=.", "--config.model.qk_scale=0.1"],
+        "an export, which has its attention scale in its weights.*set --config.model.qk_scale=0",
+        lambda folder: (folder / "model.json").write_text("{}"),
+        slow=True,
+    ),
     "unknown data": file("TFDS has no data set 'cifar11'", "--num_heads=2", "--data=cifar11"),
     "results below a file": file(
         "its path is a file: choose another --workdir",
@@ -109,12 +120,12 @@ CASES = {
         ),
     ),
     "a function without a module": function("write MODULE:NAME", "f"),
-    "a function in a path": function("write MODULE:NAME", "./mine.py:f"),
+    "a function in a path": function("write MODULE:NAME", "./pixels.py:f"),
     "a module that is not there": function("'nothing' can't be imported", "nothing:f"),
     "a module that fails": function("No module named 'a_module_that", "broken:f"),
-    "a function that is not there": function("has no function 'g'", "mine:g"),
-    "a number as a function": function("has no function 'NUMBER'", "mine:NUMBER"),
-    "a function without logits": function(r"gives \(8, 32, 32, 3\)", "mine:f"),
+    "a function that is not there": function("has no function 'g'", "pixels:g"),
+    "a number as a function": function("has no function 'NUMBER'", "pixels:NUMBER"),
+    "a function without logits": function(r"gives \(8, 32, 32, 3\)", "pixels:f"),
     "images that are no bytes": npy(
         "x.npy holds float64", np.zeros((4, 8, 8, 3)), np.zeros(4, int)
     ),

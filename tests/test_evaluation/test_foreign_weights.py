@@ -25,7 +25,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 timm = pytest.importorskip("timm", reason="timm is not installed")
 pytestmark = pytest.mark.slow  # compiles an attack for each architecture
 
-EPS, STEP, STEPS, COUNT = 4 / 255, 1 / 255, 3, 16
+EPS, STEP, STEPS, COUNT = 1 / 255, 0.4 / 255, 3, 16
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 SIZES = {"img_size": 32, "patch_size": 4, "num_classes": 10}
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 2}

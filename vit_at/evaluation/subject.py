@@ -104,6 +104,12 @@ def of_file(
     Raises:
       UserError: a file or name that can't be used, or arrays that do not fit.
     """
+    folder = epath.Path(source).expanduser()
+    if any((folder / own).exists() for own in (DESCRIPTION_FILE, "checkpoints")):
+        raise UserError(
+            f"--weights is {source}, an export or a work directory, which says itself how to build "
+            f"its model; run 'vit-at evaluate {source}', without --weights and --model"
+        )
     named, loaded = models.create(name, num_classes=1), weights.read(source)
     common.use_published(config, name)  # timm 0.5's own attention scale
     config.model.pretrained = ""
@@ -136,7 +142,7 @@ def _normalisation(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std: the file's, else the given ones, else those of the data set, which is said."""
     known = (default.CIFAR_MEAN, default.CIFAR_STD, "CIFAR-10's")
-    if not data.startswith("cifar"):
+    if "cifar" not in data.lower():
         known = (default.IMAGENET_MEAN, default.IMAGENET_STD, "ImageNet's")
     found = []
     for option, given, own, usual in zip(
@@ -254,7 +260,7 @@ def in_classes_of(examples: Examples, subject: Subject) -> Examples:
             f"{subject.num_classes}; choose data with the model's classes by --data, or a folder "
             "whose classes have the names of some of them"
         )
-    if names:
+    if names and examples.class_names != tuple(map(str, range(len(names)))):
         logging.warning(
             "the classes of %s have other names than the model's, such as '%s' for '%s'; they are "
             "taken in this order",

@@ -30,6 +30,7 @@ from vit_at.training import objectives
 from vit_at.training.masking import Masking
 from vit_at.training.step import Step, TrainState, init_state, train_step
 from vit_at.workdir.checkpoint import load_trained
+from vit_at.workdir.exported import DESCRIPTION_FILE
 from vit_at.workdir.files import CONFIG_FILE
 
 StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Collection]]
@@ -114,6 +115,12 @@ def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> Trai
     config, model = setup.config, setup.model
     key = jax.random.key(config.seed)
     if config.model.pretrained:
+        source, scale = config.model.pretrained, config.model.qk_scale
+        if scale and (epath.Path(source) / DESCRIPTION_FILE).exists():
+            raise UserError(
+                f"model.pretrained is {source}, an export, which has its attention scale in its "
+                f"weights, and model.qk_scale is {scale:g}; set --config.model.qk_scale=0"
+            )
         params = weights.from_timm(_pretrained(config.model.pretrained, config.data), model)
     else:
         params = jax.jit(functools.partial(models.init_params, model))(key)
@@ -124,19 +131,14 @@ def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> Trai
 def _pretrained(source: str, data: ConfigDict) -> dict[str, np.ndarray]:
     """{timm name: array} of a work directory, or of a source that ``weights.read`` takes.
 
-    A file's own normalisation is not used, as a run normalises by ``data``; a warning says so.
+    A file's own normalisation is not used, as a run normalises by ``data``; a message says so.
     """
     workdir = epath.Path(source)
     if source.startswith(weights.HUB_PREFIX) or not (workdir / CONFIG_FILE).exists():
         loaded = weights.read(source)
-        if loaded.mean and not np.allclose(
-            (loaded.mean, loaded.std), (data.mean, data.std), 0, 1e-3
-        ):
-            logging.warning(
-                "the weights were trained with the normalisation of their file, and this run uses "
-                "data.mean %s and data.std %s; set these to the file's to keep it",
-                data.mean,
-                data.std,
+        if own := loaded.mean + loaded.std:
+            logging.info(
+                "this run normalises by %s, the weights' file by %s", data.mean + data.std, own
             )
         return loaded.arrays
     which = "best" if (workdir / "checkpoints" / "best").exists() else "last"

@@ -167,7 +167,7 @@ def convert(state_dict: StateDict, model: Any, key: jax.Array | None = None) -> 
                 adapted = adapt(name, values[name], shape, model.num_tokens)
             if adapted is not None:
                 values[name], report.adapted[name] = adapted
-    _check(values, shapes, report, new_names, hint(values, model))
+    _check(values, shapes, report, new_names, model)
     report.loaded = [n for n in shapes if n in values and n not in report.adapted]
 
     # Under jit, no parameter but the head is computed.
@@ -238,12 +238,9 @@ def _check(
     shapes: dict[str, tuple[int, ...]],
     report: Report,
     new_names: bool,
-    right: str,
+    model: Any,
 ) -> None:
-    """Raises a UserError that names every array that does not fit, under its name in the file.
-
-    right: which model the weights are of, in words; '' if that is not known.
-    """
+    """Raises a UserError that names every array that does not fit, under its name in the file."""
     if new_names:
         values = {_rename_1x(name, 1): value for name, value in values.items()}
         shapes = {_rename_1x(name, 1): shape for name, shape in shapes.items()}
@@ -263,6 +260,7 @@ def _check(
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             parts.append(f"{kind}: {', '.join(names[:_SHOWN])}{more}")
     if parts:
+        right = hint(values, model)
         raise UserError(
             f"the weights do not fit the model ({'; '.join(parts)}); choose weights of the "
             f"architecture in model.name{'; ' * bool(right)}{right}"

@@ -29,10 +29,19 @@ import numpy as np
 import safetensors.numpy
 
 from vit_at.errors import UserError, in_one_line
-from vit_at.weights.forms import NESTINGS, Plain, StateDict, from_google, plain, unwrap
+from vit_at.weights.forms import (
+    NESTINGS,
+    Plain,
+    StateDict,
+    from_google,
+    in_words,
+    plain,
+    unwrap,
+)
 
 HUB_PREFIX = "hf:"
 HUB_FILE = "model.safetensors"
+_HUB_CONFIG = "config.json"  # timm's, beside it: has the normalisation
 _HUB_TIMEOUT = 5.0  # seconds
 _LARGEST = 8 * 2**30  # bytes of all arrays of a file; the largest model has 1.3 GiB
 _MISTAKEN = {  # first bytes of files that are often stored in place of weights
@@ -99,9 +108,23 @@ def read(source: str | os.PathLike) -> Plain:
         raise UserError(f"weight file '{path}' holds no arrays; choose another file")
     _check_size(path, sum(value.nbytes for value in state_dict.values()))
     found = plain(state_dict)
+    if path.name == HUB_FILE and not found.mean:
+        found = _with_config(found, path.parent / _HUB_CONFIG)
     if found.recognised:
         print(f"{path.name}: {found.recognised}", file=sys.stderr)
     return found
+
+
+def _with_config(found: Plain, config: pathlib.Path) -> Plain:
+    """The weights with the normalisation of timm's ``config.json``, if there is such a file."""
+    try:
+        about = json.loads(config.read_bytes())["pretrained_cfg"]
+        mean, std = (tuple(map(float, about[kind])) for kind in ("mean", "std"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not timm's
+        return found
+    said = f"normalisation taken from {config.name}: mean {in_words(mean)}, std {in_words(std)}"
+    said = "; ".join(filter(None, [found.recognised, said]))
+    return found._replace(mean=mean, std=std, recognised=said)
 
 
 def _suffix_by_content(path: pathlib.Path) -> str:
@@ -253,6 +276,8 @@ def _fetch(name: str) -> pathlib.Path:
         return pathlib.Path(hub.hf_hub_download(**wanted, local_files_only=True))
     try:
         _check_reachable(hub.constants.ENDPOINT)
+        with contextlib.suppress(Exception):  # not all have it
+            hub.hf_hub_download(**wanted | {"filename": _HUB_CONFIG})
         return pathlib.Path(hub.hf_hub_download(**wanted))
     except Exception as error:
         reason = in_one_line(error, 160)
