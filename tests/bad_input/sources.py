@@ -81,7 +81,7 @@ CASES = {
         "take images of 3 channels, and --mean has 2", "--num_heads=2", "--mean=0.5,0.5"
     ),
     "a mean of 0 to 255": file("data.mean is", "--num_heads=2", "--mean=120,120,120"),
-    "a mean of words": file("invalid fractions value: 'a,b,c'", "--mean=a,b,c"),
+    "a mean of words": file("invalid fraction value: 'a'", "--mean=a,b,c"),
     "a normalisation other than the file's": file(
         "--mean is 0.4,0.4,0.4, but the file itself normalises by 0.5,0.5,0.5",
         "--num_heads=2",

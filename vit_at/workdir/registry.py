@@ -80,7 +80,7 @@ def place(source: str | epath.PathLike) -> epath.Path:
     if text in NAMES:
         return PACKAGED / text
     raise UserError(
-        f"there is no directory '{text}', and no packaged model of this name; the nearest are "
+        f"there is no directory {text!r}, and no packaged model of this name; the nearest are "
         f"{nearest(text, NAMES)} ('vit-at models --robust' lists them)"
     )
 
