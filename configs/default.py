@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     data.train_split = "train"  # TFDS split to train on, such as train or train[:1000]
     data.test_split = "test"  # TFDS split of the evaluation at the end
     data.allow_overlap = False  # permit test images that are training images too
-    data.from_images = ""  # set from the training images: image_size, normalisation, splits
+    data.from_images = ""  # taken from the images: image_size, normalisation, splits; '': nothing
     data.stratified = False  # hold-out, and a folder's slices, have all classes in proportion
     data.validation_examples = 1000  # held out of the training split to choose the best checkpoint
     data.image_size = 32  # side of the square that the model sees, in pixels

@@ -16,7 +16,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from cycler import cycler
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -71,7 +70,7 @@ class Chart:
     def _saved(self, colours: Sequence[str], **options: Any) -> bytes:
         ink, grid, *series = colours
         style = _STYLE | dict.fromkeys((*_INKED, "ytick.color"), ink) | {"grid.color": grid}
-        style |= {"axes.prop_cycle": cycler(color=series), "svg.hashsalt": self.title}
+        style |= {"axes.prop_cycle": matplotlib.cycler(color=series), "svg.hashsalt": self.title}
         with matplotlib.rc_context(style):
             figure = Figure(figsize=(4.6, self.height), layout="constrained")
             axes = figure.subplots()
