@@ -130,3 +130,18 @@ def test_what_earlier_versions_wrote_is_read(tmp_path):
     entry = CLEAN | {"more": [1, None], "protocol": CLEAN["protocol"] | {"note": "x"}}
     (tmp_path / "results.json").write_text(json.dumps([entry]))
     assert Results(epath.Path(tmp_path)).records == [entry]
+
+
+def test_a_record_from_before_transforms_is_that_of_squash(tmp_path):
+    earlier = CLEAN | {"protocol": {k: v for k, v in CLEAN["protocol"].items() if k != "transform"}}
+    (tmp_path / "results.json").write_text(json.dumps([earlier]))
+    stored = Results(epath.Path(tmp_path))
+    assert stored.find(CLEAN) == earlier
+    for field, value in (("transform", "resize9-crop8"), ("ids", "robustbench 0123")):
+        other = CLEAN | {"protocol": CLEAN["protocol"] | {field: value}, "accuracy": 0.2}
+        assert stored.find(other) is None
+        stored.add(other, CORRECT, EXAMPLES)
+        assert value in module.as_text([other])
+    assert len(stored.records) == 3
+    assert stored.outcomes(stored.records[1])[1].tolist() == CORRECT.tolist()
+    assert len({module._key(record) for record in stored.records}) == 3
