@@ -5,7 +5,9 @@ from bad_input.exports import OURS, TRAINED, files
 
 import vit_at
 
-NEAREST = r"no packaged model of this name; the nearest are digits_deit_64x2"
+NEAREST = (
+    r"no packaged model of this name; the nearest are (cifar10_convit_96x4, )?digits_deit_64x2"
+)
 
 CASES = {
     "evaluate a misspelt name": Case(["evaluate", "digits_deit"], NEAREST),

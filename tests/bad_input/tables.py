@@ -35,7 +35,9 @@ CASES = {
         "--step_size=0.1",
         says="--step_size is 0.1 for the norms",
     ),
-    "transfer from nowhere": _command("--attacks=pgd-2", "--from=run2", says="no directory 'run2'"),
+    "transfer from nowhere": _command(
+        "--attacks=pgd-2", "--from=run2", says="no work directory or export 'run2'"
+    ),
     "transfer from a gap in a list": _command(
         "--attacks=pgd-2", "--from=run2,,run3", says="--from is 'run2,,run3', where a directory"
     ),

@@ -157,6 +157,8 @@ def test_a_label_that_is_no_class_is_refused(tmp_path):
     np.savez(tmp_path / "per_example.npz", **{f"d/made/2 clean/{n}": a for n, a in arrays.items()})
     with pytest.raises(UserError, match=r"label' is no class.*move it away"):
         Results(epath.Path(tmp_path))
+
+
 def test_a_record_from_before_transforms_is_that_of_squash(tmp_path):
     earlier = CLEAN | {"protocol": {k: v for k, v in CLEAN["protocol"].items() if k != "transform"}}
     (tmp_path / "results.json").write_text(json.dumps([earlier]))

@@ -80,8 +80,8 @@ def place(source: str | epath.PathLike) -> epath.Path:
     if text in NAMES:
         return PACKAGED / text
     raise UserError(
-        f"there is no directory {text!r}, and no packaged model of this name; the nearest are "
-        f"{nearest(text, NAMES)} ('vit-at models --robust' lists them)"
+        f"there is no work directory or export {text[:80]!r}, and no packaged model of this name; "
+        f"the nearest are {nearest(text, NAMES)} ('vit-at models --robust' lists them)"
     )
 
 
