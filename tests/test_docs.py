@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+import vit_at
 from vit_at import models
 from vit_at.reporting import exported, study
 from vit_at.reporting.jobs import jobs_of
@@ -266,6 +267,18 @@ def test_other_tables_hold_numbers_of_the_committed_results(page, begin, columns
     found = study.compare(study.groups(study.find([ROOT / f"results/{file}.json"]))).markdown()
     assert rows_of(table, columns) <= rows_of(found, theirs)
     assert len(rows_of(table, columns)) >= 2
+
+
+def test_the_readme_gives_the_records_of_the_packaged_model():
+    (row,) = re.findall(
+        r"^\| CIFAR-10, .*`(\w+)`\) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M
+    )
+    records = {r["attack"]: r for r in vit_at.load(row[0]).record}
+    found = [
+        f"{100 * records[a]['accuracy']:.1f}" for a in ("clean", "pgd-20", "cw-20", "autoattack")
+    ]
+    assert row[1].split(" | ") == found
+    assert [records[a]["protocol"]["num_examples"] for a in ("clean", "autoattack")] == [1000, 256]
 
 
 def test_committed_results_hold_no_path_of_a_machine():
