@@ -13,7 +13,7 @@ from jax.extend import core as jax_core
 from vit_at import models, weights
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
-from vit_at.models import xcit
+from vit_at.models import xcit_stem
 from vit_at.reporting.exported import timm_arguments
 from vit_at.training.setup import initial_state
 
@@ -227,7 +227,7 @@ def test_debenedettis_names():
     options = models.create("xcit_small_12_p16_224", num_classes=10, image_size=32, patch_size=4)
     assert models.create("xcit_small_12_p4_32", num_classes=10) == options
     plan = [(48, 1), (96, 1), (192, 2), (384, 2)]
-    assert xcit.conv_plan(4, 4, 384) == plan
+    assert xcit_stem.conv_plan(4, 4, 384) == plan
 
 
 @pytest.mark.parametrize(
