@@ -79,9 +79,7 @@ def get_config() -> ConfigDict:
     threat.eps = 8 / 255  # radius of the ball
     threat.step_size = 2 / 255  # of one attack step
     threat.steps = 10  # of the training attack
-    threat.start = (
-        "random"  # random (TRADES, MART: tiny), zero, or noise (N-FGSM: 2 eps, unclipped)
-    )
+    threat.start = "random"  # random (TRADES, MART: tiny), zero, or noise (N-FGSM, not projected)
     threat.eps_warmup_epochs = 0.0  # eps and step size grow linearly from 0 over these
 
     config.awp = weights = ConfigDict()  # adversarial weight perturbation (Wu et al. 2020)

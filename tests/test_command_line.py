@@ -116,7 +116,7 @@ def test_a_mistake_ends_in_one_sentence_and_status_2(parse, capsys, arguments, s
         ("config.epochs = 'three'", "three"),
         ("import nonesuch", "nonesuch"),
         ("config.epochs = = 3", "syntax"),
-        ("config = None", "gives no value for accumulate_steps, batch_size, beta"),
+        ("config = None", "gives no value for accumulate_steps, awp.gamma, awp.warmup_epochs"),
         ("config.unlock(); del config.data.flip", "gives no value for data.flip;"),
     ],
 )
@@ -167,7 +167,7 @@ def test_every_command_has_help_that_shows_how_it_is_called(capsys, name):
         (["evaluate", "runs/x", "--dat=there"], "'dat' is unknown; the nearest are --data"),
         (["evaluate", "runs/x", "--eps=8/0"], "--eps: invalid fraction value: '8/0'"),
         (["evaluate", "runs/x", "--checkpoint=bst"], "--checkpoint: invalid choice: 'bst'"),
-        (["evaluate", "nowhere"], "nowhere is no work directory"),
+        (["evaluate", "nowhere"], "no work directory or export"),
         (["report"], "required: WORKDIR"),
         (["report", "nowhere", "--output=x.html"], "'output' is unknown; the nearest are --out"),
         (["export", "nowhere", "more"], "'more' is no flag"),

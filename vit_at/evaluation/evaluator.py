@@ -65,7 +65,7 @@ def by_parts(
       of images. usual: the threat, where none is given.
     """
 
-    def whole(params, batch, threat):
+    def outcome(params, batch, threat):
         params = models.unstack_blocks(apply, params, sharding.platform(mesh))
         logits_fn = functools.partial(apply, params)
         found = jax.lax.map(
@@ -74,7 +74,7 @@ def by_parts(
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
     specs = (sharding.WHOLE, sharding.SPLIT, sharding.WHOLE)
-    compiled = jax.jit(sharding.map_shards(whole, mesh, specs))
+    compiled = jax.jit(sharding.map_shards(outcome, mesh, specs))
 
     def full_precision(params, batch, threat=usual):
         with jax.default_matmul_precision("highest"):
