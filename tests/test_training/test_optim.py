@@ -161,10 +161,10 @@ def test_the_rate_falls_from_layer_to_layer_down_to_the_embeddings(name):
     """Against timm's names, by the rule of BEiT: embeddings 0, block i: i + 1, the rest last."""
     sizes = {"embed_dim": 8, "num_heads": 2, "depth": 12, "image_size": 8, "patch_size": 4}
     model = models.create(name, num_classes=3, **sizes)
-    params = models.init_params(model, jax.random.key(0))
-    ones = jax.tree.map(jnp.ones_like, params)
+    shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+    ones = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
     chain = by_layer(0.5, model.num_blocks)
-    scaled, _ = chain.update(ones, chain.init(params))
+    scaled, _ = chain.update(ones, chain.init(ones))
     for timm_name, value in weights.to_timm(scaled, model).items():
         block = re.match(r"blocks\.(\d+)\.", timm_name)
         embedding = timm_name.startswith(("patch_embed", "pos_embed", "cls_token", "dist_token"))
