@@ -109,3 +109,8 @@ def test_the_list_says_what_was_measured_and_how(capsys):
     assert "autoattack    28.52  n = 256    linf 8/255" in shown
     assert "weights 78759233fe5e48ab" in shown
     assert "CIFAR-10 (JPEG)" in shown
+
+
+def test_reading_a_packaged_model_says_nothing(capfd):
+    registry.load("digits_deit_64x2")
+    assert capfd.readouterr().err == ""

@@ -73,11 +73,15 @@ def load(source: str | os.PathLike) -> StateDict:
       UserError: the file is missing, damaged, too large or of an unknown format, or holds more than
         plain arrays.
     """
-    return read(source).arrays
+    return _read(source, config_beside=False).arrays
 
 
 def read(source: str | os.PathLike) -> Plain:
-    """``load`` with the normalisation of the file."""
+    """``load`` with the normalisation of the file, or of timm's ``config.json`` beside it."""
+    return _read(source, config_beside=True)
+
+
+def _read(source: str | os.PathLike, *, config_beside: bool) -> Plain:
     source = os.fspath(source)
     if source.startswith(HUB_PREFIX):
         path = fetch(source[len(HUB_PREFIX) :])
@@ -108,7 +112,7 @@ def read(source: str | os.PathLike) -> Plain:
         raise UserError(f"weight file '{path}' holds no arrays; choose another file")
     _check_size(path, sum(value.nbytes for value in state_dict.values()))
     found = plain(state_dict)
-    if path.name == HUB_FILE and not found.mean:
+    if config_beside and path.name == HUB_FILE and not found.mean:
         found = _with_config(found, path.parent / _HUB_CONFIG)
     if found.recognised:
         print(f"{path.name}: {found.recognised}", file=sys.stderr)
