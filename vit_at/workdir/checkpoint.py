@@ -24,6 +24,7 @@ from vit_at.config import differences, evaluated_weights, with_added
 from vit_at.distributed import processes, sharding
 from vit_at.errors import UserError
 from vit_at.models import build
+from vit_at.schema import is_remote
 from vit_at.workdir.files import check_space, disk_errors, read_config
 
 _METADATA = 2**20  # bytes allowed for what orbax writes beside the arrays
@@ -65,7 +66,9 @@ class Series:
     """The checkpoints of one kind, by step: named trees of arrays, and a dict of plain values."""
 
     def __init__(self, directory: epath.Path, keep: int | None, *, read_only: bool = False):
-        self._directory = directory = directory.resolve()  # orbax takes no relative path
+        if not is_remote(directory):
+            directory = directory.resolve()  # orbax takes no relative path
+        self._directory = directory
         # Two series may write the same step at the same time, so their barriers need own names.
         apart = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name)
         self._manager = ocp.CheckpointManager(

@@ -202,10 +202,17 @@ class RemoteFile:
 
 
 def write_atomically(path: epath.Path, content: str | bytes) -> None:
-    """Writes a file under a temporary name and renames it; leaves nothing if that fails."""
+    """Writes a file under a temporary name and renames it; leaves nothing if that fails.
+
+    An object store writes an object whole or not at all.
+    """
+    content = content if isinstance(content, bytes) else content.encode()
+    if is_remote(path):
+        path.write_bytes(content)
+        return
     partial = path.parent / f".{path.name}.partial"
     try:
-        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        partial.write_bytes(content)
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
