@@ -16,7 +16,6 @@ only ours runs.
 
 import argparse
 import functools
-import json
 import sys
 import time
 from pathlib import Path
@@ -68,33 +67,21 @@ def recorded(count: int) -> Subject:
 
 def exported(directory: str, count: int) -> Subject:
     """A model that ``vit-at export`` wrote, and the first images of its test split."""
-    from vit_at import models
+    import vit_at
     from vit_at.data import sources
-    from vit_at.workdir.exported import load_exported
 
-    trained = load_exported(directory)
-    data = trained.config.data
+    model = vit_at.load(directory)
+    data = model.config.data
     pixels, labels = sources.load(data, data.test_split).read(np.arange(count))
 
     def net():
-        import timm
-        import torch
-        from safetensors.torch import load_file
+        sys.path.append(directory)
+        from load import load
 
-        about = json.loads((Path(directory) / "model.json").read_text())["timm"]
-        module = timm.create_model(**about["create_model"])
-        for layer in module.modules():
-            if isinstance(layer, torch.nn.LayerNorm):
-                layer.eps = about["layer_norm_eps"]
-        module.load_state_dict(load_file(Path(directory) / "model.safetensors"))
-        return module
-
-    def logits_fn():
-        apply = models.classifier(trained.model, data.mean, data.std)
-        return functools.partial(apply, trained.params)
+        return load(directory).model
 
     images = pixels.astype(np.float32) / 255
-    return Subject(images, labels.astype(np.int32), logits_fn, net, data.mean, data.std)
+    return Subject(images, labels.astype(np.int32), lambda: model, net, data.mean, data.std)
 
 
 def ours(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:

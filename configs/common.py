@@ -45,6 +45,25 @@ PUBLISHED = {
     "vit_base_patch32_384": "hf:timm/vit_base_patch32_384.augreg_in21k_ft_in1k",
     "vit_large_patch16_384": "hf:timm/vit_large_patch16_384.augreg_in21k_ft_in1k",
     "vit_large_patch32_384": "hf:timm/vit_large_patch32_384.orig_in21k_ft_in1k",
+    "xcit_nano_12_p16_224": "hf:timm/xcit_nano_12_p16_224.fb_in1k",
+    "xcit_tiny_12_p16_224": "hf:timm/xcit_tiny_12_p16_224.fb_in1k",
+    "xcit_tiny_24_p16_224": "hf:timm/xcit_tiny_24_p16_224.fb_in1k",
+    "xcit_small_12_p16_224": "hf:timm/xcit_small_12_p16_224.fb_in1k",
+    "xcit_small_24_p16_224": "hf:timm/xcit_small_24_p16_224.fb_in1k",
+    "xcit_medium_24_p16_224": "hf:timm/xcit_medium_24_p16_224.fb_in1k",
+    "xcit_large_24_p16_224": "hf:timm/xcit_large_24_p16_224.fb_in1k",
+    "xcit_nano_12_p8_224": "hf:timm/xcit_nano_12_p8_224.fb_in1k",
+    "xcit_tiny_12_p8_224": "hf:timm/xcit_tiny_12_p8_224.fb_in1k",
+    "xcit_tiny_24_p8_224": "hf:timm/xcit_tiny_24_p8_224.fb_in1k",
+    "xcit_small_12_p8_224": "hf:timm/xcit_small_12_p8_224.fb_in1k",
+    "xcit_small_24_p8_224": "hf:timm/xcit_small_24_p8_224.fb_in1k",
+    "xcit_medium_24_p8_224": "hf:timm/xcit_medium_24_p8_224.fb_in1k",
+    "xcit_large_24_p8_224": "hf:timm/xcit_large_24_p8_224.fb_in1k",
+    "xcit_small_12_p4_32": "hf:timm/xcit_small_12_p16_224.fb_in1k",
+    "convnext_tiny": "hf:timm/convnext_tiny.fb_in1k",
+    "convnext_small": "hf:timm/convnext_small.fb_in1k",
+    "convnext_base": "hf:timm/convnext_base.fb_in1k",
+    "convnext_large": "hf:timm/convnext_large.fb_in1k",
 }
 
 
@@ -87,7 +106,10 @@ def _smoke(config: ConfigDict) -> None:
     """The same path at toy size, in seconds and with no data to prepare: a check, not a result."""
     config.data.name, config.data.dir = "digits", ""
     config.data.train_split, config.data.test_split = "train[:160]", "test[:48]"
+    config.data.from_images, config.data.transform = "", "squash"
     config.data.validation_examples = 32
+    if config.data.extra.name:
+        config.data.extra.name, config.data.extra.split = "digits", "train[160:320]"
     config.data.image_size, config.model.patch_size = 16, 4
     config.model.embed_dim, config.model.depth, config.model.num_heads = 32, 2, 2
     _scratch(config)

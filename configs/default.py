@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 64  # images per update, over all devices
     config.accumulate_steps = 1  # micro-batches per update; the result does not depend on it
     config.ema_decay = 0.0  # of the averaged weights that are evaluated; 0: no averaging
+    config.swa_epochs = 0.0  # the weights of these last epochs are averaged equally; 0: none
     config.log_every_steps = 10  # steps between two lines of metrics.jsonl
 
     config.model = model = ConfigDict()  # the network, and the weights that it starts from
@@ -38,25 +39,34 @@ def get_config() -> ConfigDict:
     model.num_heads = 0  # attention heads of a block; 0: the architecture's
     model.mlp_ratio = 0.0  # hidden width of the MLP / embed_dim; 0: the architecture's
     model.qk_scale = 0.0  # of the attention logits; 0: head_dim ** -0.5
-    model.drop_path = 0.0  # stochastic depth of the last block's attention; linear from 0
+    model.drop_path = 0.0  # stochastic depth of the last block; linear from 0, in XCiT constant
     model.remat = False  # a gradient computes blocks again instead of keeping them: less memory
     model.pretrained = ""  # weights to start from: a file, hf:NAME or work directory; '': scratch
     model.allow_few_tokens = False  # permit a patch that leaves fewer than 16 tokens
 
     config.data = data = ConfigDict()  # images and their augmentation
-    data.name = "cifar10"  # 'digits', a TFDS name, or 'folder:PATH' of PATH/<split>/<class>/<image>
+    data.name = "cifar10"  # digits, a TFDS name, folder:PATH of PATH/<split>/<class>/, or npy:FILE
     data.dir = ""  # of TFDS, or of a relative folder; '': $TFDS_DATA_DIR or ~/tensorflow_datasets
     data.train_split = "train"  # TFDS split to train on, such as train or train[:1000]
     data.test_split = "test"  # TFDS split of the evaluation at the end
     data.allow_overlap = False  # permit test images that are training images too
+    data.from_images = ""  # taken from the images: image_size, normalisation, splits; '': nothing
+    data.stratified = False  # hold-out, and a folder's slices, have all classes in proportion
     data.validation_examples = 1000  # held out of the training split to choose the best checkpoint
-    data.image_size = 32  # images are resized (squashed) to this square
+    data.image_size = 32  # side of the square that the model sees, in pixels
+    data.transform = "squash"  # how images are made square; or resizeN-cropM[-bicubic]
     data.mean = CIFAR_MEAN  # per channel, in pixel units; as many channels are fed to the model
     data.std = CIFAR_STD  # per channel, in pixel units
     data.crop_padding = 4  # black pixels around an image before the random crop; 0: no crop
     data.flip = True  # random horizontal flip
+    data.augment = ""  # comma-separated, after crop and flip: randaugment-2-9, random-erasing, ...
     data.cache_gib = 4.0  # decoded sets up to this size stay in memory, larger ones are streamed
     data.threads = 0  # that read and decode; 0: one per core
+
+    data.extra = extra = ConfigDict()  # a second source that every batch holds images of
+    extra.name = ""  # 'npz:FILE' of images and labels, or as data.name; '': none
+    extra.split = "train"  # of a source that has splits
+    extra.fraction = 0.0  # share of a batch, such as 0.7
 
     config.mixing = mixing = ConfigDict()  # mixup and CutMix before the attack; natural, AT only
     mixing.probability = 0.3  # that a batch is mixed at all
@@ -69,8 +79,12 @@ def get_config() -> ConfigDict:
     threat.eps = 8 / 255  # radius of the ball
     threat.step_size = 2 / 255  # of one attack step
     threat.steps = 10  # of the training attack
-    threat.start = "random"  # random (AT: uniform; TRADES, MART: tiny Gaussian) or zero
+    threat.start = "random"  # random (TRADES, MART: tiny), zero, or noise (N-FGSM, not projected)
     threat.eps_warmup_epochs = 0.0  # eps and step size grow linearly from 0 over these
+
+    config.awp = weights = ConfigDict()  # adversarial weight perturbation (Wu et al. 2020)
+    weights.gamma = 0.0  # its size, as a share of each weight's norm, such as 0.005; 0: off
+    weights.warmup_epochs = 0.0  # epochs before it begins
 
     config.masking = masking = ConfigDict()  # ARD and PRM, the paper's two methods
     masking.ard = False  # attention random dropping
@@ -86,6 +100,7 @@ def get_config() -> ConfigDict:
     optimizer.b1 = 0.9  # of AdamW: decay of the mean gradient
     optimizer.b2 = 0.999  # of AdamW: decay of the mean squared gradient
     optimizer.weight_decay = 1e-4  # on all parameters
+    optimizer.layer_decay = 1.0  # factor on the rate from a layer to the one below; 1: one rate
     optimizer.clip_norm = 1.0  # global gradient norm, before weight decay; 0: no clipping
     optimizer.schedule = "step"  # step, cosine, cyclic or constant
     optimizer.drop_before_end = (5.0, 2.0)  # step: the rate falls this many epochs before the end
@@ -95,10 +110,12 @@ def get_config() -> ConfigDict:
     config.eval = evaluation = ConfigDict()  # what is measured, when and on what
     evaluation.every_epochs = 1  # between robust validations, also at the end; 0: never
     evaluation.validation_attack = "pgd-10"  # what validation runs beside clean accuracy
+    evaluation.stop_if_overfitted = False  # end where robust validation halves: keep the best
     evaluation.attacks = "clean,cw-20,pgd-20,pgd-100,autoattack"  # on the test split at the end
     evaluation.num_examples = 0  # test images used; 0: all
     evaluation.batch_size = 256  # over all devices
     evaluation.checkpoint = "best"  # which weights are tested: best (on validation) or last
+    evaluation.weights = ""  # raw, ema or swa; '': averaged ones where there are any
     evaluation.threat = ball = ConfigDict()  # the attacks' ball; '' and 0: as in training
     ball.norm = ""  # linf, l2 or l1; if not that of training, set eps and step_size too
     ball.eps = 0.0  # radius of the ball

@@ -69,7 +69,11 @@ def imported(path: pathlib.Path) -> set[str]:
     return modules | {f"{name}.__init__" for name in packages}
 
 
-FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+FILES = {
+    name_of(path): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if "packaged" not in path.parts  # data, such as the loader of exports
+}
 IMPORTS = {name: imported(path) - {name} for name, path in FILES.items()}
 
 

@@ -33,6 +33,8 @@ def weight(name: str, shape: tuple[int, ...], salt: int = 0) -> np.ndarray:
     fan_in_scale = 1 / np.sqrt(np.prod(shape[1:]))
     if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
         value = 1 + 0.1 * z
+    elif name.endswith("running_var"):
+        value = np.exp(z)
     elif name.endswith("gating_param"):
         value = 1 + 0.5 * z
     elif name.endswith((".bias", "cls_token", "pos_embed")):

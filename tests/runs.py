@@ -98,7 +98,7 @@ def quick_step(setup: Setup, state, batch):
 
 
 def optimizer_of(setup: Setup):
-    return optim.make_optimizer(setup.config, setup.steps_per_epoch)
+    return optim.make_optimizer(setup.config, setup.steps_per_epoch, setup.model.num_blocks)
 
 
 def batches(setup: Setup, count: int):

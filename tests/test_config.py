@@ -82,7 +82,7 @@ REFUSED = [
     ({"threat__steps": -1}, ["threat.steps is -1", "1 or more"]),
     ({"threat__steps": 0}, ["threat.steps is 0", "1 or more"]),
     ({"threat__norm": "linff"}, ["threat.norm is 'linff'", "linf, l2", "nearest: linf"]),
-    ({"threat__start": "uniform"}, ["threat.start is 'uniform'", "random, zero"]),
+    ({"threat__start": "uniform"}, ["threat.start is 'uniform'", "random, zero, noise"]),
     (
         {"threat__start": "zero", "objective": "trades", "mixing__probability": 0.0},
         ["threat.start is 'zero'", "random"],

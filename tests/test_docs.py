@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import io
 import json
 import pathlib
@@ -16,8 +16,9 @@ import jax
 import numpy as np
 import pytest
 
+import vit_at
 from vit_at import models
-from vit_at.reporting import study
+from vit_at.reporting import exported, study
 from vit_at.reporting.jobs import jobs_of
 from vit_at.training import objectives
 
@@ -25,6 +26,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SLOW = {"audit"}  # a whole AutoAttack
 LINKS = re.compile(r"\]\(([^)#\s]+)")
+# Packages of other frameworks; ``load`` is that of an export.
+OTHERS = {"torch", "timm", "autoattack", "robustbench", "load"}
+IMPORTS = re.compile(r"^(?:from|import) (\w+)", re.MULTILINE)
 
 
 def blocks(page: pathlib.Path, language: str) -> list[str]:
@@ -62,16 +66,87 @@ def with_marks(page):
     return pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem in SLOW))
 
 
-@pytest.mark.parametrize("page", [with_marks(page) for page in PAGES])
-def test_python_blocks_run_in_the_order_of_their_page(page, tmp_path, monkeypatch):
+def of_others(block: str) -> bool:
+    """Whether a block needs another framework."""
+    return bool(OTHERS & set(IMPORTS.findall(block)))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty current directory, with an export where the documentation has it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT)
+    return tmp_path
+
+
+def export_to(directory: str) -> None:
+    options = {"images": 12, "stablehlo": bool(importlib.util.find_spec("flatbuffers"))}
+    exported.export_workdir("digits_deit_64x2", "best", directory, **options)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("page", [with_marks(page) for page in PAGES])
+def test_python_blocks_run_in_the_order_of_their_page(page):
     names = dict(given())
+    if page.stem == "export":
+        pytest.importorskip("flatbuffers")
+        export_to("runs/digits_sgd/export")
     with unittest.mock.patch.dict(objectives.OBJECTIVES):  # extend.md adds one
         for block in blocks(page, "python"):
-            if "import json, timm, torch" in block:  # of another framework, see test_exported
-                continue
-            exec(compile(block, str(page), "exec"), names)
+            if not of_others(block):
+                exec(compile(block, str(page), "exec"), names)
+
+
+def shorten_autoattack(monkeypatch) -> None:
+    """Few steps for the official code; benchmarks/official_autoattack.py compares its numbers."""
+    from autoattack import AutoAttack
+
+    name = "set_version" if hasattr(AutoAttack, "set_version") else "_set_version"  # PyPI's copy
+    standard = getattr(AutoAttack, name)
+
+    def shortened(self, version="standard"):
+        standard(self, version)
+        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 3
+        self.square.n_queries = 10
+
+    monkeypatch.setattr(AutoAttack, name, shortened)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    "page",
+    [p for p in PAGES if any(map(of_others, blocks(p, "python")))],
+    ids=lambda page: page.stem,
+)
+def test_blocks_of_pytorch_run_in_the_order_of_their_page(page, monkeypatch):
+    """Those whose packages are installed, and the official AutoAttack's under either name."""
+    pytest.importorskip("torch")
+    pytest.importorskip("timm")
+    official = importlib.util.find_spec("autoattack")
+    if not official:
+        monkeypatch.setitem(sys.modules, "autoattack", pytest.importorskip("pyautoattack"))
+    shorten_autoattack(monkeypatch)
+    monkeypatch.delitem(sys.modules, "load", raising=False)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    export_to("runs/digits_sgd/export")
+    names: dict = {}
+    for block in filter(of_others, blocks(page, "python")):
+        if "robustbench" in block and not (official and importlib.util.find_spec("robustbench")):
+            continue  # it needs the official package itself
+        if "onnx" in block and not importlib.util.find_spec("onnxscript"):
+            continue
+        exec(compile(block, str(page), "exec"), names)
+    if pathlib.Path("model.onnx").exists():
+        check_onnx(names["load"](), names["images"])
+
+
+def check_onnx(model, images) -> None:
+    """The logits of model.onnx are those of the model that it was made from."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession("model.onnx")
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    np.testing.assert_allclose(logits, model(images).detach(), atol=1e-5)
 
 
 # The commands of ``vit-at``, as the modules that they run.
@@ -177,8 +252,8 @@ def rows_of(table: str, columns: tuple[int, ...]) -> set[tuple[str, ...]]:
 @pytest.mark.parametrize(
     ("page", "begin", "columns", "file", "theirs"),
     [
-        ("README.md", "| training | clean % | PGD-20 % | PGD-100 % | CW-20 % |",
-         (1, 4, 2, 3), "digits_sgd", (2, 3, 4, 5)),
+        ("README.md", "| training, data | clean % | PGD-20 % | CW-20 % | AutoAttack % |",
+         (1, 3, 2), "digits_sgd", (2, 3, 4)),
         ("docs/index.md", "| training | clean % | PGD-20 % | PGD-100 % | CW-20 % |",
          (1, 4, 2, 3), "digits_sgd", (2, 3, 4, 5)),
         ("docs/performance.md", "| training in | clean % | PGD-20 % | PGD-100 % | CW-20 % |",
@@ -188,9 +263,22 @@ def rows_of(table: str, columns: tuple[int, ...]) -> set[tuple[str, ...]]:
 def test_other_tables_hold_numbers_of_the_committed_results(page, begin, columns, file, theirs):
     text = (ROOT / page).read_text()
     table = text[text.index(begin) :].partition("\n\n")[0]
+    table = re.sub(r"\n\| CIFAR.*", "", table)  # of other runs
     found = study.compare(study.groups(study.find([ROOT / f"results/{file}.json"]))).markdown()
     assert rows_of(table, columns) <= rows_of(found, theirs)
     assert len(rows_of(table, columns)) >= 2
+
+
+def test_the_readme_gives_the_records_of_the_packaged_model():
+    (row,) = re.findall(
+        r"^\| CIFAR-10, .*`(\w+)`\) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M
+    )
+    records = {r["attack"]: r for r in vit_at.load(row[0]).record}
+    found = [
+        f"{100 * records[a]['accuracy']:.1f}" for a in ("clean", "pgd-20", "cw-20", "autoattack")
+    ]
+    assert row[1].split(" | ") == found
+    assert [records[a]["protocol"]["num_examples"] for a in ("clean", "autoattack")] == [1000, 256]
 
 
 def test_committed_results_hold_no_path_of_a_machine():

@@ -183,6 +183,8 @@ def folder_config(root, channels=3) -> ConfigDict:
             "name": f"folder:{root}",
             "dir": "",
             "image_size": 8,
+            "transform": "squash",
+            "stratified": False,
             "mean": (0.5,) * channels,
             "cache_gib": 0.0,
         }

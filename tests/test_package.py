@@ -20,6 +20,8 @@ DATA = [
     "vit_at/reporting/packaged/published.json",
     "vit_at/reporting/packaged/flags.json",
     "vit_at/data/packaged/digits/1.0.0/digits-train.array_record-00000-of-00001",
+    "vit_at/reporting/packaged/load.py",
+    "vit_at/workdir/packaged/digits_deit_64x2/model.safetensors",
     "vit_at/configs/digits_sgd.py",
     "vit_at/configs/study/masking.py",
 ]
@@ -113,6 +115,8 @@ def test_every_command_works_outside_of_a_checkout(run, workdir):
     assert "Ready in" in run("vit-at", "prepare", "digits")
     assert "study/masking" in run("vit-at", "recipes")
     assert "deit_tiny_patch16_224" in run("vit-at", "models")
+    assert "digits_deit_64x2" in run("vit-at", "models", "--robust")
+    assert "clean" in run("vit-at", "evaluate", "digits_deit_64x2", "--attacks=clean")
     assert "digits_sgd" in run("vit-at", "--print-completion=bash")
     assert run("vit-at", "--version") == run("python", "-m", "vit_at", "--version")
     assert "--config.FIELD=VALUE" in run("python", "-m", "vit_at.main", "--help")

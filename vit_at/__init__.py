@@ -14,14 +14,25 @@ if TYPE_CHECKING:
     from vit_at.evaluate import evaluate
     from vit_at.models import classifier, create
     from vit_at.training.loop import train
+    from vit_at.workdir.registry import load
 
 __version__ = "0.1.0"
-__all__ = ["Threat", "autoattack", "classifier", "create", "evaluate", "pgd_attack", "train"]
+__all__ = [
+    "Threat",
+    "autoattack",
+    "classifier",
+    "create",
+    "evaluate",
+    "load",
+    "pgd_attack",
+    "train",
+]
 
 _MODULE_OF = {
     "Threat": "vit_at.attacks",
     "classifier": "vit_at.models",
     "create": "vit_at.models",
+    "load": "vit_at.workdir.registry",
     "pgd_attack": "vit_at.attacks",
     "train": "vit_at.training.loop",
 }

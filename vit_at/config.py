@@ -17,12 +17,15 @@ CHOICES = {
     "sharding": ("replicated", "fsdp"),
     "threat.norm": ("linf", "l2", "l1"),
     "eval.threat.norm": ("", "linf", "l2", "l1"),
-    "threat.start": ("random", "zero"),
+    "threat.start": ("random", "zero", "noise"),
     "optimizer.name": ("sgd", "adamw"),
     "optimizer.schedule": ("step", "cosine", "cyclic", "constant"),
     "eval.checkpoint": ("best", "last"),
+    "eval.weights": ("", "raw", "ema", "swa"),
 }
 
+# What is stored of a run: the best weights on validation, and the last of each kind.
+CHECKPOINTS = ("best", "last", "last-raw", "last-ema", "last-swa")
 MAX_STEPS = 2**31 - 1  # the step is an int32 on the device
 # {field: (lowest, highest)} of whole numbers. No real run reaches the highest values; they catch
 # slips of the keyboard before memory, disk or hours are spent.
@@ -50,12 +53,13 @@ _WHOLE = {
 }
 # {highest: fields} of numbers from 0.
 _NUMBERS = {
-    1: "mixing.probability mixing.cutmix_probability masking.keep_max optimizer.drop_factor",
+    1: "mixing.probability mixing.cutmix_probability masking.keep_max optimizer.drop_factor "
+    "awp.gamma optimizer.layer_decay data.extra.fraction",
     100: "model.mlp_ratio",
     1000: "optimizer.learning_rate optimizer.weight_decay",
     10**4: "model.qk_scale mixing.mixup_alpha mixing.cutmix_alpha",
-    10**6: "beta data.cache_gib threat.eps_warmup_epochs masking.warmup_epochs "
-    "optimizer.warmup_epochs checkpoint.every_minutes",
+    10**6: "beta data.cache_gib threat.eps_warmup_epochs awp.warmup_epochs swa_epochs "
+    "masking.warmup_epochs optimizer.warmup_epochs checkpoint.every_minutes",
     10**9: "optimizer.clip_norm eval.threat.eps eval.threat.step_size",
 }
 _BELOW_ONE = (
@@ -63,12 +67,14 @@ _BELOW_ONE = (
 )
 _ANY_NUMBER = "threat.eps threat.step_size"
 _SWITCHES = (
-    "model.remat model.allow_few_tokens data.allow_overlap data.flip masking.ard masking.prm"
+    "model.remat model.allow_few_tokens data.allow_overlap data.stratified data.flip masking.ard "
+    "masking.prm eval.stop_if_overfitted"
 )
 _TEXTS = (
     "name dtype sharding objective model.name model.stem model.pretrained data.name data.dir "
-    "data.train_split data.test_split threat.norm threat.start optimizer.name optimizer.schedule "
-    "eval.validation_attack eval.attacks eval.checkpoint eval.threat.norm"
+    "data.train_split data.test_split data.from_images data.transform data.augment "
+    "data.extra.name data.extra.split threat.norm threat.start optimizer.name optimizer.schedule "
+    "eval.validation_attack eval.attacks eval.checkpoint eval.weights eval.threat.norm"
 )
 _TUPLES = "data.mean data.std optimizer.drop_before_end"
 _NAME_BYTES = 200  # a file system allows 255, and files beside the directory add a suffix
@@ -76,7 +82,11 @@ _TEXT_LENGTH = 4096  # the longest path of Linux
 
 # Fields that older ``config.json`` files lack, with the value that describes those runs.
 ADDED = {"sharding": "replicated", "model.remat": False, "checkpoint.every_steps": 0}
-ADDED |= {"data.allow_overlap": False, "model.stem": "patch"}
+ADDED |= {"data.allow_overlap": False, "data.stratified": False, "model.stem": "patch"}
+ADDED |= {"data.transform": "squash", "data.augment": "", "data.from_images": ""}
+ADDED |= {"awp.gamma": 0.0, "awp.warmup_epochs": 0.0, "optimizer.layer_decay": 1.0}
+ADDED |= {"eval.stop_if_overfitted": False, "eval.weights": "", "swa_epochs": 0.0}
+ADDED |= {"data.extra.name": "", "data.extra.split": "train", "data.extra.fraction": 0.0}
 ADDED |= {"eval.threat.norm": "", "eval.threat.eps": 0.0, "eval.threat.step_size": 0.0}
 
 
@@ -207,6 +217,13 @@ def evaluation_threat(config: ConfigDict) -> ConfigDict:
     return threat
 
 
+def evaluated_weights(config: ConfigDict) -> str:
+    """Which weights are validated and tested, ``eval.weights``: raw, ema or swa."""
+    if config.eval.weights:
+        return config.eval.weights
+    return "swa" if config.swa_epochs else "ema" if config.ema_decay else "raw"
+
+
 def _validate_ball(name: str, threat: ConfigDict, values: int) -> None:
     """values: of an image."""
     if threat.norm == "linf" and not 0 < threat.eps <= 1:
@@ -282,6 +299,17 @@ def _validate_schedule(config: ConfigDict) -> None:
             f"optimizer.warmup_epochs is {options.warmup_epochs:g}; it must be less than epochs "
             f"({config.epochs})"
         )
+    others = config.model.name.startswith(("swin", "xcit", "convnext"))
+    if not options.layer_decay or (options.layer_decay < 1 and others):
+        raise UserError(
+            f"optimizer.layer_decay is {options.layer_decay:g} with model.name "
+            f"'{config.model.name}'; it must be over 0 and at most 1, such as 0.75, and 1 for "
+            "Swin, XCiT and ConvNeXt"
+        )
+    if config.swa_epochs > config.epochs:
+        raise UserError(
+            f"swa_epochs is {config.swa_epochs:g}; it must be at most epochs ({config.epochs})"
+        )
     if options.schedule == "cyclic" and not options.warmup_epochs:
         raise UserError(
             "optimizer.schedule is 'cyclic', whose peak is at optimizer.warmup_epochs; set that "
@@ -290,6 +318,13 @@ def _validate_schedule(config: ConfigDict) -> None:
 
 
 def _validate_combinations(config: ConfigDict) -> None:
+    averaged = {"ema": ("ema_decay", config.ema_decay), "swa": ("swa_epochs", config.swa_epochs)}
+    field, value = averaged.get(config.eval.weights, ("", 1))
+    if not value:
+        raise UserError(
+            f"eval.weights is '{config.eval.weights}', but {field} is 0, so there are none; set it "
+            "above 0, or eval.weights to '' or raw"
+        )
     mixing = config.mixing
     if mixing.probability and not (mixing.mixup_alpha or mixing.cutmix_alpha):
         raise UserError(

@@ -1,9 +1,16 @@
-"""Clean, PGD-n, CW-n and AutoAttack accuracy of a work directory or an export.
+"""Clean, PGD-n, CW-n and AutoAttack accuracy of a run, an export, weights or a function.
 
     vit-at evaluate runs/cifar10_sgd --attacks=clean,pgd-20,cw-20
+    vit-at evaluate --weights=FILE --model=deit_small_patch16_224 --data=cifar10
+    vit-at evaluate --function=MODULE:NAME --data=cifar10
+
+    vit-at evaluate runs/cifar10_sgd --attacks=pgd-20 --eps=0,2/255,4/255,8/255
+    vit-at evaluate runs/cifar10_sgd --attacks=pgd-20 --norm=linf,l2 --eps=8/255,0.5
+    vit-at evaluate runs/cifar10_sgd --attacks=pgd-20 --from=runs/cifar10_ard_prm
 
 Each result is stored with its protocol in ``results.json``, the outcome of each image in
-``per_example.npz``.
+``per_example.npz`` and ``per_example.csv``. Several eps give a curve, several norms their union,
+and --from the accuracy on adversarial images that were made for other models.
 """
 
 import argparse
@@ -11,7 +18,6 @@ import inspect
 import os
 import sys
 import types
-import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,25 +25,37 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from vit_at import models
-from vit_at.attacks import Threat
+from vit_at.attacks import NORMS
 from vit_at.cli import add_process_arguments, join_processes
-from vit_at.config import CHOICES, evaluation_threat, validate
+from vit_at.config import CHECKPOINTS
+from vit_at.configs import default
 from vit_at.console import quiet_logging
 from vit_at.data import sources
 from vit_at.distributed import devices, processes, sharding
 from vit_at.errors import Parser, UserError, explained_errors, one_sentence_errors
+from vit_at.evaluation import curves, transfer
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store, select
-from vit_at.evaluation.protocol import parse_attacks
-from vit_at.workdir.checkpoint import load_trained
-from vit_at.workdir.exported import DESCRIPTION_FILE, load_exported
+from vit_at.evaluation.subject import Subject, in_classes_of, of_directory, of_file, of_function
 from vit_at.workdir.files import disk_errors, locked
 from vit_at.workdir.results import Results, as_text
 
+_PATH = ((str, os.PathLike), "the path of a directory")
 _TYPES: dict[Any, tuple[Any, str]] = {
     str: (str, "a string"),
     int: (int, "a whole number"),
-    float: ((int, float), "a number"),
+    float | None: ((int, float, types.NoneType), "a number"),
+    float | Sequence[float] | None: (
+        (int, float, tuple, list, types.NoneType),
+        "a number, or a tuple of numbers",
+    ),
+    tuple[float, ...]: ((tuple, list), "a tuple of numbers"),
+}
+_TAKERS = {  # the sources that take an option
+    "model": ("--weights",),
+    "num_heads": ("--weights",),
+    "mean": ("--weights",),
+    "std": ("--weights",),
+    "image_size": ("--weights", "--function"),
 }
 _MOST_RESTARTS = 1000  # their starts are in memory together
 
@@ -51,83 +69,191 @@ def fraction(text: str) -> float:
         raise ValueError(f"'{text}' divides by 0") from error
 
 
+def fractions(text: str) -> tuple[float, ...]:
+    """'0,2/255,4/255' as numbers."""
+    numbers = []
+    for part in text.split(","):
+        try:
+            numbers.append(fraction(part))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"invalid fraction value: '{part}'") from error
+    return tuple(numbers)
+
+
+def norms(text: str) -> str:
+    """The same text, if it is '', a norm, or several with commas."""
+    for name in text.split(",") if text else ():
+        if name not in NORMS:
+            raise argparse.ArgumentTypeError(
+                f"invalid choice: '{name}' (choose from {', '.join(NORMS)})"
+            )
+    return text
+
+
 def evaluate(
-    source: epath.PathLike,
+    source: epath.PathLike = "",
     attacks: str = "clean,pgd-20",
     *,
+    weights: str = "",
+    model: str = "",
+    num_heads: int = 0,
+    function: str = "",
     checkpoint: str = "best",
+    data: str = "",
+    data_dir: str = "",
     split: str = "",
+    ids: str = "",
+    transform: str = "",
+    image_size: int = 0,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
     num_examples: int = 0,
     norm: str = "",
-    eps: float | None = None,
+    eps: float | Sequence[float] | None = None,
     step_size: float | None = None,
     restarts: int = 1,
     batch_size: int = 0,
     seed: int = 0,
-    data_dir: str = "",
+    workdir: str = "",
+    from_runs: str = "",
 ) -> list[dict[str, Any]]:
-    """Measures the accuracy of a work directory or an export under attacks.
+    """Measures the accuracy of a run, an export, weights or a function under attacks.
 
     A result that ``results.json`` has under the same protocol is not measured again.
 
     Args:
-      source: a directory that ``vit_at.train`` or the export has written.
+      source: a directory that ``vit_at.train`` or the export has written, or a model's name as in
+        ``vit_at.load``; or '', and one of ``weights`` and ``function``.
       attacks: comma-separated: clean, pgd-N, cw-N, autoattack.
+      weights: a weight file or 'hf:NAME', see ``vit_at.weights.load``; model: timm's name of its
+        architecture; num_heads: where it can't be known from the name, see docs/evaluate.md.
+      function: 'MODULE:NAME' of a function of images [B, H, W, C] in [0, 1] to logits [B, K].
       checkpoint: 'best' or 'last'; of a work directory.
-      split: such as 'test[:1000]'; '': the configuration's.
+      data: as ``data.name`` of a configuration; '': that of the run, and cifar10 of the others.
+      data_dir: TFDS data directory, or the one that holds 'folder:NAME'; '': the configuration's.
+      split: such as 'test[:1000]'; '': the configuration's, and of other data the whole of it.
+      ids: a file with one image a line, as CLASS/FILE, or 'robustbench' for its 5 000 of ImageNet:
+        only these images of the split, in this order; '': all.
+      transform: such as 'squash' or 'resize256-crop224', see ``vit_at.data.transforms``; '': the
+        configuration's.
+      image_size, mean, std: of weights and functions; 0 and (): the file's or the data set's.
       num_examples: the first so many images of it; 0: all.
       norm, eps, step_size: of the attacks, in pixel units of images in [0, 1]; '' and None: as in
-        ``eval.threat``.
+        ``eval.threat``. Several eps give a curve, with step sizes in proportion; 0 is clean images.
+        Several norms, comma-separated, with one eps for each, give their union.
       restarts: random starts of PGD and CW, at most 1000; an image counts as robust if all fail.
       batch_size: over all devices; 0: the configuration's.
       seed: of the random starts.
-      data_dir: TFDS data directory, or the one that holds 'folder:NAME'; '': the configuration's.
+      workdir: where results are stored; '': the source, or a folder of runs/evaluate.
+      from_runs: other work directories or exports, comma-separated. The adversarial images of each
+        model are given to all; results are stored in ``transfer`` of the work directory.
 
     Returns:
-      One record for each attack, as in ``results.json``: accuracy, standard error, protocol.
+      One record for each attack, as in ``results.json``: accuracy, standard error, protocol. Of a
+      union one more, and of ``from_runs`` one for each pair of models.
 
     Raises:
-      UserError: a directory, data set or option that can't be used.
+      UserError: a directory, file, data set or option that can't be used.
     """
-    _check_arguments(locals())
-    workdir = epath.Path(source).expanduser()
-    exported = (workdir / DESCRIPTION_FILE).exists()
-    trained = load_exported(workdir) if exported else load_trained(workdir, checkpoint)
-    config = ConfigDict(trained.config).unlock()
-    _set_threat(config, norm, eps, step_size)
-    config.data.dir = data_dir or config.data.dir
+    given = locals()
+    _check_arguments(given)
+    subject = _subject(given)
+    config = subject.config
     config.eval.batch_size = batch_size or config.eval.batch_size
-    validate(config)
+    sizes = (eps,) if isinstance(eps, (int, float)) else tuple(eps or ())
+    threats = curves.threats(config, norm, sizes, step_size)
     mesh = sharding.make_mesh()
     sharding.check_batch_size("--batch_size", config.eval.batch_size, mesh)
-    parsed = parse_attacks(attacks, Threat.of(evaluation_threat(config)), restarts)
+    parsed = curves.attacks(attacks, threats, restarts, clean=0 in sizes)
+    models = transfer.subjects(subject, from_runs, checkpoint, parsed, data) if from_runs else {}
     threads = config.data.threads
-    examples = sources.load(config.data, split or config.data.test_split, threads=threads)
-    examples = select(examples, num_examples)
-    apply = models.classifier(trained.model, config.data.mean, config.data.std)
+    examples = sources.load(config.data, config.data.test_split, threads=threads, chosen=ids)
+    examples = in_classes_of(select(examples, num_examples), subject)
     options = {"batch_size": config.eval.batch_size, "seed": seed, "threads": threads}
-    evaluator = Evaluator(apply, examples, parsed, mesh, **options)
-    which = "export" if exported else checkpoint
-    weights = {"checkpoint": which, "step": trained.values["step"]}
-    with disk_errors(workdir), locked(workdir, "evaluation"):
-        return evaluate_and_store(
-            evaluator, trained.params, examples, Results(workdir), seed=seed, weights=weights
+    directory = epath.Path(workdir).expanduser() if workdir else subject.workdir
+    if models:
+        directory /= transfer.TRANSFER_DIRECTORY
+    else:
+        evaluator = Evaluator(subject.apply, examples, parsed, mesh, **options)
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with locked(directory, "evaluation"):
+            results = Results(directory)
+            if models:
+                records = transfer.evaluate_transfer(
+                    models, examples, parsed, mesh, results, **options
+                )
+            else:
+                about: dict[str, Any] = {"seed": seed, "weights": subject.weights}
+                records = evaluate_and_store(evaluator, subject.params, examples, results, **about)
+            if "," in norm:
+                records += curves.store_unions(records, results, examples)
+            if jax.process_index() == 0 and (models or len(threats) > 1):
+                _write_tables(results, records)
+            return records
+
+
+def _write_tables(results: Results, records: list[dict[str, Any]]) -> None:
+    """Writes the curves or matrices of records; says where."""
+    from vit_at.reporting import tables  # matplotlib is not needed otherwise
+
+    for path in tables.write(results, records):
+        print(f"table and picture: {path}.csv, .png", file=sys.stderr)
+
+
+def _subject(given: dict[str, Any]) -> Subject:
+    """What the arguments name, with the data that they name."""
+    _check_sources(given)
+    if not (given["weights"] or given["function"]):
+        subject = of_directory(given["source"], given["checkpoint"])
+        _set_data(subject.config, given)
+        return subject
+    config = default.get_config().unlock()
+    _set_data(config, given)
+    if given["function"]:
+        return of_function(given["function"], config, given["image_size"])
+    options = {name: given[name] for name in ("num_heads", "image_size", "mean", "std")}
+    return of_file(given["weights"], given["model"], config, **options)
+
+
+def _check_sources(given: dict[str, Any]) -> None:
+    """Checks that there is one source, and only options that it takes."""
+    sources = {"WORKDIR": given["source"]} | {f"--{n}": given[n] for n in ("weights", "function")}
+    present = [name for name, value in sources.items() if value]
+    if len(present) > 1:
+        raise UserError(f"{' and '.join(present)} are both given; choose one of them")
+    if not present:
+        raise UserError(
+            "one source is required: WORKDIR, --weights=FILE with --model=NAME, or "
+            "--function=MODULE:NAME"
+        )
+    for option, takers in _TAKERS.items():
+        if given[option] and present[0] not in takers:
+            raise UserError(
+                f"--{option} is given, but only {' and '.join(takers)} take it; leave it out"
+            )
+    if given["weights"] and not given["model"]:
+        raise UserError(
+            "--weights needs --model=NAME, timm's name of the architecture, such as "
+            "--model=deit_small_patch16_224; 'vit-at models' lists them"
         )
 
 
 def _check_arguments(given: dict[str, Any]) -> None:
     """Checks types and choices, for calls from Python, and ranges."""
     for name, parameter in inspect.signature(evaluate).parameters.items():
-        value, allowed = given[name], typing.get_args(parameter.annotation)
-        kind, words = _TYPES.get((*allowed, parameter.annotation)[0], (object, ""))
-        if name == "source":
-            kind, words = (str, os.PathLike), "the path of a directory"
-        fits = isinstance(value, kind) and not isinstance(value, bool)
-        if not fits and not (value is None and types.NoneType in allowed):
-            raise UserError(f"{name} is {value!r}; it must be {words}")
-    if given["checkpoint"] not in CHOICES["eval.checkpoint"]:
-        choices = " or ".join(CHOICES["eval.checkpoint"])
+        kind, words = _TYPES.get(parameter.annotation, _PATH)
+        fits = isinstance(given[name], kind) and not isinstance(given[name], bool)
+        if isinstance(given[name], (tuple, list)):
+            fits = all(isinstance(number, (int, float)) for number in given[name])
+        if not fits:
+            raise UserError(f"{name} is {given[name]!r}; it must be {words}")
+    if given["checkpoint"] not in CHECKPOINTS:
+        choices = ", ".join(CHECKPOINTS)
         raise UserError(f"checkpoint is '{given['checkpoint']}'; it must be {choices}")
+    for name in ("num_heads", "image_size"):
+        if given[name] < 0:
+            raise UserError(f"--{name} is {given[name]}; it must be 1 or more, or be left out")
     restarts, seed = given["restarts"], given["seed"]
     if restarts < 1:
         raise UserError(f"--restarts is {restarts}; it must be 1 or more")
@@ -137,43 +263,51 @@ def _check_arguments(given: dict[str, Any]) -> None:
         raise UserError(f"--seed is {seed}; it must be from 0 to {2**32 - 1}")
 
 
-def _set_threat(config: ConfigDict, norm: str, eps: float | None, step_size: float | None) -> None:
-    """Changes the threat of evaluation to the one that is asked for."""
-    before = evaluation_threat(config)
-    if norm not in ("", before.norm) and eps is None:
-        raise UserError(
-            f"--norm is {norm}, but the run is evaluated under {before.norm}, whose eps means "
-            "something else; give --eps and --step_size too"
-        )
-    own = config.eval.threat
-    own.norm = norm or before.norm
-    own.eps = before.eps if eps is None else eps
-    own.step_size = before.step_size if step_size is None else step_size
-    for name, value in (("--eps", own.eps), ("--step_size", own.step_size)):
-        if not value > 0:
-            raise UserError(f"{name} is {value:g}; it must be over 0, such as 8/255")
+def _set_data(config: ConfigDict, given: dict[str, Any]) -> None:
+    """Changes the data to those that are asked for; of other data, the whole split is used."""
+    whole = config.data.test_split.partition("[")[0] if given["data"] else ""
+    fields = {
+        "name": given["data"],
+        "dir": given["data_dir"],
+        "transform": given["transform"],
+        "test_split": given["split"] or whole,
+    }
+    config.data.update({field: value for field, value in fields.items() if value})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command: arguments of ``evaluate``, and those of processes."""
     add = parser.add_argument
-    add("source", metavar="WORKDIR", help="what 'vit-at train' or 'vit-at export' has written")
+    written = "what 'vit-at train' or 'vit-at export' has written"
+    add("source", metavar="WORKDIR", nargs="?", default="", help=written)
+    add("--weights", default="", metavar="FILE", help="weights of somebody else, or hf:NAME")
+    add("--model", default="", metavar="MODEL", help="timm's name of their architecture")
+    add("--num_heads", type=int, default=0, help="of weights that are as wide as no known model")
+    add("--function", default="", metavar="MODULE:NAME", help="of images [B, H, W, C] to logits")
     add("--attacks", default="clean,pgd-20", help="comma-separated: clean, pgd-N, cw-N, autoattack")
-    add("--checkpoint", default="best", choices=("best", "last"))
+    add("--checkpoint", default="best", choices=CHECKPOINTS)
+    add("--data", default="", help="name of a data set, as in a recipe; default: that of the run")
+    add("--data_dir", default="", help="of TFDS, or the one that holds folder:NAME")
     add("--split", default="", help="such as test or test[:1000]; default: the configuration's")
+    add("--ids", default="", metavar="FILE", help="images, CLASS/FILE a line; or 'robustbench'")
+    add("--transform", default="", metavar="NAME", help="such as squash or resize256-crop224")
+    add("--image_size", type=int, default=0, help="side in pixels; of weights and functions")
+    add("--mean", type=fractions, default=(), help="of the normalisation of weights, such as a,b,c")
+    add("--std", type=fractions, default=(), help="likewise")
     add("--num_examples", type=int, default=0, help="the first so many images; 0: all")
+    add("--norm", type=norms, default="", help="linf, l2 or l1, or several; default: as trained")
     add(
-        "--norm",
-        default="",
-        choices=("linf", "l2", "l1"),
-        help="default: as trained, likewise below",
+        "--eps",
+        type=fractions,
+        help="of images in [0, 1], such as 8/255 or 0,4/255,8/255",
     )
-    add("--eps", type=fraction, help="in pixel units of images in [0, 1], such as 8/255")
     add("--step_size", type=fraction, help="in the same units")
     add("--restarts", type=int, default=1, help="random starts of PGD and CW")
     add("--batch_size", type=int, default=0, help="over all devices")
     add("--seed", type=int, default=0, help="of the random starts")
-    add("--data_dir", default="", help="of TFDS, or the one that holds folder:NAME")
+    add("--workdir", default="", metavar="DIR", help="where results are stored")
+    others = "whose adversarial images it is given, comma-separated"
+    add("--from", dest="from_runs", default="", metavar="WORKDIRS", help=others)
     add_process_arguments(parser)
 
 
@@ -185,10 +319,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     shares = max(1, options.num_processes)
     batch_sizes = [options.batch_size // shares] if options.batch_size else []
-    with one_sentence_errors(options.source):
+    with one_sentence_errors(options.source or options.workdir):
         devices.configure(*batch_sizes, cache=options.compilation_cache)
         join_processes(options)
-        with processes.shared_exit(), explained_errors(options.source):
+        with processes.shared_exit(), explained_errors(options.source or options.workdir):
             processes.end_on_sigterm()  # there is nothing to save
             names = inspect.signature(evaluate).parameters
             records = evaluate(**{name: getattr(options, name) for name in names})

@@ -40,17 +40,36 @@ class Weights(TypedDict):
     step: NotRequired[Count]
 
 
+class NormBall(TypedDict):
+    """One of the threats of a union over norms."""
+
+    norm: str
+    eps: Positive
+    step_size: NotRequired[Positive]
+
+
+class Transfer(TypedDict):
+    """For which model adversarial images were made, by name and digest, and on which measured."""
+
+    source: str
+    digest: str
+    target: str
+
+
 class Protocol(TypedDict):
     """What a result was measured on."""
 
     data: str
     num_examples: Count
     weights: Weights
+    transform: NotRequired[str]
+    ids: NotRequired[str]
     seed: NotRequired[Seed]
     norm: NotRequired[str]
     eps: NotRequired[Positive]
     step_size: NotRequired[Positive]
     restarts: NotRequired[Count]
+    transfer: NotRequired[Transfer]
 
 
 class ThreatProtocol(Protocol):
@@ -66,6 +85,13 @@ class StepsProtocol(ThreatProtocol):
 
     step_size: Positive
     restarts: Count
+
+
+class UnionProtocol(Protocol):
+    """That of the worst case over norms."""
+
+    seed: Seed
+    union: list[NormBall]
 
 
 class Record(TypedDict):
@@ -98,6 +124,7 @@ class Description(TypedDict):
     """``model.json``."""
 
     training: dict[str, Any]
+    results: NotRequired[list[Any]]
     checkpoint: Checkpoint
     num_classes: Annotated[int, msgspec.Meta(ge=1, le=10**6)]
     weights: WeightsFile

@@ -125,7 +125,10 @@ WORDS = {
     "data.test_split": ("train[:160]", "test"),
     "data.flip": ("2", "True or False"),
     "threat.norm": ("l0", "linf, l2, l1"),
-    "threat.start": ("uniform", "random, zero"),
+    "awp.gamma": ("2", "from 0 to 1"),
+    "awp.gamma ": ("small", "awp.gamma"),
+    "optimizer.layer_decay": ("0", "over 0 and at most 1"),
+    "threat.start": ("uniform", "random, zero, noise"),
     "optimizer.name": ("adam", "nearest: adamw"),
     "optimizer.schedule": ("cyclic", "optimizer.warmup_epochs"),
     "eval.validation_attack": ("pgd-2,clean", "must be one attack"),
@@ -168,6 +171,23 @@ CASES = {
     "python: a tuple with NaN": python("data.mean is .*from 0 to 1", data__mean=(NAN,)),
     "python: an endless tuple": python(
         "optimizer.drop_before_end", optimizer__drop_before_end=(1.0,) * 10**4
+    ),
+    "python: weights that are not averaged": python(
+        "eval.weights is 'ema', but ema_decay is 0", eval__weights="ema"
+    ),
+    "python: an average over more than all epochs": python(
+        "swa_epochs is 99; it must be at most", swa_epochs=99
+    ),
+    "python: AWP after the end": python(
+        "awp.warmup_epochs is 9", awp__gamma=0.1, awp__warmup_epochs=9
+    ),
+    "python: AWP without an attack": python(
+        "awp.gamma is 0.1, but objective 'natural'", awp__gamma=0.1, objective="natural"
+    ),
+    "python: a decay of Swin's layers": python(
+        "optimizer.layer_decay is 0.5 .*1 for Swin, XCiT",
+        optimizer__layer_decay=0.5,
+        model__name="swin_tiny_patch4_window7_224",
     ),
     "python: no seed": without("seed"),
     "python: no objective": without("objective"),

@@ -14,7 +14,11 @@ from vit_at.configs import digits_sgd
 from vit_at.reporting.exported import export
 
 Content = str | bytes | None  # None: a directory
-METADATA = {"name": "mine", "architecture": "deit_tiny_patch16_224"}
+METADATA = {
+    "name": "mine",
+    "architecture": "deit_tiny_patch16_224",
+    "normalisation": {"mean": [0.5] * 3, "std": [0.5] * 3},
+}
 CONFIG = json.dumps(digits_sgd.get_config("smoke").to_dict())
 TABLE = "| training | seeds |\n| --- | --- |\n| AT | 1 |\n"
 
@@ -40,9 +44,11 @@ def files(contents: dict[str, Content]) -> Callable[[pathlib.Path], None]:
 def description(**changes: Any) -> str:
     """model.json of an export whose weights are b"w" and whose card is b"c"."""
     digests = {
-        n: {"sha256": hashlib.sha256(n[0].encode()).hexdigest()} for n in ("weights", "card")
+        name: hashlib.sha256(content.encode()).hexdigest()
+        for name, content in {"model.safetensors": "w", "README.md": "c"}.items()
     }
-    return json.dumps(METADATA | digests | changes)
+    weights = {"weights": {"sha256": digests["model.safetensors"]}}
+    return json.dumps(METADATA | weights | {"files": digests} | changes)
 
 
 TRAINED = description(training=TRAINING, checkpoint={"step": 1}, num_classes=2)
@@ -93,7 +99,30 @@ EXPORTS = {
     ),
     "export to a pipe": Case(["export", "run", "--output=o"], "o is no directory", pipe("o")),
     "export of a file": Case(["export", "o"], "o is no work directory", files({"o": ""})),
-    "export of an export": Case(["export", "."], "is no work directory", files(OURS)),
+    "export of an export without a place": Case(
+        ["export", "."], "is an export already; give another place by --output", files(OURS)
+    ),
+    "export of an export that lacks its training": Case(
+        ["export", ".", "--output=o"], "no 'training' and 'checkpoint'", files(OURS)
+    ),
+    "report of an export": Case(
+        ["report", "."],
+        "is no work directory: it is an export",
+        files(OURS | {"config.json": "{}"}),
+    ),
+    "export over another loader": over({"load.py": "mine"}, FOREIGN.format("load.py")),
+    "export over a run": over({"config.json": CONFIG}, FOREIGN.format("config.json")),
+    "export of fewer images than none": Case(
+        ["export", "digits_deit_64x2", "--output=o", "--images=-1"], "-1 examples are asked for"
+    ),
+    "export of more images than there are": Case(
+        ["export", "digits_deit_64x2", "--output=o", "--images=999"],
+        "999 examples are asked for, but digits/1.0.0 test has 359",
+    ),
+    "export of images without their data": Case(
+        ["export", "cifar10_convit_96x4", "--output=o", "--images=1", "--data_dir=none"],
+        "cifar10.*none",
+    ),
     "export of a run without weights": Case(
         ["export", "run"], "run holds no 'best' checkpoint yet", files({"run/config.json": CONFIG})
     ),

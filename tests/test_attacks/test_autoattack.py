@@ -17,7 +17,6 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vit_at import evaluate
 from vit_at.attacks import Threat, autoattack, losses, pgd_attack
 from vit_at.attacks.autoattack import Budget, audit, cascade, ledger, programs
 from vit_at.attacks.autoattack import settings as autoattack_settings
@@ -26,6 +25,8 @@ from vit_at.attacks.norms import largest_size
 from vit_at.data import sources
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
+from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store
+from vit_at.evaluation.protocol import parse_attacks
 from vit_at.workdir import results
 
 SHAPE = (4, 4, 2)
@@ -469,11 +470,11 @@ def test_through_the_evaluator(tmp_path, monkeypatch):
     monkeypatch.setattr(audit, "CURVE_STEPS", (10,))
     run = autoattack.run
     monkeypatch.setattr(autoattack, "run", lambda *a, **k: run(*a, **(SHORT | k)))
-    attacks = evaluate.parse_attacks("autoattack", Threat("linf", 0.05))
+    attacks = parse_attacks("autoattack", Threat("linf", 0.05))
     mesh = sharding.make_mesh()
-    evaluator = evaluate.Evaluator(linear, examples, attacks, mesh, batch_size=8, seed=0)
+    evaluator = Evaluator(linear, examples, attacks, mesh, batch_size=8, seed=0)
     store = results.Results(epath.Path(tmp_path))
-    (entry,) = evaluate.evaluate_and_store(evaluator, params, examples, store, seed=0, weights={})
+    (entry,) = evaluate_and_store(evaluator, params, examples, store, seed=0, weights={})
     assert entry["accuracy"] == entry["cascade"]["square"]
     assert set(entry["audit"]) == {"flags", "eps_curve", "steps_curve"}
     assert np.isclose(entry["audit"]["eps_curve"][0][1], entry["cascade"]["clean"])

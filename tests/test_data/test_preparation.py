@@ -20,6 +20,7 @@ DIGITS = backends.PACKAGED / "digits" / "1.0.0"
 
 def data_config(name, directory="") -> ConfigDict:
     fields = {"image_size": 8, "mean": (0.5,), "cache_gib": 1.0}
+    fields |= {"transform": "squash", "stratified": False}
     return ConfigDict({"name": name, "dir": str(directory), **fields})
 
 

@@ -24,7 +24,7 @@ DIGITS_SHA256 = "6c5bf357dcf4e2941347db518b991789d1dc0b1e3181b078659b42c42b04058
 
 def data_config(name="digits", **fields) -> ConfigDict:
     defaults = {"dir": "", "image_size": 8, "mean": (0.5,), "cache_gib": 4.0}
-    defaults["allow_overlap"] = False
+    defaults |= {"allow_overlap": False, "transform": "squash", "stratified": False}
     return ConfigDict({"name": name, **defaults, **fields})
 
 
@@ -91,7 +91,8 @@ def test_digits_are_those_of_scikit_learn():
 def test_no_tensorflow_is_imported():
     code = (
         "import sys; from ml_collections import ConfigDict; from vit_at.data import sources;"
-        "d = ConfigDict(dict(name='digits', dir='', image_size=8, mean=(0.5,), cache_gib=1.0));"
+        "d = ConfigDict(dict(name='digits', dir='', image_size=8, mean=(0.5,), cache_gib=1.0,"
+        "transform='squash', stratified=False));"
         "sources.load(d, 'train'); assert 'tensorflow' not in sys.modules"
     )
     done = subprocess.run(

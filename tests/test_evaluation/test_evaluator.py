@@ -170,6 +170,7 @@ def test_a_record_holds_its_accuracy_and_the_whole_protocol(tmp_path):
         "data": "made/1.0.0 test",
         "num_examples": 45,
         "resolution": 8,
+        "transform": "squash",
         "seed": 0,
         "dtype": "float32",
         "weights": {"digest": weights_digest(WEIGHTS), "checkpoint": "best", "step": 12},

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 import json
 import re
 
@@ -14,10 +15,12 @@ import safetensors.numpy
 
 from vit_at import export, models, weights
 from vit_at.configs import default
+from vit_at.data import sources
 from vit_at.errors import UserError
 from vit_at.evaluation.protocol import weights_digest
-from vit_at.reporting import exported
+from vit_at.reporting import exported, extras
 from vit_at.reporting.model_card import model_card
+from vit_at.workdir import registry
 from vit_at.workdir.checkpoint import Trained
 from vit_at.workdir.exported import load_exported
 
@@ -31,6 +34,11 @@ CASES = [  # every family, with whatever changes what timm must be told
     ("swin_tiny_patch4_window7_224", {"depth": 8, "embed_dim": 48}),
     ("swin_base_patch4_window7_224_in22k", {"depth": 8, "embed_dim": 32, "image_size": 64}),
     ("swin_tiny_patch4_window7_224", {"depth": 8, "embed_dim": 24, "image_size": 256}),
+    ("deit_tiny_distilled_patch16_224", {"image_size": 32, "patch_size": 4, "depth": 2}),
+]
+STEMS = [  # timm has no such architectures
+    ("deit_tiny_patch16_224", {"image_size": 32, "patch_size": 8, "depth": 2, "stem": "conv"}),
+    ("convit_tiny", {"image_size": 32, "patch_size": 4, "depth": 4, "stem": "conv"}),
 ]
 
 
@@ -42,6 +50,11 @@ def trained():
     config.lock()
     model = models.create(config.model.name, num_classes=10, image_size=32, patch_size=4, depth=2)
     return Trained(config, model, golden.params(model), {"step": 5, "num_classes": 10})
+
+
+def about(name):
+    """The metadata that an export needs."""
+    return {"architecture": name, "normalisation": {"mean": [0.5] * 3, "std": [0.25] * 3}}
 
 
 def record(attack, accuracy, num_examples=100, digest="", **protocol):
@@ -85,6 +98,8 @@ def test_files(tmp_path):
     path = exported.export(trained().params, trained().model, tmp_path / "new", about)
     assert sorted(p.name for p in path.parent.iterdir()) == [
         "README.md",
+        "config.json",
+        "load.py",
         "model.json",
         "model.safetensors",
     ]
@@ -98,7 +113,7 @@ def test_files(tmp_path):
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(exported, "load_trained", lambda workdir, which: trained())
+    monkeypatch.setattr(registry, "load_trained", lambda workdir, which: trained())
     (tmp_path / "results.json").write_text(json.dumps([record("clean", 0.5)]))
     assert export.main([str(tmp_path), "--checkpoint=last"]) == 0
     assert "model.safetensors" in capsys.readouterr().out
@@ -140,7 +155,7 @@ def test_an_export_replaces_only_its_own_files(tmp_path):
     (tmp_path / "README.md").unlink()
     export_to(about)
     assert (tmp_path / "README.md").read_text() == card
-    with pytest.raises(UserError, match=r"README\.md and model\.json and model\.safetensors"):
+    with pytest.raises(UserError, match=r"README\.md and config\.json and load\.py and model"):
         export_to(about | {"training": about["training"] | {"seed": 7}})
 
 
@@ -194,7 +209,7 @@ def test_no_work_directory_is_one_sentence(tmp_path, capsys):
 def test_scale_is_folded_into_the_queries(name, overrides, tmp_path):
     model = models.create(name, num_classes=3, **overrides)
     params = golden.params(model)
-    path = exported.export(params, model, tmp_path, {"architecture": name})
+    path = exported.export(params, model, tmp_path, about(name))
     plain = models.create(name, num_classes=3, **overrides | {"qk_scale": 0.0})
     folded = weights.from_timm(weights.load(path), plain)
     images = golden.images(model.image_size, "imagenet").astype(np.float32)
@@ -206,19 +221,20 @@ def test_scale_is_folded_into_the_queries(name, overrides, tmp_path):
 
 
 def exported_model(name, overrides, path):
-    """(logits of ours, images as PyTorch has them, the exported files' content)."""
+    """(logits of ours, images in [0, 1] as PyTorch has them) of a model that is exported there."""
     model = models.create(name, num_classes=10, **overrides)
     params = golden.params(model)
-    exported.export(params, model, path, {"architecture": name})
-    images = golden.images(model.image_size, "imagenet").astype(np.float32)
-    logits = jax.jit(lambda p, x: model.apply({"params": p}, x))(params, images)
-    about = json.loads((path / "model.json").read_text())
-    state_dict = safetensors.numpy.load_file(path / "model.safetensors")
-    return logits, np.ascontiguousarray(images.transpose(0, 3, 1, 2)), about, state_dict
+    metadata = about(name)
+    exported.export(params, model, path, metadata)
+    side = model.image_size
+    images = np.random.default_rng(0).random((2, side, side, 3), np.float32)
+    apply = models.classifier(model, **metadata["normalisation"])
+    return jax.jit(apply)(params, images), np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
 def import_timm():
     """timm, or a skip that says why it cannot be used."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
     try:
         import timm
     except Exception as error:  # its own import errors come from torchvision, of any kind
@@ -226,29 +242,112 @@ def import_timm():
     return timm
 
 
-@pytest.mark.parametrize(("name", "overrides"), CASES)
-def test_timm_computes_the_same_logits(name, overrides, tmp_path):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    timm = import_timm()
-    logits, images, about, state_dict = exported_model(name, overrides, tmp_path)
-    model = timm.create_model(**about["timm"]["create_model"]).eval()
-    for module in model.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.eps = about["timm"]["layer_norm_eps"]
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in state_dict.items()})
+def loader(path):
+    """The module load.py of an export."""
+    spec = importlib.util.spec_from_file_location("load", path / "load.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("name", "overrides"), CASES + STEMS)
+def test_the_exported_loader_computes_the_same_logits(name, overrides, tmp_path):
+    import_timm()
+    import torch
+
+    logits, images = exported_model(name, overrides, tmp_path)
+    model = loader(tmp_path).load()
+    assert not model.training
     with torch.no_grad():
-        theirs = model(torch.from_numpy(images)).numpy()
+        np.testing.assert_allclose(logits, model(torch.tensor(images)), rtol=0, atol=2e-5)
+    # Nothing stays on the CPU: on another device, a tensor that did would raise.
+    assert model.to("meta")(torch.tensor(images, device="meta")).shape == logits.shape
+
+
+@pytest.mark.parametrize(("name", "overrides"), [c for c in CASES if "timm05" not in c[0]])
+def test_timm_loads_the_folder_itself(name, overrides, tmp_path):
+    timm = import_timm()
+    import torch
+
+    if not hasattr(timm.models._hub, "load_model_config_from_path"):
+        pytest.skip(f"timm {timm.__version__} has no local-dir:")
+    logits, images = exported_model(name, overrides, tmp_path)
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        theirs = model((torch.tensor(images) - 0.5) / 0.25)
     np.testing.assert_allclose(logits, theirs, rtol=0, atol=2e-5)
+    settings = timm.data.resolve_data_config(model.pretrained_cfg)
+    assert settings["mean"] == (0.5,) * 3
+    assert settings["input_size"][1] == overrides.get("image_size", 224)
+
+
+@pytest.mark.parametrize(("case", "stem"), [(CASES[1], None), (STEMS[0], [48, 96, 192])])
+def test_what_timm_does_not_build_is_not_described_as_timms(case, stem, tmp_path):
+    model = models.create(case[0], num_classes=10, **case[1])
+    exported.export(golden.params(model), model, tmp_path, about(case[0]))
+    described = json.loads((tmp_path / "model.json").read_text())["timm"]
+    assert (described["complete"], described["conv_stem"]) == (False, stem)
+    assert not (tmp_path / "config.json").exists()
+    assert "timm has no such model" in (tmp_path / "README.md").read_text()
+
+
+def test_the_loader_refuses_changed_weights(tmp_path):
+    import_timm()
+    exported_model(*CASES[0], tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0\1")
+    with pytest.raises(ValueError, match="is not the file that"):
+        loader(tmp_path).load()
+    with pytest.raises(ValueError, match="holds no images; export it again"):
+        loader(tmp_path).load_images()
+
+
+@pytest.mark.parametrize("overrides", [{}, {"stem": "conv"}])
+def test_jax_alone_runs_the_exported_program(overrides):
+    pytest.importorskip("flatbuffers")
+    model = models.create(
+        "convit_tiny", num_classes=3, image_size=8, patch_size=2, depth=2, **overrides
+    )
+    config = trained().config
+    content = extras.program(Trained(config, model, golden.params(model), {}))
+    images = np.random.default_rng(0).random((5, 8, 8, 3), np.float32)
+    call = jax.export.deserialize(bytearray(content)).call
+    apply = models.classifier(model, config.data.mean, config.data.std)
+    expected = jax.jit(apply)(golden.params(model), images)
+    for count in (5, 2):  # the batch is symbolic
+        np.testing.assert_allclose(call(images[:count]), expected[:count], atol=1e-5)
+
+
+def test_images_and_program_are_exported_if_asked_for_and_removed_if_not(tmp_path):
+    pytest.importorskip("flatbuffers")
+    options = {"output": str(tmp_path), "images": 5, "stablehlo": True}
+    path = exported.export_workdir("digits_deit_64x2", "best", **options)
+    stored = safetensors.numpy.load_file(tmp_path / "images.safetensors")
+    assert (stored["images"].shape, stored["images"].dtype) == ((5, 1, 8, 8), np.uint8)
+    loaded = registry.load(path.parent)
+    images, labels = sources.load(loaded.config.data, "test").read(np.arange(5))
+    np.testing.assert_array_equal(stored["images"], images.transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(stored["labels"], labels)
+    call = jax.export.deserialize(bytearray((tmp_path / "model.stablehlo").read_bytes())).call
+    images01 = images.astype(np.float32) / 255
+    np.testing.assert_allclose(call(images01), loaded(images01), atol=1e-5)
+    exported.export_workdir("digits_deit_64x2", "best", str(tmp_path))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == set(exported.FILES) - {"images.safetensors", "model.stablehlo"}
 
 
 def test_pytorchs_own_encoder_computes_the_same_logits(tmp_path):
     """torch.nn.TransformerEncoder is a ViT's trunk: the parity test that needs PyTorch alone."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    import safetensors.torch
+
     overrides = {"image_size": 32, "patch_size": 4}
-    logits, images, about, state_dict = exported_model("deit_tiny_patch16_224", overrides, tmp_path)
-    tensors = {name: torch.from_numpy(value) for name, value in state_dict.items()}
-    arguments = about["timm"]["create_model"]
-    d, eps = arguments["embed_dim"], about["timm"]["layer_norm_eps"]
+    logits, images = exported_model("deit_tiny_patch16_224", overrides, tmp_path)
+    described = json.loads((tmp_path / "model.json").read_text())["timm"]
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    arguments = described["create_model"]
+    d, eps = arguments["embed_dim"], described["layer_norm_eps"]
     layer = torch.nn.TransformerEncoderLayer(
         d,
         arguments["num_heads"],
@@ -274,7 +373,7 @@ def test_pytorchs_own_encoder_computes_the_same_logits(tmp_path):
     trunk.load_state_dict(renamed)
     with torch.no_grad():
         patches = torch.nn.functional.conv2d(
-            torch.from_numpy(images),
+            (torch.from_numpy(images) - 0.5) / 0.25,
             tensors["patch_embed.proj.weight"],
             tensors["patch_embed.proj.bias"],
             stride=4,

@@ -134,3 +134,17 @@ def test_a_place_without_runs_is_one_sentence(tmp_path):
 )
 def test_mean_and_deviation(values, text):
     assert study.mean_and_deviation(values) == text
+
+
+def test_results_of_another_transform_have_a_column_of_their_own():
+    records = [
+        pgd(0.5),
+        pgd(0.4, transform="resize256-crop224"),
+        pgd(0.3, transform="squash", ids="robustbench 0123"),
+    ]
+    columns = [study.Column.of(found) for found in (*records, pgd(0.5, transform="squash"))]
+    assert len(set(columns)) == 3
+    assert columns[0] == columns[3]
+    headings = [column.heading(columns) for column in columns[:3]]
+    assert headings[1] == "PGD-20, resize256-crop224, all images"
+    assert headings[2] == "PGD-20, squash, images of robustbench 0123"

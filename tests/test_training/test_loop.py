@@ -1,5 +1,6 @@
 """The whole command: its files, resuming, interruption, divergence, and what it refuses."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -17,9 +18,13 @@ import pytest
 import runs
 from etils import epath
 
+from vit_at.config import CHECKPOINTS
 from vit_at.errors import UserError
-from vit_at.training.loop import train
+from vit_at.evaluation.protocol import weights_digest
+from vit_at.training import metrics
+from vit_at.training.loop import Loop, train
 from vit_at.training.signals import Interrupted, Signals
+from vit_at.workdir.checkpoint import load_trained
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAST_STEP = 8
@@ -66,8 +71,9 @@ def test_a_run_writes_every_file_of_its_work_directory(undisturbed):
     workdir, records = undisturbed
     names = {path.name for path in workdir.iterdir()} - {".training.lock", ".evaluation.lock"}
     expected = {"config.json", "parameters.txt", "checkpoints", "metrics.jsonl", "results.json"}
-    assert expected | {"per_example.npz"} <= names
-    assert [n for n in names - expected if not n.startswith("events.out")] == ["per_example.npz"]
+    expected |= {"per_example.npz", "per_example.csv"}
+    assert expected <= names
+    assert not [n for n in names - expected if not n.startswith("events.out")]
     config = json.loads((workdir / "config.json").read_text())
     resolved = runs.resolved(**runs.QUICK)
     assert config == json.loads(json.dumps(resolved.to_dict()))
@@ -282,3 +288,109 @@ def test_tests_run_on_four_devices():
     """What the tests of devices that do not divide, and of resuming, rest on."""
     assert len(jax.devices()) == 4
     assert "device_count=4" in os.environ["XLA_FLAGS"]
+
+
+def test_a_run_that_overfits_to_its_attack_stops_and_keeps_the_best_weights(
+    tmp_path, monkeypatch, capfd
+):
+    """Validation accuracy is made up; rerunning the command does not train on."""
+    robust = iter([0.6, 0.7, 0.3, 0.9, 0.9])
+
+    def made_up(evaluator, params, progress=False):
+        yield "clean", np.full(10, True)
+        yield "pgd-2", np.arange(10) < 10 * next(robust)
+
+    monkeypatch.setattr("vit_at.training.loop.Evaluator.__call__", made_up)
+    options = runs.QUICK | {"epochs": 5, "eval__attacks": "clean", "eval__num_examples": 0}
+    config = runs.smoke(**options, eval__stop_if_overfitted=True)
+    records = train(config, str(tmp_path))
+    assert "fell from 70.0% to 30.0%: catastrophic overfitting" in capfd.readouterr().err
+    last = lines_of(tmp_path)[-1]
+    assert last["epoch"] == 3
+    assert records[0]["protocol"]["weights"] == records[0]["protocol"]["weights"] | {
+        "checkpoint": "best",
+        "step": last["step"] * 2 // 3,
+    }
+    assert train(config, str(tmp_path)) == records
+    assert lines_of(tmp_path)[-1] == last
+    assert next(robust) == 0.9
+
+
+def test_only_a_model_that_was_robust_can_lose_it():
+    assert metrics.overfitted(0.2, 0.5, 10)
+    assert not metrics.overfitted(0.26, 0.5, 10)
+    assert not metrics.overfitted(0.01, 0.12, 10)
+
+
+# Every pair of values of two fields is in one of the rows.
+COMBINED = [
+    ("at", 0.0, "digits", 2, "fsdp", "random"),
+    ("at", 0.01, "", 1, "fsdp", "noise"),
+    ("at", 0.01, "", 2, "replicated", "random"),
+    ("mart", 0.0, "digits", 1, "replicated", "noise"),
+    ("mart", 0.01, "", 2, "fsdp", "random"),
+    ("trades", 0.0, "", 1, "replicated", "random"),
+    ("trades", 0.01, "digits", 2, "fsdp", "noise"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", COMBINED, ids=lambda row: "-".join(map(str, row)))
+def test_what_goes_beyond_the_paper_resumes_bit_exactly(row, tmp_path, monkeypatch):
+    objective, gamma, extra, parts, sharding, start = row
+    options = runs.QUICK | {
+        "objective": objective,
+        "mixing__probability": 0.0,
+        "awp__gamma": gamma,
+        "data__extra__name": extra,
+        "data__extra__split": "train[160:320]",
+        "data__extra__fraction": 0.5,
+        "accumulate_steps": parts,
+        "sharding": sharding,
+        "threat__start": start,
+        "ema_decay": 0.9,
+        "optimizer__layer_decay": 0.8,
+        "checkpoint__every_steps": 2,
+        "eval__attacks": "clean",
+    }
+    config = runs.smoke(**options)
+    train(config, str(tmp_path / "whole"))
+    after_step = Loop._after_step
+
+    def dies_at_step_5(loop, state, step, ending):
+        if step == 5:
+            raise RuntimeError("killed")
+        after_step(loop, state, step, ending)
+
+    monkeypatch.setattr(Loop, "_after_step", dies_at_step_5)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, str(tmp_path / "killed"))
+    monkeypatch.undo()
+    train(config, str(tmp_path / "killed"))
+    whole, killed = (
+        runs.arrays_of(epath.Path(tmp_path / n), LAST_STEP) for n in ("whole", "killed")
+    )
+    assert_same_arrays(whole, killed)
+
+
+def test_the_rows_above_hold_every_pair():
+    for a, b in itertools.combinations(range(len(COMBINED[0])), 2):
+        seen = {(row[a], row[b]) for row in COMBINED}
+        assert seen == set(itertools.product(*({row[i] for row in COMBINED} for i in (a, b))))
+
+
+def test_each_kind_of_weights_is_read_by_its_name(tmp_path):
+    averaging = {"ema_decay": 0.8, "swa_epochs": 1.0, "eval__attacks": "clean"}
+    records = train(runs.smoke(**runs.QUICK | averaging), str(tmp_path))
+    read = {w: load_trained(tmp_path, w).params for w in CHECKPOINTS if w != "best"}
+    digests = {which: weights_digest(params) for which, params in read.items()}
+    assert digests["last"] == digests["last-swa"]
+    assert len(set(digests.values())) == 3
+    assert records[0]["protocol"]["weights"]["digest"] == weights_digest(
+        load_trained(tmp_path, "best").params
+    )
+
+
+def test_averaged_weights_that_a_run_does_not_have(undisturbed):
+    with pytest.raises(UserError, match="has no averaged weights 'swa'; set ema_decay or swa"):
+        load_trained(undisturbed[0], "last-swa")

@@ -202,6 +202,11 @@ def test_step_flops_count_the_passes(objective, passes):
     assert metrics.step_flops(objective, 1e9, 64, 10) == passes * 64e9
 
 
+def test_adversarial_weight_perturbation_costs_a_second_gradient():
+    assert metrics.step_flops("at", 1.0, 1, 10, awp=True) == 2 * 10 + 2 * 3
+    assert metrics.step_flops("trades", 1.0, 1, 10, awp=True) == 1 + 2 * 10 + 2 * 6
+
+
 def test_the_estimate_names_parameters_steps_and_cost():
     line = metrics.cost_estimate(2e9, 1000, 12_345)
     for part in ("12,345 parameters", "2 GFLOP a step", "1,000 steps", "2 TFLOP in all"):

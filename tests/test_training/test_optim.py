@@ -1,14 +1,17 @@
 """Schedules and optimizer against the reference's recorded rates and loops written by hand."""
 
 import pathlib
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from vit_at import models, weights
 from vit_at.configs import default
-from vit_at.training.optim import clip_by_global_norm, learning_rate, make_optimizer
+from vit_at.training.optim import by_layer, clip_by_global_norm, learning_rate, make_optimizer
 
 with np.load(pathlib.Path(__file__).parents[1] / "data" / "steps" / "schedule.npz") as _archive:
     RECORDED = dict(_archive)
@@ -151,3 +154,29 @@ def test_adamw_is_torchs_loop():
             params[name] = params[name] - 0.01 * (step + 0.1 * params[name])
     for name, value in params.items():
         np.testing.assert_allclose(ours[name], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "convit_tiny"])
+def test_the_rate_falls_from_layer_to_layer_down_to_the_embeddings(name):
+    """Against timm's names, by the rule of BEiT: embeddings 0, block i: i + 1, the rest last."""
+    sizes = {"embed_dim": 8, "num_heads": 2, "depth": 12, "image_size": 8, "patch_size": 4}
+    model = models.create(name, num_classes=3, **sizes)
+    shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+    ones = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
+    chain = by_layer(0.5, model.num_blocks)
+    scaled, _ = chain.update(ones, chain.init(ones))
+    for timm_name, value in weights.to_timm(scaled, model).items():
+        block = re.match(r"blocks\.(\d+)\.", timm_name)
+        embedding = timm_name.startswith(("patch_embed", "pos_embed", "cls_token", "dist_token"))
+        layer = int(block[1]) + 1 if block else 0 if embedding else 13
+        np.testing.assert_array_equal(value, 0.5 ** (13 - layer), err_msg=timm_name)
+
+
+def test_a_decay_of_layers_multiplies_the_whole_update():
+    params = {"head": PARAMS, "pos_embed": jnp.ones((1, 2, 2))}
+    plain, decayed = (
+        make_optimizer(config_with(layer_decay=decay), 100, depth=2) for decay in (1.0, 0.5)
+    )
+    (a, _), (b, _) = (c.update(params, c.init(params), params) for c in (plain, decayed))
+    jax.tree.map(np.testing.assert_array_equal, a["head"], b["head"])
+    np.testing.assert_allclose(b["pos_embed"], a["pos_embed"] / 8, rtol=1e-6)

@@ -14,11 +14,13 @@ import runs
 
 from vit_at import models
 from vit_at.attacks import Threat
+from vit_at.config import evaluated_weights
 from vit_at.data import augment
 from vit_at.distributed import sharding
 from vit_at.models import training_dtype
 from vit_at.models.blocks import Unstacked
-from vit_at.training.attack import Draws, Start, draw, perturb
+from vit_at.training import step
+from vit_at.training.attack import Draws, Start, draw, perturb, reach
 from vit_at.training.masking import Masking
 from vit_at.training.setup import initial_state
 from vit_at.training.step import TrainState
@@ -57,6 +59,17 @@ def test_the_same_key_draws_the_same_and_another_key_something_else():
         assert (np.asarray(a) != np.asarray(b)).any()
 
 
+def test_named_augmentations_are_part_of_the_step():
+    config, programs = runs.smoke(), set()
+    batch = {"image": np.zeros((4, 16, 16, 1), np.uint8), "label": np.zeros(4, np.int32)}
+    for names in ("", "random-erasing", "color-jitter"):
+        config.data.augment = names
+        static = types.SimpleNamespace(config=config, num_classes=10)
+        inputs = functools.partial(step._inputs, static, jax.random.key(0))
+        programs.add(str(jax.make_jaxpr(inputs)(batch)))
+    assert len(programs) == 3
+
+
 @pytest.mark.parametrize("ard", [False, True])
 @pytest.mark.parametrize("prm", [False, True])
 def test_a_masking_that_is_off_is_none_and_changes_no_other_draw(ard, prm):
@@ -84,6 +97,27 @@ def test_trades_and_mart_start_at_a_thousandth_of_a_normal_in_normalised_units(o
 @pytest.mark.parametrize("objective", ["at", "mart"])
 def test_a_zero_start_is_zero(objective):
     np.testing.assert_array_equal(draws(objective=objective, start=Start("zero")).delta, 0)
+
+
+def test_n_fgsm_adds_its_step_to_twice_the_ball_of_noise_and_clips_to_the_image_range():
+    """Algorithm 1 of de Jorge et al. 2022, written out."""
+    threat = Threat("linf", 0.1, 0.1, 1)
+    drawn = draws(threat=threat, masking=Masking(), start=Start("noise"))
+    assert 0.1 < float(jnp.abs(drawn.delta).max()) <= 0.2
+    images, slope = jax.random.uniform(jax.random.key(3), (2, *SHAPE))
+    targets = jax.nn.one_hot(jnp.zeros(len(images), int), 2)
+
+    def apply(params, images, attn_keep=None):
+        return (params * images).sum((1, 2, 3))[:, None] * jnp.array([1.0, -1.0])
+
+    slope = slope - 0.5
+    options = {"objective": "at", "threat": reach(threat, "noise")}
+    adversarial = perturb(apply, slope, images, targets, drawn, **options)
+    noise = jnp.clip(images + drawn.delta, 0, 1) - images
+    expected = jnp.clip(images + noise - 0.1 * jnp.sign(slope), 0, 1)
+    np.testing.assert_allclose(adversarial, expected, atol=1e-6)
+    assert float(jnp.abs(adversarial - images).max()) > 0.2
+    assert reach(threat, "random") is threat
 
 
 def test_natural_training_has_no_attack():
@@ -217,13 +251,33 @@ def test_averaged_weights_are_the_exponential_mean_of_the_weights():
         now = jax.device_get(state.params)
         expected = jax.tree.map(lambda mean, new: 0.75 * mean + 0.25 * new, expected, now)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(close, jax.device_get(state.eval_params), expected)
-    assert state.eval_params is state.ema
+    jax.tree.map(close, jax.device_get(state.weights("ema")), expected)
 
 
-def test_without_averaging_the_weights_themselves_are_evaluated():
+def test_stochastic_averaging_is_the_equal_mean_of_the_last_epochs():
+    """SWA over the last 1.5 of 3 epochs of four steps: the weights after steps 7 to 12."""
+    setup, state, batches = start(objective="natural", epochs=3, swa_epochs=1.5)
+    step = runs.quick_step(setup, state, next(batches))
+    seen = []
+    for count in range(1, 13):
+        state, _ = step(state, next(batches))
+        seen.append(jax.device_get(state.params))
+        mean = jax.tree.map(lambda *trees: np.mean(trees, 0), *seen[6:] or seen[-1:])
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+        if count in (3, 7, 9, 12):
+            jax.tree.map(close, jax.device_get(state.weights("swa")), mean)
+
+
+def test_the_averaged_weights_are_evaluated_where_there_are_any():
+    for changes, name in (
+        ({}, "raw"),
+        ({"ema_decay": 0.9}, "ema"),
+        ({"ema_decay": 0.9, "swa_epochs": 1.0}, "swa"),
+        ({"ema_decay": 0.9, "swa_epochs": 1.0, "eval__weights": "raw"}, "raw"),
+    ):
+        assert evaluated_weights(runs.smoke(**changes)) == name
     state = TrainState(0, params={"a": 1}, opt_state=(), ema=None)
-    assert state.eval_params is state.params
+    assert state.weights("raw") is state.params
 
 
 def test_the_state_is_donated():

@@ -1,6 +1,7 @@
 """Weight files: their formats; damaged or malicious files are refused and never run."""
 
 import io
+import json
 import os
 import pickle
 import sys
@@ -14,8 +15,11 @@ import pytest
 import safetensors.numpy
 
 from vit_at import models, weights
+from vit_at.configs import default
 from vit_at.errors import UserError
+from vit_at.training import setup
 from vit_at.weights.files import HUB_FILE
+from vit_at.weights.forms import NESTINGS
 
 MODEL = models.create(
     "deit_tiny_patch16_224",
@@ -187,7 +191,30 @@ def test_pth_without_torch(tmp_path, monkeypatch):
         weights.load(tmp_path / "w.pth")
 
 
-@pytest.mark.parametrize("wrapper", ["", "model", "state_dict"])
+def test_a_run_starts_from_the_forms_that_load_reads(tmp_path, caplog):
+    mean, std = (np.full((1, 3, 1, 1), value, np.float32) for value in (0.5, 0.2))
+    named = {f"model.module.{name}": value for name, value in VALUES.items()}
+    named |= {"normalize.mean": mean, "normalize.std": std}
+    (tmp_path / "checkpoint_40").write_bytes(safetensors.numpy.save(named))
+    caplog.set_level("INFO", "absl")
+    data = default.get_config().data
+    assert_same(setup._pretrained(str(tmp_path / "checkpoint_40"), data), VALUES)
+    assert "the weights' file by (0.5, 0.5, 0.5, 0.2" in caplog.text
+
+
+def test_timms_config_beside_a_file_of_the_hub_gives_the_normalisation(tmp_path, capsys):
+    safetensors.numpy.save_file(VALUES, tmp_path / "model.safetensors")
+    config = {"architecture": "x", "pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25] * 3}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = weights.read(tmp_path)
+    assert (loaded.mean, loaded.std) == ((0.5,) * 3, (0.25,) * 3)
+    assert "taken from config.json: mean 0.5,0.5,0.5, std 0.25," in capsys.readouterr().err
+    for content in ('{"pretrained_cfg": {"mean": "a", "std": 3}}', "[1]", "{", '{"model": {}}'):
+        (tmp_path / "config.json").write_text(content)
+        assert weights.read(tmp_path).mean == ()
+
+
+@pytest.mark.parametrize("wrapper", ["", *NESTINGS])
 def test_pth(wrapper, tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     values = VALUES

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
 from vit_at.training.step import TrainState
+from vit_at.workdir import checkpoint
 from vit_at.workdir.checkpoint import Checkpoints, fingerprint, load_trained
 from vit_at.workdir.files import check_space, disk_errors, read_config, write_config
 
@@ -367,3 +368,12 @@ def test_a_relative_work_directory_serves(tmp_path, monkeypatch):
     checkpoints.last.save(3, state_of(3).trees, {"step": 3})
     checkpoints.close()
     assert (tmp_path / "runs" / "relative" / "checkpoints" / "last" / "3").is_dir()
+
+
+def test_the_address_of_a_bucket_reaches_orbax_as_it_is(monkeypatch):
+    """A local directory is made absolute; of a bucket, that would make a directory named gs:."""
+    given = []
+    monkeypatch.setattr(checkpoint.ocp, "CheckpointManager", lambda d, **_: given.append(str(d)))
+    for place in ("gs://bucket/run/last", "run/last"):
+        checkpoint.Series(epath.Path(place), 1)
+    assert given == ["gs://bucket/run/last", str(epath.Path("run/last").resolve())]

@@ -1,6 +1,7 @@
 """Results: a damaged file is found before an attack runs, and what was measured is never lost."""
 
 import json
+import shutil
 import time
 
 import jax
@@ -130,3 +131,44 @@ def test_what_earlier_versions_wrote_is_read(tmp_path):
     entry = CLEAN | {"more": [1, None], "protocol": CLEAN["protocol"] | {"note": "x"}}
     (tmp_path / "results.json").write_text(json.dumps([entry]))
     assert Results(epath.Path(tmp_path)).records == [entry]
+
+
+def test_the_command_writes_curves_unions_and_transfer_matrices(export, tmp_path, capsys):
+    few = ["--attacks=pgd-2", "--num_examples=8", "--batch_size=8", f"--workdir={tmp_path}"]
+    assert evaluate.main([str(export), *few, "--eps=0,0.05,0.1"]) == 0
+    printed = capsys.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines()[1:]] == ["clean", "pgd-2", "pgd-2"]
+    assert "curves/pgd-2_linf.csv" in printed.err
+    assert (tmp_path / "curves" / "pgd-2_linf.csv").read_text().startswith("attack,norm,eps,")
+    assert (tmp_path / "curves" / "pgd-2_linf.png").read_bytes().startswith(b"\x89PNG")
+    assert evaluate.main([str(export), *few, "--norm=linf,l2", "--eps=0.1,0.5"]) == 0
+    assert "pgd-2-union" in capsys.readouterr().out.splitlines()[-1]
+    shutil.copytree(export, tmp_path / "other")
+    assert evaluate.main([str(export), *few, f"--from={tmp_path / 'other'}"]) == 0
+    assert "from other to export0" in capsys.readouterr().out.splitlines()[3]
+    assert (tmp_path / "transfer" / "pgd-2_linf_0.1.png").exists()
+    assert (tmp_path / "transfer" / "per_example.csv").exists()
+
+
+def test_a_label_that_is_no_class_is_refused(tmp_path):
+    arrays = {"index": np.arange(2), "correct": np.ones(2, bool), "margin": np.zeros(2)}
+    arrays |= {"label": np.array([0, 3]), "prediction": np.zeros(2, int)}
+    arrays["class_names"] = np.array(runs.CLASSES)
+    np.savez(tmp_path / "per_example.npz", **{f"d/made/2 clean/{n}": a for n, a in arrays.items()})
+    with pytest.raises(UserError, match=r"label' is no class.*move it away"):
+        Results(epath.Path(tmp_path))
+
+
+def test_a_record_from_before_transforms_is_that_of_squash(tmp_path):
+    earlier = CLEAN | {"protocol": {k: v for k, v in CLEAN["protocol"].items() if k != "transform"}}
+    (tmp_path / "results.json").write_text(json.dumps([earlier]))
+    stored = Results(epath.Path(tmp_path))
+    assert stored.find(CLEAN) == earlier
+    for field, value in (("transform", "resize9-crop8"), ("ids", "robustbench 0123")):
+        other = CLEAN | {"protocol": CLEAN["protocol"] | {field: value}, "accuracy": 0.2}
+        assert stored.find(other) is None
+        stored.add(other, CORRECT, EXAMPLES)
+        assert value in module.as_text([other])
+    assert len(stored.records) == 3
+    assert stored.outcomes(stored.records[1])[1].tolist() == CORRECT.tolist()
+    assert len({module._key(record) for record in stored.records}) == 3

@@ -11,7 +11,8 @@ curves        robust accuracy over eps and over attack steps
 autoattack/   apgd, fab and square one after the other, on any function from images to logits
 """
 
+from vit_at.attacks.norms import NORMS
 from vit_at.attacks.pgd import pgd_attack
 from vit_at.attacks.threat import Threat
 
-__all__ = ["Threat", "pgd_attack"]
+__all__ = ["NORMS", "Threat", "pgd_attack"]

@@ -1,11 +1,10 @@
-"""Opens TFDS data sets, image folders and the packaged digits.
+"""Opens TFDS data sets and the packaged digits; ``folders`` opens image folders and arrays.
 
 Each `open_*` gives a split as `Encoded`: image files that are still compressed, read by row. TFDS
 data sets are read from array_record files, without TensorFlow. They must be prepared first, by
 ``vit-at prepare NAME``. Opening never downloads: a missing data set is an error at once.
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,6 @@ from vit_at.errors import UserError, in_one_line, nearest
 from vit_at.schema import DatasetInfo, is_remote, read_json
 
 PACKAGED = Path(__file__).parent / "packaged"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 INFO_FILE = "dataset_info.json"
 _FEATURES_FILE = "features.json"
 _FEATURE_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.\w+\.\w+")
@@ -35,6 +33,7 @@ class Encoded(NamedTuple):
     indices: np.ndarray  # [n] position in the split on disk of each row
     fetch: Callable[[Sequence[int]], list[tuple[bytes, int]]]  # rows -> encoded images, labels
     where: Callable[[int], str]  # row -> the image's name in an error message
+    names: Callable[[], list[str]]  # 'CLASS/FILE' of every row
     origin: list[tuple[str, np.ndarray]]  # (split on disk, positions in it) of all rows
 
 
@@ -57,64 +56,7 @@ def split_rows(split: str, lengths: dict[str, int], name: str) -> list[tuple[str
     ]
 
 
-def open_folder(root: Path, split: str) -> Encoded:
-    """Opens root/<split>/<class>/<image>; labels number the sorted classes of all splits.
-
-    Images are ordered by a hash of class/file, so a slice such as test[:48] holds every class, as
-    in TFDS. `indices` are positions in the sorted listing.
-    """
-    if not root.is_dir():
-        raise UserError(
-            f"data.name is 'folder:{root}', which is no directory; correct the path, or give the "
-            "directory that holds it as data.dir (--data_dir)"
-        )
-    splits = {folder: _files(root / folder) for folder in folders(root)}
-    classes = sorted({name for folder in splits for name in folders(root / folder)})
-    if not classes:
-        raise UserError(f"{root} has no classes; arrange it as {root}/<split>/<class>/<image>")
-    lengths = {name: len(files) for name, files in splits.items()}
-    indices, paths = [], []
-    parts = split_rows(split, lengths, str(root))
-    for name, positions in parts:
-        keys = [hashlib.md5(file.encode()).digest() for file in splits[name]]
-        chosen = np.array(sorted(range(len(keys)), key=keys.__getitem__), int)[positions]
-        indices.append(chosen)
-        paths += [root / name / splits[name][i] for i in chosen]
-    number = {name: label for label, name in enumerate(classes)}
-    return Encoded(
-        name=f"folder:{root} {split}",
-        class_names=tuple(classes),
-        indices=np.concatenate(indices),
-        fetch=lambda rows: [(paths[i].read_bytes(), number[paths[i].parent.name]) for i in rows],
-        where=lambda row: str(paths[row]),
-        origin=[(name, rows) for (name, _), rows in zip(parts, indices, strict=True)],
-    )
-
-
-def folders(path: Path) -> list[str]:
-    """The sorted names of the visible folders in a directory."""
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _files(split: Path) -> list[str]:
-    """The sorted <class>/<image> of a split."""
-    files, left_out, kinds = [], 0, ", ".join(IMAGE_SUFFIXES)
-    for folder in folders(split):
-        with os.scandir(split / folder) as opened:
-            entries = list(opened)
-        named = [e for e in entries if e.name.lower().endswith(IMAGE_SUFFIXES) and e.name[0] != "."]
-        _check_regular(named)
-        found = sorted(entry.name for entry in named)
-        left_out += len(entries) - len(found)
-        if not found:
-            raise UserError(f"{split / folder} has no images ({kinds}); fill or remove it")
-        files += [f"{folder}/{name}" for name in found]
-    if left_out:
-        logging.warning("%d files of %s are left out: hidden, or no %s", left_out, split, kinds)
-    return files
-
-
-def _check_regular(entries: Iterable[os.DirEntry]) -> None:
+def check_regular(entries: Iterable[os.DirEntry]) -> None:
     """Raises UserError for a pipe, socket, device, directory or broken link; opens nothing."""
     for entry in entries:
         try:
@@ -187,7 +129,7 @@ def read_builder(prepared: epath.Path) -> tfds.core.DatasetBuilder:
     remedy = "prepare the data set again"
     if not is_remote(prepared):
         with os.scandir(prepared) as entries:
-            _check_regular(entry for entry in entries if not entry.is_dir())
+            check_regular(entry for entry in entries if not entry.is_dir())
     read_json(prepared / INFO_FILE, DatasetInfo, remedy)
     described = read_json(prepared / _FEATURES_FILE, dict[str, Any], remedy)
     for name in _feature_classes(described):
@@ -260,11 +202,23 @@ def open_tfds(name: str, data_dir: str, split: str) -> Encoded:
         ]
         return [(record["image"], record["label"]) for record in found]
 
+    def names() -> list[str]:
+        if not isinstance(features.get("file_name"), tfds.features.Text):
+            raise UserError(
+                f"{info.full_name} does not say its images' file names (it has no feature "
+                "'file_name'), so --ids can't be used; give its images as folder:PATH"
+            )
+        logging.info("reading the file names of all %d images of %s", len(indices), split)
+        about = tfds.features.FeaturesDict({"label": label, "file_name": features["file_name"]})
+        found = (about.deserialize_example_np(records[i]) for i in range(len(indices)))
+        return [f"{label.int2str(r['label'])}/{r['file_name'].decode()}" for r in found]
+
     return Encoded(
         name=f"{info.full_name} {split}",
         class_names=tuple(label.names),
         indices=indices,
         fetch=fetch,
         where=lambda row: f"image {indices[row]} of {info.full_name} {split}",
+        names=names,
         origin=origin,
     )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 
+from vit_at.data.extra import Extra, joined
 from vit_at.data.sources import Examples
 from vit_at.errors import UserError
 
@@ -23,15 +24,26 @@ Batch = dict[str, np.ndarray]
 # threads share the first batch.
 PART = 32
 PREFETCHED_BATCHES = 2
+_EXTRA_SEED = 2**32  # more than any seed: the extra images have an order of their own
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The read-only permutation [n] in which an epoch reads n examples."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, epoch))))
     order = rng.permutation(n)
     order.flags.writeable = False
     return order
+
+
+def stream(n: int, seed: int, start: int, count: int) -> np.ndarray:
+    """Positions [count] of an endless order of n examples, epoch after epoch, from ``start`` on."""
+    found = []
+    while count:
+        epoch, first = divmod(start, n)
+        found.append(epoch_order(n, seed, epoch)[first : first + count])
+        start, count = start + len(found[-1]), count - len(found[-1])
+    return np.concatenate(found)
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
@@ -52,6 +64,7 @@ def train_batches(
     last_step: int,
     threads: int,
     process: tuple[int, int] = (0, 1),
+    extra: Extra | None = None,
 ) -> Iterator[Batch]:
     """The batches of steps first_step to last_step - 1, read ahead by background threads.
 
@@ -60,6 +73,8 @@ def train_batches(
       seed: of the order, see `epoch_order`.
       threads: number of threads that read and decode; 0 means one per core.
       process: (index, count) of the processes.
+      extra: whose images stand last in every batch, in an endless order of their own; the images
+        before them are then in an endless order, too.
 
     Returns:
       An iterator over {"image": [b, S, S, C] uint8, "label": [b] int32}: this process's contiguous
@@ -76,8 +91,19 @@ def train_batches(
         epoch, start = step // steps, step % steps * batch_size
         return epoch_order(len(examples), seed, epoch)[start : start + batch_size]
 
+    if extra is not None:
+        order = functools.partial(_order_with_extra, len(examples), extra, batch_size, seed)
+        examples = joined(examples, extra.examples)
     batches = _prefetched(examples, order, range(first_step, last_step), threads, mine)
     return ({"image": batch["image"], "label": batch["label"]} for batch in batches)
+
+
+def _order_with_extra(n: int, extra: Extra, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Positions in ``joined`` of a batch: the training images, then the extra ones."""
+    own, count = batch_size - extra.images, extra.images
+    first = stream(n, seed, step * own, own)
+    rest = stream(len(extra.examples), seed + _EXTRA_SEED, step * count, count)
+    return np.concatenate([first, n + rest])
 
 
 def eval_batches(

@@ -5,6 +5,7 @@ to uint8 arrays of one size. Because any image can be read at any time, the orde
 pure function of (seed, step): there is no shuffle buffer, and nothing to restore on resuming.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -19,9 +20,10 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
-from vit_at.data import backends
+from vit_at.data import backends, folders, ids, transforms
 from vit_at.errors import UserError, in_one_line
 
+_SAMPLE = 32  # images whose headers say what a data set's images look like
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # JPEG includes the MPO files of cameras
 
 
@@ -36,6 +38,8 @@ class Examples:
       indices: [n] position of each example in its split on disk. Slices, `take` and `hold_out`
         keep these numbers; results name an image by its number.
       origin: (split on disk, positions in it) of everything that was opened.
+      transform: name of what made the images square, see ``transforms``.
+      ids: name and digest of the list that chose the images; '': all of the split.
     """
 
     name: str
@@ -45,6 +49,8 @@ class Examples:
     _rows: np.ndarray  # [n] arguments of _read_rows
     _read_rows: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     origin: Sequence[tuple[str, np.ndarray]] = ()
+    transform: str = "squash"
+    ids: str = ""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -69,36 +75,105 @@ class Examples:
         """The examples at these positions, in this order; copies no images."""
         return dataclasses.replace(self, indices=self.indices[indices], _rows=self._rows[indices])
 
+    def relabelled(self, class_names: Sequence[str]) -> "Examples":
+        """The same images with labels that number ``class_names``, which hold all of their own."""
+        number = np.array([list(class_names).index(name) for name in self.class_names], np.int32)
 
-def load(data: ConfigDict, split: str, *, threads: int = 0) -> Examples:
+        def read_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            images, labels = self._read_rows(rows)
+            return images, number[labels]
+
+        return dataclasses.replace(self, class_names=tuple(class_names), _read_rows=read_rows)
+
+
+def load(data: ConfigDict, split: str, *, threads: int = 0, chosen: str = "") -> Examples:
     """Opens a split of a data set; keeps it decoded in memory if it is small enough.
 
     Args:
-      data: config.data; its fields name, dir, image_size, mean and cache_gib are used. The length
-        of mean is the number of channels.
+      data: config.data; its fields name, dir, image_size, transform, stratified, mean and cache_gib
+        are used. The length of mean is the number of channels.
       split: in TFDS's notation, also for folders: "train", "train[:90%]", "test[:48]".
       threads: number of threads that fill the cache; 0 means one per core.
+      chosen: a list of images, see ``ids``: only these, in its order; '': all.
 
     Raises:
-      UserError: the data set is unknown or not prepared, it has no images or labels, or the split
-        is unknown or empty.
+      UserError: the data set is unknown or not prepared, it has no images or labels, the split is
+        unknown or empty, the transform is unknown, or an image of the list is not there.
     """
+    listed = ids.read(chosen) if chosen else None
+    transform = transforms.parse(data.transform, data.image_size)
+    encoded = open_encoded(data, split)
+    shape = (data.image_size, data.image_size, len(data.mean))
+    _warn_of_loss(encoded, shape)
+    rows = np.arange(len(encoded.indices))
+    if listed:
+        rows = ids.rows_of(listed, encoded.names(), encoded.name)
+    examples = Examples(
+        encoded.name,
+        encoded.class_names,
+        shape,
+        encoded.indices[rows],
+        rows,
+        partial(_decode_rows, encoded, shape, transform),
+        encoded.origin,
+        data.transform,
+        listed.about if listed else "",
+    )
+    return cached(examples, threads) if examples.nbytes <= data.cache_gib * 2**30 else examples
+
+
+def open_encoded(data: ConfigDict, split: str) -> backends.Encoded:
+    """Opens a split with its images still encoded; data, split and errors are as in `load`."""
     if data.name.startswith("folder:"):
-        encoded = backends.open_folder(_root(data), split)
+        encoded = folders.open_folder(path_of(data), split, stratified=data.stratified)
+    elif data.name.startswith("npy:"):
+        encoded = folders.open_npy(path_of(data), split)
     else:
         encoded = backends.open_tfds(data.name, data.dir, split)
     if not len(encoded.indices):
         raise UserError(f"split '{split}' of {encoded.name} selects no examples; widen its slice")
-    shape = (data.image_size, data.image_size, len(data.mean))
-    rows, read_rows = np.arange(len(encoded.indices)), partial(_decode_rows, encoded, shape)
-    names, indices = (encoded.name, encoded.class_names), encoded.indices
-    examples = Examples(*names, shape, indices, rows, read_rows, encoded.origin)
-    return cached(examples, threads) if examples.nbytes <= data.cache_gib * 2**30 else examples
+    return encoded
 
 
-def _root(data: ConfigDict) -> Path:
-    """The directory of 'folder:PATH'; a relative PATH begins in data.dir."""
-    return Path(data.dir).expanduser() / Path(data.name.removeprefix("folder:")).expanduser()
+def headers(encoded: backends.Encoded, count: int = _SAMPLE) -> list[tuple[int, int, str]]:
+    """(width, height, PIL mode) of up to ``count`` images, evenly spaced over the rows.
+
+    Images that can't be opened are left out: reading them says what is wrong.
+    """
+    n = len(encoded.indices)
+    found = []
+    for row in np.unique(np.linspace(0, n - 1, min(n, count)).astype(int)).tolist():
+        with contextlib.suppress(Exception):  # of the disk, array_record, TFDS and PIL
+            content = encoded.fetch([row])[0][0]
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+                found.append((*image.size, image.mode))
+    return found
+
+
+def _warn_of_loss(encoded: backends.Encoded, image_shape: tuple[int, int, int]) -> None:
+    """Warns where colour images are read as grey, or images shrunk to a quarter or less."""
+    found, (size, _, channels) = headers(encoded), image_shape
+    colour = sum(not mode.startswith(("1", "L", "I")) for _, _, mode in found)
+    if channels == 1 and 2 * colour > len(found):
+        logging.warning(
+            "%s: colour images are read as grey, as data.mean has one channel; for colour, give "
+            "data.mean and data.std three, or start from the recipe 'folder'",
+            encoded.name,
+        )
+    side = int(np.median([min(width, height) for width, height, _ in found] or [0]))
+    if side >= 4 * size:
+        logging.warning(
+            "%s: images of about %d pixels are shrunk to data.image_size %d; a larger one, or the "
+            "recipe 'folder', keeps more of them",
+            encoded.name,
+            side,
+            size,
+        )
+
+
+def path_of(data: ConfigDict) -> Path:
+    """PATH of 'folder:PATH' and 'npy:PATH'; a relative one begins in data.dir."""
+    return Path(data.dir).expanduser() / Path(data.name.partition(":")[2]).expanduser()
 
 
 def check_splits(data: ConfigDict, train: Examples, test: Examples) -> None:
@@ -117,8 +192,8 @@ def check_splits(data: ConfigDict, train: Examples, test: Examples) -> None:
         )
     if not data.name.startswith("folder:"):
         return
-    root = _root(data)
-    found = [{c for s, _ in e.origin for c in backends.folders(root / s)} for e in (train, test)]
+    root = path_of(data)
+    found = [{c for s, _ in e.origin for c in folders.folders(root / s)} for e in (train, test)]
     if single := sorted(found[0] ^ found[1]):
         raise UserError(
             f"only one of data.train_split '{data.train_split}' and data.test_split "
@@ -145,8 +220,13 @@ def cached(examples: Examples, threads: int = 0) -> Examples:
     )
 
 
-def hold_out(examples: Examples, n: int, seed: int) -> tuple[Examples, Examples | None]:
-    """Splits n random examples off; the seed alone chooses which. n = 0: (examples, None)."""
+def hold_out(
+    examples: Examples, n: int, seed: int, *, stratified: bool = False
+) -> tuple[Examples, Examples | None]:
+    """Splits n random examples off; the seed alone chooses which. n = 0: (examples, None).
+
+    stratified: as many of each class as is its share of the examples, to within one.
+    """
     if not 0 <= n < len(examples):
         raise UserError(
             f"data.validation_examples is {n}; it must be at least 0 and less than the "
@@ -155,11 +235,16 @@ def hold_out(examples: Examples, n: int, seed: int) -> tuple[Examples, Examples 
     if n == 0:
         return examples, None
     shuffled = np.random.Generator(np.random.Philox(seed)).permutation(len(examples))
+    if stratified:
+        shuffled = shuffled[folders.in_proportion(examples.read(shuffled)[1])]
     return examples.take(np.sort(shuffled[n:])), examples.take(np.sort(shuffled[:n]))
 
 
 def _decode_rows(
-    encoded: backends.Encoded, image_shape: tuple[int, int, int], rows: np.ndarray
+    encoded: backends.Encoded,
+    image_shape: tuple[int, int, int],
+    transform: transforms.Transform,
+    rows: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     images = np.empty((len(rows), *image_shape), np.uint8)
     labels = np.empty(len(rows), np.int32)
@@ -172,7 +257,7 @@ def _decode_rows(
         if not 0 <= label < len(encoded.class_names):
             raise UserError(f"{encoded.where(row)} has no label ({label}); choose another split")
         try:
-            images[i] = decode(content, image_shape)
+            images[i] = decode(content, image_shape, transform)
         except Exception as error:  # PIL raises many, such as SyntaxError and struct.error
             reason = in_one_line(error)
             raise UserError(
@@ -182,13 +267,15 @@ def _decode_rows(
     return images, labels
 
 
-def decode(encoded: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
+def decode(
+    encoded: bytes,
+    image_shape: tuple[int, int, int],
+    transform: transforms.Transform = transforms.squash,
+) -> np.ndarray:
     """Decodes a PNG, JPEG, WebP or BMP file to uint8 [S, S, C], C being 1 (grey) or 3 (colour).
 
     Other formats raise ValueError: some of PIL's decoders start programs, as that of EPS.
-
-    An image is squashed to a square by PIL's antialiased bilinear filter. torchvision's
-    ``Resize((S, S))`` does the same to a PIL image.
+    transform: what makes an image of any size square, see ``transforms``.
     """
     size, _, channels = image_shape
     try:
@@ -197,9 +284,7 @@ def decode(encoded: bytes, image_shape: tuple[int, int, int]) -> np.ndarray:
         raise ValueError("it is no PNG, JPEG, WebP or BMP image, or its header is cut") from error
     with opened:
         image = _convert(opened, {1: "L", 3: "RGB"}[channels])
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image).reshape(image_shape)
+    return np.asarray(transform(image, size)).reshape(image_shape)
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

@@ -218,6 +218,11 @@ def any_of(values: np.ndarray) -> np.ndarray:
     return np.any(multihost_utils.process_allgather(values), axis=0)
 
 
+def sum_of(values: np.ndarray) -> np.ndarray:
+    """[N], the sum over the processes in the same dtype; all processes must call it."""
+    return multihost_utils.process_allgather(values).sum(axis=0, dtype=values.dtype)
+
+
 def barrier(name: str) -> None:
     """Waits until every process is here."""
     multihost_utils.sync_global_devices(name)

@@ -16,7 +16,7 @@ from vit_at import models
 from vit_at.attacks import autoattack
 from vit_at.attacks.autoattack import audit
 from vit_at.data.sources import Examples
-from vit_at.evaluation.protocol import Attack, weights_digest
+from vit_at.evaluation.protocol import Attack
 
 LEDGERS = "autoattack"  # in a work directory
 _AUDITED = 128  # images at most
@@ -51,9 +51,12 @@ def evaluate_autoattack(
     seed: int,
     batch_size: int,
     workdir: epath.Path | None,
+    digest: str,
     progress: bool,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Runs ``attack.version`` and, if that is several attacks, the audit on the first images.
+
+    workdir: of the ledger, None: none is kept; digest: of the weights, in the ledger's name.
 
     Returns:
       Correct [N] bool after the last attack, and further entries of the record: the accuracy after
@@ -66,7 +69,7 @@ def evaluate_autoattack(
     params = models.unstack_blocks(apply, params)
     logits_fn = functools.partial(apply, params)
     if workdir is not None:
-        workdir = workdir / LEDGERS / _ledger_name(attack, examples, seed, weights_digest(params))
+        workdir = workdir / LEDGERS / _ledger_name(attack, examples, seed, digest)
     options = {"norm": threat.norm, "eps": threat.eps, "attacks": attack.version, "mesh": mesh}
     options |= {"batch_size": batch_size, "seed": seed, "workdir": workdir, "progress": progress}
     result = autoattack.run(logits_fn, images, labels, **options)
@@ -92,6 +95,8 @@ def evaluate_autoattack(
 
 def _ledger_name(attack: Attack, examples: Examples, seed: int, digest: str) -> str:
     """A directory name that is unique to the evaluation."""
-    data = re.sub(r"[^a-z0-9.]+", "-", examples.name.lower()).strip("-")
+    transform = "" if examples.transform == "squash" else examples.transform
+    data = " ".join([examples.name, transform, examples.ids]).lower()
+    data = re.sub(r"[^a-z0-9.]+", "-", data).strip("-")
     threat = f"{attack.threat.norm}_{float(attack.threat.eps)!r}"
     return f"{attack.version}_{threat}_{data}_{len(examples)}_seed{seed}_{digest}"

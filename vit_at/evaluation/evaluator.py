@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from vit_at import models
 from vit_at.attacks import pgd_attack
 from vit_at.attacks.losses import is_correct
-from vit_at.attacks.threat import random_start
+from vit_at.attacks.threat import Threat, random_start
 from vit_at.console import Progress
 from vit_at.data import augment, pipeline
 from vit_at.data.sources import Examples
@@ -38,46 +38,89 @@ Array = jax.Array
 
 def make_outcome_fn(
     apply: Callable[..., Array], attack: Attack, mesh: Mesh, seed: int
-) -> Callable[[Any, dict[str, Array]], Array]:
-    """A compiled (params, batch) -> correct [B] bool: classified correctly after the attack."""
+) -> Callable[..., dict[str, Array]]:
+    """A compiled (params, batch) -> 'correct' [B] bool: classified correctly after the attack.
 
-    def starts(indices, shape):
-        def of_image(index):
-            key = jax.random.fold_in(jax.random.key(seed), index)
-            keys = jax.random.split(key, attack.restarts)
-            return jax.vmap(lambda k: random_start(k, (1, *shape), attack.threat)[0])(keys)
+    It also takes a ``threat`` in place of the attack's. One of the same norm and steps is not
+    compiled again. Of the kind 'clean' it also gives 'prediction' [B] and 'margin' [B], see
+    ``answer``.
+    """
 
-        return jnp.swapaxes(jax.vmap(of_image)(indices), 0, 1)
+    def of_part(logits_fn, part, threat):
+        images, labels = augment.to_float(part["image"]), part["label"]
+        if attack.kind == "clean":
+            return answer(logits_fn(images), labels)
+        images = perturb(logits_fn, images, part, attack, threat, seed)
+        return {"correct": is_correct(logits_fn(images), labels)}
 
-    def outcome(params, batch):
+    return by_parts(apply, of_part, mesh, attack.threat)
+
+
+def by_parts(
+    apply: Callable[..., Array], of_part: Callable[..., Any], mesh: Mesh, usual: Threat
+) -> Callable[..., Any]:
+    """A compiled (params, batch, threat) -> what ``of_part(logits_fn, part, threat)`` gives.
+
+    of_part: of some images of a batch, at full matmul precision; all it gives begins with an axis
+      of images. usual: the threat, where none is given.
+    """
+
+    def outcome(params, batch, threat):
         params = models.unstack_blocks(apply, params)
         logits_fn = functools.partial(apply, params)
+        found = jax.lax.map(
+            lambda part: of_part(logits_fn, part, threat), sharding.in_parts(batch, mesh)
+        )
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
-        def of_part(part):
-            images, labels = augment.to_float(part["image"]), part["label"]
-            if attack.kind != "clean":
-                init = starts(part["index"], images.shape[1:])
-                options = {"loss": attack.loss, "init": init}
-                images = pgd_attack(logits_fn, images, labels, None, attack.threat, **options)
-            return is_correct(logits_fn(images), labels)
-
-        return jax.lax.map(of_part, sharding.in_parts(batch, mesh)).reshape(-1)
-
-    specs = (sharding.WHOLE, sharding.SPLIT)
+    specs = (sharding.WHOLE, sharding.SPLIT, sharding.WHOLE)
     compiled = jax.jit(sharding.map_shards(outcome, mesh, specs))
 
-    def full_precision(params, batch):
+    def full_precision(params, batch, threat=usual):
         with jax.default_matmul_precision("highest"):
-            return compiled(params, batch)
+            return compiled(params, batch, threat)
 
     return full_precision
+
+
+def perturb(
+    logits_fn: Callable[[Array], Array],
+    images: Array,
+    part: dict[str, Array],
+    attack: Attack,
+    threat: Threat,
+    seed: int,
+) -> Array:
+    """Images [b, H, W, C] after PGD or CW, whose starts depend on the seed and 'index' alone."""
+
+    def starts(index):
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        keys = jax.random.split(key, attack.restarts)
+        shape = (1, *images.shape[1:])
+        return jax.vmap(lambda k: random_start(k, shape, threat)[0])(keys)
+
+    init = jnp.swapaxes(jax.vmap(starts)(part["index"]), 0, 1)
+    options: dict[str, Any] = {"loss": attack.loss, "init": init}
+    return pgd_attack(logits_fn, images, part["label"], None, threat, **options)
+
+
+def answer(logits: Array, labels: Array) -> dict[str, Array]:
+    """'correct' [b] bool, 'prediction' [b] int32 and 'margin' [b] of logits [b, K].
+
+    The margin is the label's logit minus the largest other one; it is positive if correct.
+    """
+    own = jnp.arange(logits.shape[-1]) == labels[:, None]
+    margin = jnp.where(own, logits, 0).sum(-1) - jnp.where(own, -jnp.inf, logits).max(-1)
+    prediction = logits.argmax(-1).astype(jnp.int32)
+    return {"correct": is_correct(logits, labels), "prediction": prediction, "margin": margin}
 
 
 @dataclasses.dataclass
 class Evaluator:
     """Evaluates parameters on fixed examples; compiled once, used every epoch.
 
-    details: {attack name: what its record says besides the accuracy}, after AutoAttack.
+    details: {attack: what its record says besides the accuracy}, after AutoAttack.
+    answers: 'label', 'prediction' and 'margin' [N] of the clean images, after that run.
     """
 
     apply: Callable[..., Array]
@@ -88,12 +131,13 @@ class Evaluator:
     batch_size: int
     seed: int
     threads: int = 0
-    details: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict, init=False)
+    details: dict[Attack, dict[str, Any]] = dataclasses.field(default_factory=dict, init=False)
+    answers: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, init=False)
 
     def __post_init__(self):
-        plain = [a for a in self.attacks if a.kind != AUTOATTACK]
         compiled = functools.partial(make_outcome_fn, self.apply, mesh=self.mesh, seed=self.seed)
-        self._outcomes = {attack.name: compiled(attack) for attack in plain}
+        plain = [a for a in self.attacks if a.kind != AUTOATTACK]
+        self._outcomes = {(a.kind, a.restarts): compiled(a) for a in plain}
 
     def __call__(self, params: Any, *, progress: bool = False) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (attack name, correct [N] bool), in the order of the examples."""
@@ -107,34 +151,57 @@ class Evaluator:
         *,
         progress: bool = False,
         workdir: epath.Path | None = None,
+        digest: str = "",
     ) -> np.ndarray:
-        """Correct [N] bool after one of the attacks; workdir: for AutoAttack's progress."""
+        """Correct [N] bool after one of the attacks.
+
+        workdir, digest: where AutoAttack's progress is stored, and of which weights.
+        """
         examples, batch_size, mesh = self.examples, self.batch_size, self.mesh
         if attack.kind == AUTOATTACK:
             options: dict[str, Any] = {"seed": self.seed, "batch_size": batch_size}
-            options |= {"workdir": workdir, "progress": progress}
-            correct, self.details[attack.name] = evaluate_autoattack(
+            options |= {"workdir": workdir, "digest": digest, "progress": progress}
+            correct, self.details[attack] = evaluate_autoattack(
                 self.apply, params, examples, attack, mesh, **options
             )
             return correct
         params = sharding.replicate(params, mesh)
         bar = Progress(-(-len(examples) // batch_size), 0, "batches") if progress else None
-        correct, accuracy = np.zeros(len(examples), bool), Average.empty()
-        process = (jax.process_index(), jax.process_count())
-        for batch in pipeline.eval_batches(
-            examples, batch_size=batch_size, threads=self.threads, process=process
-        ):
-            where, real = batch["index"], batch.pop("mask")
-            batch["index"] = np.where(real, examples.indices[where], 0).astype(np.uint32)
-            outcome = self._outcomes[attack.name](params, sharding.split_batch(batch, mesh))
-            rows = sharding.my_rows(outcome)
-            correct[where[real]] = rows[real]
+        found: dict[str, np.ndarray] = {}
+        outcomes, accuracy = self._outcomes[attack.kind, attack.restarts], Average.empty()
+        for where, real, batch in global_batches(examples, batch_size, mesh, self.threads):
+            outcome = jax.tree.map(sharding.my_rows, outcomes(params, batch, attack.threat))
+            if attack.kind == "clean":
+                outcome["label"] = sharding.my_rows(batch["label"])
+            for name, rows in outcome.items():
+                whole = found.setdefault(name, np.zeros(len(examples), rows.dtype))
+                whole[where[real]] = rows[real]
             if bar is not None:
-                accuracy = accuracy.merge(Average.from_model_output(rows, mask=real))
+                accuracy = accuracy.merge(Average.from_model_output(outcome["correct"], mask=real))
                 bar.update(f"{attack.name} {accuracy.compute():.1%} correct")
         if bar is not None:
             bar.close()
-        return processes.any_of(correct)
+        correct = processes.any_of(found.pop("correct"))
+        if found:
+            self.answers = {name: processes.sum_of(values) for name, values in found.items()}
+        return correct
+
+
+def global_batches(
+    examples: Examples, batch_size: int, mesh: Mesh, threads: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, Array]]]:
+    """Yields (positions [b], which are no padding [b] bool, the batch on the devices).
+
+    The first two are of this process's rows. 'index' of the batch is the image's place in its
+    split.
+    """
+    process = (jax.process_index(), jax.process_count())
+    for batch in pipeline.eval_batches(
+        examples, batch_size=batch_size, threads=threads, process=process
+    ):
+        where, real = batch["index"], batch.pop("mask")
+        batch["index"] = np.where(real, examples.indices[where], 0).astype(np.uint32)
+        yield where, real, sharding.split_batch(batch, mesh)
 
 
 def evaluate_and_store(
@@ -148,7 +215,8 @@ def evaluate_and_store(
 ) -> list[dict[str, Any]]:
     """Runs an evaluator's attacks and stores each result; a result that is stored is not run again.
 
-    weights: what records say of the weights besides their digest: their source and step.
+    weights: what records say of the weights: their source and step; with a 'digest' in place of
+      that of the parameters, where they alone do not identify the function.
     """
     weights = {"digest": weights_digest(params), **weights}
     describe: dict[str, Any] = {"examples": examples, "seed": seed, "weights": weights}
@@ -157,9 +225,11 @@ def evaluate_and_store(
         wanted = record(attack, np.zeros(len(examples), bool), **describe)
         entry: Any = results.find(wanted)
         if not processes.agree(entry is not None):
-            correct = evaluator.run(attack, params, progress=True, workdir=results.workdir)
-            entry = record(attack, correct, **describe) | evaluator.details.get(attack.name, {})
-            results.add(entry, correct, examples)
+            place = {"workdir": results.workdir, "digest": weights["digest"]}
+            correct = evaluator.run(attack, params, progress=True, **place)
+            entry = record(attack, correct, **describe) | evaluator.details.get(attack, {})
+            answers = evaluator.answers if attack.kind == "clean" else {}
+            results.add(entry, correct, examples, answers)
         records.append(entry)
     return records
 

@@ -2,12 +2,14 @@
 
 parse_attacks   'clean,pgd-20,autoattack' -> what to run
 record          an accuracy with the protocol it was measured under: an entry of ``results.json``
+union_record    that of the worst case over norms
 """
 
 import dataclasses
 import hashlib
 import importlib.metadata
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -88,12 +90,15 @@ def record(
         "data": examples.name,
         "num_examples": len(correct),
         "resolution": examples.image_shape[0],
+        "transform": examples.transform,
         "seed": seed,
         "dtype": "float32",
         "weights": weights,
         "packages": {"vit_at": vit_at.__version__}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
+    if examples.ids:
+        protocol["ids"] = examples.ids
     if attack.kind != "clean":
         threat = attack.threat
         protocol |= {"norm": threat.norm, "eps": float(threat.eps), "loss": attack.loss}
@@ -102,11 +107,26 @@ def record(
         else:
             protocol |= {"step_size": float(threat.step_size), "steps": threat.steps}
             protocol |= {"restarts": attack.restarts}
+    return {"attack": attack.name, **_counted(correct), "protocol": protocol}
+
+
+def union_record(records: Sequence[dict[str, Any]], correct: np.ndarray) -> dict[str, Any]:
+    """That of the worst case over records of one attack in several norms, 'NAME-union'.
+
+    correct: [N] bool, in all of them.
+    """
+    fields = ("norm", "eps", "step_size")
+    parts = [{n: r["protocol"][n] for n in fields if n in r["protocol"]} for r in records]
+    shared = {n: value for n, value in records[0]["protocol"].items() if n not in fields}
+    return {"attack": f"{records[0]['attack']}-union", **_counted(correct)} | {
+        "protocol": shared | {"union": parts}
+    }
+
+
+def _counted(correct: np.ndarray) -> dict[str, Any]:
     accuracy = float(correct.mean())
     return {
-        "attack": attack.name,
         "accuracy": accuracy,
         "correct": int(correct.sum()),
         "standard_error": float(np.sqrt(accuracy * (1 - accuracy) / len(correct))),
-        "protocol": protocol,
     }

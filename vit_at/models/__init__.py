@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from vit_at.config import check_tokens
 from vit_at.errors import UserError, nearest
-from vit_at.models import blocks, convit, swin, vit
+from vit_at.models import blocks, convit, convnext, swin, vit, xcit
 from vit_at.models.blocks import stack_blocks as stack_blocks
 
 _FAMILIES = (
@@ -27,6 +27,8 @@ _FAMILIES = (
     (vit.DistilledTransformer, vit.DISTILLED_SIZES),
     (convit.ConViT, convit.SIZES),
     (swin.SwinTransformer, swin.SIZES),
+    (xcit.XCiT, xcit.SIZES),
+    (convnext.ConvNeXt, convnext.SIZES),
 )
 NAMES = tuple(sorted(name for _, sizes in _FAMILIES for name in sizes))
 _ARCHITECTURE = (  # fields of the architecture that a configuration may set
@@ -106,7 +108,8 @@ def build(config: ConfigDict, num_classes: int, dtype: str) -> nn.Module:
     """``config.model`` for ``num_classes`` classes; a field that is 0 keeps the architecture's own.
 
     Raises:
-      UserError: an unknown name, sizes that do not divide, or too few tokens.
+      UserError: an unknown name, sizes that do not divide, too few tokens, or ARD without
+        attention.
     """
     options = config.model
     overrides = {name: options[name] for name in _ARCHITECTURE if options[name]}
@@ -120,6 +123,11 @@ def build(config: ConfigDict, num_classes: int, dtype: str) -> nn.Module:
         **overrides,
     )
     check_tokens(config, model.num_tokens)
+    if config.masking.ard and not model.num_blocks:
+        raise UserError(
+            f"masking.ard is True, but {options.name} has no attention whose gradient could be "
+            "dropped; set it to False, masking.prm works with any model"
+        )
     return model
 
 

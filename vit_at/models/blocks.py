@@ -63,6 +63,11 @@ class Transformer(nn.Module, kw_only=True):
         """Number of patches."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def batch_norms(self) -> tuple[str, ...]:
+        """timm's names of the layers that are BatchNorm there; see ``weights.batch_norm``."""
+        return ()
+
     @nn.compact
     def __call__(
         self, images: jax.Array, attn_grad_keep: jax.Array | None = None, train: bool = False
@@ -72,9 +77,12 @@ class Transformer(nn.Module, kw_only=True):
         attn_grad_keep: [num_blocks] bool; False: no gradient through that block's attention.
         train: stochastic depth, if an rng 'drop_path' is given.
         """
-        embed = stems.create(self.stem, self.patch_size, self.embed_dim, self.dtype)
-        x = self._features(embed(images), (attn_grad_keep, stochastic_depth(self, train)))
-        return self._logits(x)
+        x = self._embed()(images)
+        return self._logits(self._features(x, (attn_grad_keep, stochastic_depth(self, train))))
+
+    def _embed(self) -> nn.Module:
+        """The module from images [b, H, W, C] to patches."""
+        return stems.create(self.stem, self.patch_size, self.embed_dim, self.dtype)
 
     def _logits(self, x: jax.Array) -> jax.Array:
         """Features [b, d] -> logits [b, num_classes]."""

@@ -2,6 +2,7 @@
 
 dense          a linear layer
 LayerNorm      with float32 statistics
+DepthwiseConv  a convolution channel by channel
 Mlp            the two-layer perceptron of a block
 drop_path      leaves a residual branch out for some examples (stochastic depth)
 gate_gradient  a branch whose backward pass a Boolean switches off (ARD)
@@ -59,6 +60,23 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, shape, weights)
         bias = self.param("bias", nn.initializers.zeros, shape, weights)
         return ops.layer_norm(x.astype(self.dtype), scale, bias, self.epsilon)
+
+
+class DepthwiseConv(nn.Module):
+    """A convolution of size x size pixels, size odd, of each channel with a kernel of its own."""
+
+    size: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, H, W, d] -> [b, H, W, d]; zeros are padded."""
+        d, weights = x.shape[-1], param_dtype(self.dtype)
+        init = nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, (self.size, self.size, 1, d), weights)
+        bias = self.param("bias", nn.initializers.zeros, (d,), weights)
+        x = ops.depthwise(x.astype(self.dtype), kernel.astype(self.dtype))
+        return x + bias.astype(self.dtype)
 
 
 class Mlp(nn.Module):

@@ -1,4 +1,4 @@
-"""GELU, LayerNorm, softmax, attention weights and linear layers with their gradients written out.
+"""GELU, LayerNorm, softmax, attention weights, linear layers and convolutions with their gradients.
 
 All but the last are bound by memory, and automatic differentiation keeps several arrays of each for
 the backward pass. Written out, GELU keeps only its input, LayerNorm its input and two numbers per
@@ -170,3 +170,41 @@ def _product_backward(residuals, cotangent):
 
 
 _bfloat16_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def depthwise(x: Array, kernel: Array) -> Array:
+    """x [b, H, W, d] convolved with kernel [k, k, 1, d], k odd, channel by channel; keeps H and W.
+
+    The gradient by the kernel is a sum for each of its k² places. XLA's own takes twenty times as
+    long on a CPU.
+    """
+    axes = ("NHWC", "HWIO", "NHWC")
+    groups = x.shape[-1]
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=axes, feature_group_count=groups
+    )
+
+
+def _depthwise_forward(x, kernel):
+    residuals = (x.value if kernel.perturbed else None, kernel.value)
+    return depthwise(x.value, kernel.value), residuals
+
+
+def _depthwise_backward(residuals, cotangent):
+    x, kernel = residuals
+    to_x = depthwise(cotangent, kernel[::-1, ::-1])
+    if x is None:
+        return to_x, None
+    k, shape = kernel.shape[0], cotangent.shape
+    margin = (k // 2, k // 2)
+    padded = jnp.pad(x, ((0, 0), margin, margin, (0, 0)))
+
+    def at(place):
+        seen = lax.dynamic_slice(padded, (0, place // k, place % k, 0), shape)
+        return (_wide(seen) * _wide(cotangent)).sum((0, 1, 2))
+
+    return to_x, lax.map(at, jnp.arange(k * k)).reshape(kernel.shape).astype(kernel.dtype)
+
+
+depthwise.defvjp(_depthwise_forward, _depthwise_backward, symbolic_zeros=True)

@@ -63,7 +63,7 @@ class ConvStem(nn.Module):
             norm = layers.LayerNorm(_NORM_EPS, self.dtype, name=f"stem_{3 * i + 1}")
             x = ops.gelu(norm(convolve(x)))
         x = nn.Conv(self.embed_dim, (1, 1), name=f"stem_{3 * i + 3}", **fields)(x)
-        return x.reshape(len(x), -1, self.embed_dim)
+        return x.reshape(x.shape[0], -1, self.embed_dim)  # may be symbolic
 
 
 def conv_widths(patch_size: int, embed_dim: int) -> list[int]:

@@ -13,8 +13,9 @@ import numpy as np
 from vit_at.reporting import pictures
 from vit_at.reporting.exhibits import Attacked, Exhibits
 from vit_at.reporting.run import Curve, Run
-from vit_at.reporting.study import Group, Table, accuracies, attack_name, groups
+from vit_at.reporting.study import Column, Group, Table, accuracies, attack_name, groups
 from vit_at.training.objectives import OBJECTIVES
+from vit_at.workdir.outcomes import threats
 from vit_at.workdir.results import Results, in_255ths
 
 _MOST_CLASSES = 20  # drawn; if there are more, the best and the worst
@@ -42,10 +43,10 @@ _CURVES = (
 )
 
 
-def training(runs: Mapping[str, Run]) -> Section:
+def training(runs: Mapping[str, Run], title: str = "Training") -> Section:
     """Curves over epochs: of one run, or of several by name in the same charts."""
     charts = _accuracies(*runs.values()) if len(runs) == 1 else _compared_accuracies(runs)
-    for metric, title in _CURVES:
+    for metric, name_of_chart in _CURVES:
         lines = {name: run.series(metric) for name, run in runs.items()}
         if metric == "eps":
             for name, run in runs.items():
@@ -53,18 +54,18 @@ def training(runs: Mapping[str, Run]) -> Section:
                     lines[name] = ([], [])
             if all(len(set(values)) <= 1 for _, values in lines.values()):
                 continue
-        charts += _over_epochs(title, lines)
+        charts += _over_epochs(name_of_chart, lines)
     note = "Each point of a long curve is the mean of its neighbours. "
     if any(_validation_attack(run) for run in runs.values()):
         note += "Validation is on held-out training images."
-    return Section("Training", note, tuple(charts))
+    return Section(title, note, tuple(charts))
 
 
 def _over_epochs(title: str, lines: Mapping[str, Curve], percent: bool = False) -> list[str]:
     """One chart; none if there is nothing to draw. A run keeps its colour in all charts."""
     if not any(epochs for epochs, _ in lines.values()):
         return []
-    return [pictures.line_chart(title, lines, x="epoch", percent=percent)]
+    return [pictures.line_chart(title, lines, x="epoch", percent=percent).svg()]
 
 
 def with_drawn_curves(runs: Sequence[Run]) -> list[Run]:
@@ -105,28 +106,35 @@ def _compared_accuracies(runs: Mapping[str, Run]) -> list[str]:
 def by_attack(records: Sequence[dict[str, Any]]) -> Section:
     """Bars of the accuracy under each attack, and after each attack of AutoAttack's cascade."""
     bars = {_with_eps(record): {"": [record["accuracy"]]} for record in records}
-    charts = [pictures.bar_chart("", bars)]
+    errors = {_with_eps(record): record["standard_error"] for record in records}
+    charts = [pictures.bar_chart("", bars, errors).svg()]
     for record in records:
         if "cascade" in record:
             cascade = {name: {"": [value]} for name, value in record["cascade"].items()}
-            charts.append(pictures.bar_chart("After each attack of AutoAttack", cascade))
-    return Section("Accuracy by attack", charts=tuple(charts))
+            chart = pictures.bar_chart("After each attack of AutoAttack", cascade)
+            charts.append(chart.svg())
+    note = "Whiskers are one standard error, of a share of independent images."
+    return Section("Accuracy by attack", note, tuple(charts))
 
 
 def _with_eps(record: dict[str, Any]) -> str:
-    eps = record["protocol"].get("eps")
-    name = attack_name(record["attack"])
-    return f"{name}, eps {in_255ths(eps)}" if eps else name
+    sizes = [f"{t['norm']} {in_255ths(t['eps'])}" for t in threats(record["protocol"])]
+    return ", ".join([attack_name(record["attack"]), *sizes])
+
+
+def common_columns(members: Sequence[Group], table: Table) -> list[Column]:
+    """The columns with a value for every group, the one of the lowest mean first."""
+    measured = [accuracies(group) for group in members]
+    common = [c for c in table.columns if all(c in found for found in measured)]
+    return sorted(common, key=lambda c: np.mean([np.mean(found[c]) for found in measured]))
 
 
 def compared(members: Sequence[Group], table: Table) -> Section | None:
     """Bars of each group: clean, and under the strongest attack that all were tested with."""
     measured = [accuracies(group) for group in members]
-    common = [c for c in table.columns if all(c in found for found in measured)]
+    common = common_columns(members, table)
     clean = [column for column in common if column.attack == "clean"]
-    attacks = [column for column in common if column.attack != "clean"]
-    hardest = sorted(attacks, key=lambda c: np.mean([np.mean(f[c]) for f in measured]))
-    shown = clean[:1] + hardest[:1]
+    shown = clean[:1] + [column for column in common if column.attack != "clean"][:1]
     if not shown:
         return None
     bars = {
@@ -134,7 +142,7 @@ def compared(members: Sequence[Group], table: Table) -> Section | None:
         for group, found in zip(members, measured, strict=True)
     }
     note = "Bars are means; with several seeds, each is a circle."
-    return Section("Side by side", note, (pictures.bar_chart("", bars),))
+    return Section("Side by side", note, (pictures.bar_chart("", bars).svg(),))
 
 
 def audit_curves(record: dict[str, Any]) -> Section:
@@ -154,16 +162,22 @@ def curves(exhibits: Exhibits) -> Section:
         f"step size in proportion; eps {in_255ths(threat.eps)} over steps. If the accuracy does "
         "not fall to 0 at large eps, or rises with more steps, the attack fails."
     )
-    return _curves("Accuracy over eps and steps", note, by_eps, by_steps)
+    return _curves("Accuracy over eps and steps", note, by_eps, by_steps, count)
 
 
-def _curves(title, note, by_eps, by_steps) -> Section:
-    eps = {"": (list(by_eps), list(by_eps.values()))}
-    steps = {"": (list(by_steps), list(by_steps.values()))}
-    look = {"percent": True, "marked": True}
-    over_eps = pictures.line_chart("Over eps", eps, x="eps", **look)
-    over_steps = pictures.line_chart("Over attack steps", steps, x="steps", log=True, **look)
-    return Section(title, note, (over_eps, over_steps))
+def _curves(title, note, by_eps, by_steps, count=0) -> Section:
+    """count: of images, for the standard errors; 0: not drawn."""
+    charts = []
+    for name, found, axis in (
+        ("Over eps", by_eps, "eps"),
+        ("Over attack steps", by_steps, "steps"),
+    ):
+        shares = np.array(list(found.values()))
+        errors = {"": np.sqrt(shares * (1 - shares) / count)} if count else None
+        look: dict[str, Any] = {"eps": True} if axis == "eps" else {"log": True}
+        look |= {"percent": True, "marked": True, "errors": errors}
+        charts.append(pictures.line_chart(name, {"": (list(found), shares)}, x=axis, **look).svg())
+    return Section(title, note, tuple(charts))
 
 
 def by_class(found: Mapping[str, Mapping[str, float]]) -> Section:
@@ -186,7 +200,7 @@ def by_class(found: Mapping[str, Mapping[str, float]]) -> Section:
         half = _MOST_CLASSES // 2
         bars = {name: bars[name] for name in ranked[:half] + ranked[-half:]}
         note = f"The {half} least robust and the {half} most robust of {len(ranked)} classes."
-    return Section("Accuracy by class", note, (pictures.bar_chart("", bars),))
+    return Section("Accuracy by class", note, (pictures.bar_chart("", bars).svg(),))
 
 
 def attacked(shown: Attacked, class_names: Sequence[str], exhibits: Exhibits) -> Section:

@@ -1,10 +1,15 @@
 """Exports a run's weights for PyTorch, with a description for leaderboards.
 
-``export`` writes ``model.safetensors`` with the names of timm 1.x, for a strict
-``load_state_dict``; ``model.json`` with the arguments of timm's ``create_model``, the
-normalisation, the training configuration, and the results in the fields of RobustBench's
-``model_info``; and ``README.md``, a model card with the PyTorch code that loads them. No path of
-the machine is in them, and files of another kind or run are never overwritten.
+model.safetensors    the weights, with the names of timm 1.x
+model.json           how timm builds the model, the normalisation, the training configuration, and
+                     the results in the fields of RobustBench's ``model_info``
+load.py              gives the model in PyTorch, with the normalisation inside
+config.json          timm's, for ``timm.create_model("local-dir:...")``, if timm builds this model
+README.md            a model card
+images.safetensors   if asked for: test images and their labels
+model.stablehlo      if asked for: the whole classifier, for JAX without this package
+
+No path of the machine is in them, and files of another kind or run are never overwritten.
 ``workdir.exported`` reads such a directory back.
 """
 
@@ -14,7 +19,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import safetensors.numpy
 from etils import epath
 from ml_collections import ConfigDict
@@ -23,27 +27,52 @@ from vit_at import weights
 from vit_at.config import differences, with_added
 from vit_at.errors import UserError
 from vit_at.evaluation.protocol import weights_digest
-from vit_at.models.convit import ConViT
-from vit_at.models.swin import STAGES, SwinTransformer
+from vit_at.reporting.extras import IMAGES_FILE, STABLEHLO_FILE, program, test_images
+from vit_at.reporting.for_timm import (
+    conv_stem,
+    fold_scale,
+    is_timms,
+    timm_arguments,
+    timm_config,
+)
 from vit_at.reporting.model_card import model_card
 from vit_at.reporting.outputs import check_directory
 from vit_at.schema import is_regular, read_json
-from vit_at.workdir.checkpoint import Trained, load_trained
-from vit_at.workdir.exported import DESCRIPTION_FILE, EXPORT_AGAIN, WEIGHTS_FILE, sha256
-from vit_at.workdir.files import write_atomically
-from vit_at.workdir.results import in_255ths, read_records
+from vit_at.workdir import registry
+from vit_at.workdir.checkpoint import Trained
+from vit_at.workdir.exported import EXPORT_AGAIN, WEIGHTS_FILE, sha256
+from vit_at.workdir.files import DESCRIPTION_FILE, write_atomically
+from vit_at.workdir.results import in_255ths
 
-CARD_FILE = "README.md"
-FILES = (WEIGHTS_FILE, DESCRIPTION_FILE, CARD_FILE)
+CARD_FILE, LOADER_FILE, TIMM_FILE = "README.md", "load.py", "config.json"
+FILES = (
+    WEIGHTS_FILE,
+    DESCRIPTION_FILE,
+    CARD_FILE,
+    LOADER_FILE,
+    TIMM_FILE,
+    IMAGES_FILE,
+    STABLEHLO_FILE,
+)
+_LOADER = epath.Path(__file__).parent / "packaged" / LOADER_FILE
 _OF_A_CHECKPOINT = ("step", "num_classes", "class_names")  # the values that are exported
 
 
-def export(params: Any, model: Any, path: str | epath.Path, metadata: dict[str, Any]) -> epath.Path:
-    """Writes the weights, their description and a model card, each file whole or not at all.
+def export(
+    params: Any,
+    model: Any,
+    path: str | epath.Path,
+    metadata: dict[str, Any],
+    extras: dict[str, bytes] | None = None,
+) -> epath.Path:
+    """Writes the weights, their description and what loads them, each file whole or not at all.
 
     Args:
-      path: a directory; created if missing.
-      metadata: of ``model.json``; 'architecture' (timm's name of the model) is required.
+      path: a directory; created if missing. Files of an earlier export that are not written again
+        are removed.
+      metadata: of ``model.json``; 'architecture' (timm's name of the model) and 'normalisation'
+        ({'mean': [...], 'std': [...]}) are required.
+      extras: {IMAGES_FILE or STABLEHLO_FILE: what it holds}.
 
     Returns:
       The path of the weights.
@@ -54,30 +83,50 @@ def export(params: Any, model: Any, path: str | epath.Path, metadata: dict[str, 
     """
     path = epath.Path(path)
     check_directory(path, "--output")
-    _check_own(path, metadata)
-    state_dict = weights.to_timm(params, model, names="1.x")
-    content = safetensors.numpy.save(_fold_scale(state_dict, model), metadata={"format": "pt"})
+    earlier = _check_own(path, metadata)
+    contents = _contents(params, model, metadata, extras or {})
+    path.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        write_atomically(path / name, content)
+    for name in earlier - contents.keys():
+        (path / name).unlink()
+    return path / WEIGHTS_FILE
+
+
+def _contents(
+    params: Any, model: Any, metadata: dict[str, Any], extras: dict[str, bytes]
+) -> dict[str, bytes]:
+    """{name: content} of all files, ``model.json`` last."""
+    state_dict = fold_scale(weights.to_timm(params, model, names="1.x"), model)
+    tensors = safetensors.numpy.save(state_dict, metadata={"format": "pt"})
     description = metadata | {
         "timm": {
             "create_model": timm_arguments(model, metadata["architecture"]),
             "layer_norm_eps": model.norm_eps,
+            "conv_stem": conv_stem(model),  # load.py adds it
+            "complete": is_timms(model),  # whether create_model alone gives the model
         },
         "image_size": model.image_size,
         "patch_size": model.patch_size,
-        "weights": {"file": WEIGHTS_FILE, "sha256": sha256(content)},
+        "weights": {"file": WEIGHTS_FILE, "sha256": sha256(tensors)},
     }
-    card = model_card(description).encode(errors="replace")
-    description["card"] = {"file": CARD_FILE, "sha256": sha256(card)}
-    text = json.dumps(description, indent=2) + "\n"
-    path.mkdir(parents=True, exist_ok=True)
-    write_atomically(path / WEIGHTS_FILE, content)
-    write_atomically(path / CARD_FILE, card)
-    write_atomically(path / DESCRIPTION_FILE, text)
-    return path / WEIGHTS_FILE
+    if IMAGES_FILE in extras:
+        described = {"file": IMAGES_FILE, "sha256": sha256(extras[IMAGES_FILE])}
+        description["images"] = described
+    contents = {WEIGHTS_FILE: tensors, LOADER_FILE: _LOADER.read_bytes()} | extras
+    if is_timms(model):
+        contents[TIMM_FILE] = _as_json(timm_config(model, metadata))
+    contents[CARD_FILE] = model_card(description).encode(errors="replace")
+    description["files"] = {name: sha256(content) for name, content in contents.items()}
+    return contents | {DESCRIPTION_FILE: _as_json(description)}
 
 
-def _check_own(directory: epath.Path, metadata: dict[str, Any]) -> None:
-    """Raises UserError for files that an export of this configuration has not written like this."""
+def _as_json(value: dict[str, Any]) -> bytes:
+    return f"{json.dumps(value, indent=2)}\n".encode()
+
+
+def _check_own(directory: epath.Path, metadata: dict[str, Any]) -> set[str]:
+    """The files of an earlier export of this configuration; UserError if any other is there."""
     present = {name for name in FILES if (directory / name).exists()}
     own: set[str] = set()
     # Raised where model.json is not of an export.
@@ -88,6 +137,7 @@ def _check_own(directory: epath.Path, metadata: dict[str, Any]) -> None:
             f"{directory} holds {' and '.join(foreign)}, which an export of this run has not "
             "written, or not in this form; move them away, or choose another --output"
         )
+    return own
 
 
 def _own_files(directory: epath.Path, metadata: dict[str, Any]) -> set[str]:
@@ -100,52 +150,14 @@ def _own_files(directory: epath.Path, metadata: dict[str, Any]) -> set[str]:
     names = [(about.get("name"), about.get("architecture")) for about in (stored, wanted)]
     if names[0] != names[1] or differences(*trainings):
         return set()
-    digests = {WEIGHTS_FILE: stored["weights"]["sha256"], CARD_FILE: stored["card"]["sha256"]}
     unchanged = {
         name
-        for name, digest in digests.items()
-        if is_regular(directory / name) and sha256((directory / name).read_bytes()) == digest
+        for name, digest in stored["files"].items()
+        if name in FILES
+        and is_regular(directory / name)
+        and sha256((directory / name).read_bytes()) == digest
     }
     return unchanged | {DESCRIPTION_FILE}
-
-
-def timm_arguments(model: Any, name: str) -> dict[str, Any]:
-    """The arguments of timm's ``create_model`` for this model, with its overrides."""
-    arguments = {
-        "model_name": re.sub("_in2[12]k$|_timm05$", "", name),  # one name for several weights
-        "num_classes": model.num_classes,
-        "img_size": model.image_size,
-        "patch_size": model.patch_size,
-        "in_chans": model.in_channels,
-        "mlp_ratio": model.mlp_ratio,
-    }
-    if isinstance(model, SwinTransformer):
-        return arguments | {
-            "embed_dim": model.embed_dim,
-            "depths": list(model.depths),
-            "num_heads": [model.num_heads * 2**i for i in range(STAGES)],
-            "window_size": model.window_size,
-        }
-    arguments |= {"depth": model.depth, "num_heads": model.num_heads}
-    if isinstance(model, ConViT):  # timm counts its width per head
-        width = model.embed_dim // model.num_heads
-        return arguments | {"embed_dim": width, "local_up_to_layer": model.local_blocks}
-    return arguments | {"embed_dim": model.embed_dim, "qkv_bias": model.qkv_bias}
-
-
-def _fold_scale(state_dict: dict[str, np.ndarray], model: Any) -> dict[str, np.ndarray]:
-    """Multiplies an attention scale other than timm's into the queries' weights."""
-    if not model.qk_scale:
-        return state_dict
-    factor = model.qk_scale * (model.embed_dim // model.num_heads) ** 0.5
-    folded = dict(state_dict)
-    for name, value in state_dict.items():
-        match = re.search(r"\.attn\.(qkv|qk)\.(weight|bias)$", name)
-        if match:
-            value = value.copy()
-            value[: len(value) // len(match[1])] *= factor
-            folded[name] = value
-    return folded
 
 
 def describe(trained: Trained, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -193,7 +205,7 @@ def _without_paths(config: ConfigDict) -> ConfigDict:
 
 def _last_part(data: str) -> str:
     """'folder:/home/me/flowers test' -> 'folder:flowers test'; other data sets as they are."""
-    return re.sub(r"^folder:.*/(?=[^/])", "folder:", data, flags=re.DOTALL).rstrip("/")
+    return re.sub(r"^(folder|npy):.*/(?=[^/])", r"\1:", data, flags=re.DOTALL).rstrip("/")
 
 
 def _percent(records: Sequence[dict[str, Any]], attack: str, threat: ConfigDict) -> str | None:
@@ -215,16 +227,38 @@ def _percent(records: Sequence[dict[str, Any]], attack: str, threat: ConfigDict)
     return f"{100 * best['accuracy']:.2f}"
 
 
-def export_workdir(workdir: str | epath.Path, which: str, output: str = "") -> epath.Path:
-    """Exports the ``best`` or ``last`` weights of a work directory; default output: WORKDIR/export.
+def export_workdir(
+    source: str | epath.Path,
+    which: str,
+    output: str = "",
+    *,
+    images: int = 0,
+    data_dir: str = "",
+    stablehlo: bool = False,
+) -> epath.Path:
+    """Exports the ``best`` or ``last`` weights of a work directory, or a model again.
+
+    Args:
+      source: a work directory, or a name as in ``vit_at.load``.
+      output: a directory; '': WORKDIR/export.
+      images: the first so many test images are added; data_dir: of their data set, '': as trained.
+      stablehlo: adds the classifier as a program.
 
     Raises:
-      UserError: there are no such weights, or the directory can't be written (see ``export``).
+      UserError: there are no such weights or images, or the directory can't be written (see
+        ``export``).
     """
-    workdir = epath.Path(workdir).expanduser()
-    path = epath.Path(output).expanduser() if output else workdir / "export"
     if output:
-        check_directory(path, "--output")  # before the weights are read
-    trained = load_trained(workdir, which)
-    metadata = describe(trained, read_records(workdir))
-    return export(trained.params, trained.model, path, metadata)
+        check_directory(epath.Path(output).expanduser(), "--output")  # before weights are read
+    directory = registry.place(source)
+    if not output and (directory / DESCRIPTION_FILE).exists():
+        raise UserError(f"{source} is an export already; give another place by --output")
+    path = epath.Path(output).expanduser() if output else directory / "export"
+    trained = registry.read(directory, which)
+    metadata = describe(trained, registry.records_of(directory))
+    extras = {}
+    if images:
+        extras[IMAGES_FILE] = test_images(trained.config, images, data_dir)
+    if stablehlo:
+        extras[STABLEHLO_FILE] = program(trained)
+    return export(trained.params, trained.model, path, metadata, extras)

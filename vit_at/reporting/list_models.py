@@ -1,10 +1,11 @@
-"""Lists the models by timm's name, with parameters and cost.
+"""Lists the models by timm's name, with parameters and cost; or the trained models of the package.
 
     vit-at models                            # all of them
     vit-at models deit_tiny_patch16_224 swin_tiny_patch4_window7_224
+    vit-at models --robust                   # those that vit_at.load("NAME") gives
 
 GFLOP: of one image's forward pass at the default size, 224 pixels, two for a multiplication and
-addition; parameters: with a head for 1000 classes.
+addition; parameters: with a head for 1000 classes. Accuracies are in per cent; n: test images.
 """
 
 import argparse
@@ -15,7 +16,9 @@ from typing import Any
 import jax
 
 from vit_at import models
-from vit_at.errors import Parser, one_sentence_errors
+from vit_at.errors import Parser, UserError, nearest, one_sentence_errors
+from vit_at.workdir import registry
+from vit_at.workdir.results import in_255ths
 
 
 def count_parameters(model: Any) -> int:
@@ -38,9 +41,37 @@ def describe(name: str) -> str:
     )
 
 
+def describe_trained(name: str) -> str:
+    """The lines of a packaged model: what it is, and each accuracy with its protocol.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    if name not in registry.NAMES:
+        near = nearest(name, registry.NAMES)
+        raise UserError(f"no packaged model is named '{name}'; the nearest are {near}")
+    loaded = registry.load(registry.PACKAGED / name)
+    threat, model = loaded.config.threat, loaded.config.model
+    lines = [
+        name,
+        f"  {model.name}, {count_parameters(loaded.model):,} parameters, trained on "
+        f"{loaded.config.data.name} against {threat.norm} {in_255ths(threat.eps)}",
+    ]
+    for record in loaded.record:
+        protocol = record["protocol"]
+        under = f"{protocol['norm']} {in_255ths(protocol['eps'])}" if "norm" in protocol else ""
+        lines.append(
+            f"  {record['attack']:<12} {100 * record['accuracy']:6.2f}  n = "
+            f"{protocol['num_examples']:<6} {under:<12} weights {protocol['weights']['digest']}"
+        )
+    notes = {note: None for record in loaded.record for note in record.get("notes", ())}
+    return "\n".join([*lines, *(f"  {note}" for note in notes)])
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("names", nargs="*", metavar="MODEL", help="default: all")
+    parser.add_argument("--robust", action="store_true", help="the trained models of the package")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     with one_sentence_errors():
-        for name in options.names or models.NAMES:
-            print(describe(name))
+        names, line = (
+            (registry.NAMES, describe_trained) if options.robust else (models.NAMES, describe)
+        )
+        for name in options.names or names:
+            print(line(name))
     return 0

@@ -29,6 +29,7 @@ _DATASETS = {
     "imagenette/full-size": (12_894, 10),
     "imagenet2012": (1_281_167, 1000),
     "digits": (1438, 10),
+    "folder:images": (5_000, 10),  # an example
 }
 
 
@@ -55,7 +56,8 @@ def cost_of(config: ConfigDict) -> Cost:
     model = build(config, classes, "float32")
     forward = model.forward_flops()
     steps = config.epochs * ((examples - config.data.validation_examples) // batch_size)
-    step = step_flops(config.objective, forward, batch_size, config.threat.steps)
+    awp = config.awp.gamma > 0
+    step = step_flops(config.objective, forward, batch_size, config.threat.steps, awp=awp)
     return Cost(count_parameters(model), steps, forward, step)
 
 

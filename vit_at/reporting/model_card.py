@@ -12,18 +12,19 @@ from vit_at.workdir.results import as_text
 
 _LOADING = """\
 ```python
-import json, timm, torch
-from safetensors.torch import load_file
+from load import load  # the file of this folder; needs torch, timm and safetensors
 
-about = json.load(open("model.json"))
-model = timm.create_model(**about["timm"]["create_model"])
-for module in model.modules():
-    if isinstance(module, torch.nn.LayerNorm):
-        module.eps = about["timm"]["layer_norm_eps"]
-model.load_state_dict(load_file("model.safetensors"))
-mean, std = (torch.tensor(about["normalisation"][k]).view(1, -1, 1, 1) for k in ("mean", "std"))
-logits = model.eval()((images - mean) / std)  # images [B, C, H, W] in [0, 1]
+model = load()
+logits = model(images)  # images [B, C, H, W]
 ```"""
+_BY_TIMM = (
+    '`timm.create_model("local-dir:THIS FOLDER", pretrained=True)` gives the same model without '
+    "the normalisation."
+)
+_NOT_BY_TIMM = (
+    "timm has no such model, as its stem is convolutional or its LayerNorm has another eps; "
+    "`load.py` builds it from timm's pieces."
+)
 
 
 def quoted(text: str) -> str:
@@ -46,6 +47,7 @@ def model_card(about: dict[str, Any]) -> str:
         f"Images are {about['image_size']} x {about['image_size']} pixels in [0, 1]; they are "
         "normalised before the model, and eps is in pixel units before that.",
         _LOADING,
+        _BY_TIMM if about.get("timm", {}).get("complete", True) else _NOT_BY_TIMM,
         "## Results",
         _results(about.get("results") or ()),
     ]
@@ -81,7 +83,8 @@ def _results(records: Sequence[dict[str, Any]]) -> str:
     said = "Accuracy and the main fields of its protocol; the whole protocol is in `model.json`."
     text = as_text(records)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{said}\n\n{fence}\n{text}\n{fence}"
+    notes = {note: None for record in records for note in record.get("notes", ())}
+    return "\n\n".join([said, f"{fence}\n{text}\n{fence}", *map(quoted, notes)])
 
 
 def _limits(about: dict[str, Any], training: dict[str, Any] | None) -> str:

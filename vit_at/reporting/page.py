@@ -5,10 +5,11 @@ runs are compared: their curves in the same charts, and a table of mean and stan
 the seeds. The page names what it can't show, such as the images of a run without a checkpoint.
 """
 
+import dataclasses
 import html
 import importlib.resources
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +19,15 @@ from etils import epath
 
 from vit_at.attacks.autoattack.flags import MEANING
 from vit_at.errors import UserError
-from vit_at.reporting import charts, study, study_file
+from vit_at.evaluation.transfer import TRANSFER_DIRECTORY, matrices
+from vit_at.reporting import charts, robustness, study, study_file
 from vit_at.reporting.exhibits import Exhibits
 from vit_at.reporting.outputs import check_report
 from vit_at.reporting.run import Run
 from vit_at.workdir.checkpoint import load_trained
 from vit_at.workdir.files import write_atomically
-from vit_at.workdir.results import RESULTS_FILE, Results, in_255ths
+from vit_at.workdir.outcomes import threats
+from vit_at.workdir.results import RESULTS_FILE, Results, in_255ths, read_records
 
 _PACKAGED = importlib.resources.files("vit_at.reporting") / "packaged"
 
@@ -90,7 +93,8 @@ def single(run: Run) -> str:
     """The page of one run."""
     sections, missing = [], []
     if run.tested:
-        sections.append(charts.by_attack(run.tested))
+        sections.append(charts.by_attack(run.main))
+        sections += _of_images({"": run}, run.workdir)
     else:
         missing.append(
             f"Nothing has been evaluated yet (there is no {RESULTS_FILE}); run vit-at evaluate."
@@ -111,7 +115,14 @@ def single(run: Run) -> str:
                 "Accuracy over eps and over attack steps would take too long on this machine; the "
                 "audit of an AutoAttack evaluation has both."
             )
-    return _render(run.config["name"], [run], None, sections, missing)
+    return _render(run.config["name"], robustness.headline(run), [run], [], sections, missing)
+
+
+def _of_images(runs: Mapping[str, Run], workdir: epath.Path | None = None) -> list[charts.Section]:
+    """Curves over eps of the runs, and the transfer matrices of a work directory."""
+    stored = read_records(workdir / TRANSFER_DIRECTORY) if workdir else []
+    found = [robustness.stored_curves(runs), robustness.transfers(matrices(stored))]
+    return [section for section in found if section is not None]
 
 
 def _exhibits(run: Run) -> Exhibits:
@@ -133,35 +144,49 @@ def _exhibits(run: Run) -> Exhibits:
 
 
 def comparison(runs: Sequence[Run]) -> str:
-    """The page of several runs: their table, and the curves of one run of each group."""
-    members = study.groups(runs)
-    drawn = {group.name: group.drawn for group in members if group.drawn}
+    """The page of several runs: their table, and the curves of one run of each group.
+
+    Natural training stands apart from adversarial training, whose losses differ from its.
+    """
+    members = sorted(study.groups(runs), key=lambda group: group.natural)
+    kinds = {"Adversarial training": False, "Natural training": True}
+    if len({group.natural for group in members}) == 1:
+        kinds = {"Training": members[0].natural}
     table = study.compare(members)
-    sections, missing = [], []
+    sections, missing, parts = [], [], []
     if side_by_side := charts.compared(members, table):
         sections.append(side_by_side)
-    if drawn:
-        sections.append(charts.training(drawn))
+    sections += _of_images({group.name: group.curved for group in members})
+    for title, natural in kinds.items():
+        own = [group for group in members if group.natural == natural]
+        rows = tuple(row for row in table.rows if row[0] in {group.name for group in own})
+        parts.append((title, dataclasses.replace(table, rows=rows)))
+        if drawn := {group.name: group.drawn for group in own if group.drawn}:
+            sections.append(charts.training(drawn, title))
     if without := [f"“{group.name}”" for group in members if not group.drawn]:
         missing.append(f"Training curves of {', '.join(without)}: there are no metrics here.")
     if untested := [run.name for run in runs if not run.tested]:
         missing.append(f"Not evaluated yet: {', '.join(untested)}.")
-    return _render(f"{len(runs)} runs compared", runs, table, sections, missing)
+    found = robustness.compared_headline(members, table)
+    return _render(f"{len(runs)} runs compared", found, runs, parts, sections, missing)
 
 
 def _render(
     title: str,
+    headline: str,
     runs: Sequence[Run],
-    table: study.Table | None,
+    tables: Sequence[tuple[str, study.Table]],
     sections: Sequence[charts.Section],
     missing: Sequence[str],
 ) -> str:
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template.filters |= {"attack_name": study.attack_name, "in_255ths": in_255ths}
+    template.filters["threats"] = threats
     source = (_PACKAGED / "report.html").read_text()
     return template.from_string(source).render(
         title=title,
-        table=table,
+        headline=headline.replace(" %", "\N{NO-BREAK SPACE}%"),
+        tables=tables,
         sections=sections,
         missing=missing,
         protocol=protocol(runs),
@@ -184,20 +209,24 @@ def _protocol(run: Run) -> list[tuple[str, str]]:
         weights, packages = measured["weights"], measured["packages"]
         rows += [
             ("tested on", f"{measured['data']}, {measured['num_examples']} images"),
+            ("images made square by", measured.get("transform", "squash")),
             ("weights", f"{weights['digest']} ({weights['checkpoint']}, step {weights['step']})"),
             ("versions", ", ".join(f"{name} {version}" for name, version in packages.items())),
         ]
     return rows
 
 
-def published(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Published results on the same data under the same threat; empty if none are listed."""
+def published(config: dict[str, Any]) -> dict[str, Any]:
+    """Published results on the same data under the same threat; empty if none are listed.
+
+    images: the test images; entries: whose model, whose measurement, and the transform.
+    """
     threat = config["threat"]
     for table in json.loads((_PACKAGED / "published.json").read_text()):
         same_eps = abs(table["eps_255"] - 255 * threat["eps"]) < 1e-3
         if (table["data"], table["norm"]) == (config["data"]["name"], threat["norm"]) and same_eps:
-            return table["entries"]
-    return []
+            return table
+    return {}
 
 
 def flags_of(record: dict[str, Any]) -> dict[str, str]:

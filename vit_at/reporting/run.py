@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
+from vit_at.config import evaluation_threat
 from vit_at.errors import UserError
 from vit_at.schema import check, content_of
 from vit_at.training.metrics import METRICS_FILE
 from vit_at.workdir.files import read_config
-from vit_at.workdir.results import read_records
+from vit_at.workdir.outcomes import EpsCurve, eps_curves
+from vit_at.workdir.results import Results, read_records
 
 Curve = tuple[Sequence[float], Sequence[float]]  # epochs (or other x), values
 
@@ -52,6 +55,32 @@ class Run:
         which = self.config["eval"]["checkpoint"]
         own = [r for r in self.records if r["protocol"]["weights"].get("checkpoint") == which]
         return own or self.records
+
+    @property
+    def ball(self) -> tuple[str, float]:
+        """(norm, eps) of evaluation."""
+        threat = evaluation_threat(ConfigDict(self.config))
+        return threat.norm, threat.eps
+
+    @property
+    def main(self) -> list[dict[str, Any]]:
+        """``tested`` without points of curves: of an attack at several eps, that of evaluation."""
+        sizes: dict[tuple[str, str], set[float]] = {}
+        kinds = [(r["attack"], r["protocol"].get("norm", "")) for r in self.tested]
+        for kind, record in zip(kinds, self.tested, strict=True):
+            sizes.setdefault(kind, set()).add(record["protocol"].get("eps", 0.0))
+        usual = self.ball[1]
+        return [
+            record
+            for kind, record in zip(kinds, self.tested, strict=True)
+            if usual not in sizes[kind] or record["protocol"].get("eps") == usual
+        ]
+
+    def eps_curves(self) -> list[EpsCurve]:
+        """The curves over eps of ``tested``; none of a run from a study file."""
+        if self.workdir is None:
+            return []
+        return eps_curves(Results(self.workdir).measured(self.tested))
 
     def series(self, name: str) -> Curve:
         """Epochs and values of a metric; empty if it was not logged."""

@@ -18,7 +18,7 @@ from vit_at.config import flatten
 from vit_at.reporting import study_file
 from vit_at.reporting.run import Run
 from vit_at.training.objectives import OBJECTIVES
-from vit_at.workdir.files import CONFIG_FILE
+from vit_at.workdir.files import CONFIG_FILE, is_workdir
 from vit_at.workdir.results import AUTOATTACK, in_255ths
 
 # Fields that do not change what is trained: names, places, and how often the run is measured.
@@ -43,8 +43,9 @@ def find(places: Sequence[str | epath.Path]) -> list[Run]:
         if place.suffix == ".json":
             runs += study_file.read(place)
             continue
-        own = (place / CONFIG_FILE).exists()
+        own = is_workdir(place)
         inner = [] if own else [path.parent for path in place.glob(f"*/{CONFIG_FILE}")]
+        inner = [path for path in inner if is_workdir(path)]
         runs += [Run.read(workdir) for workdir in sorted(inner, key=_by_numbers) or [place]]
     return runs
 
@@ -63,9 +64,19 @@ class Group:
     runs: tuple[Run, ...]
 
     @property
+    def natural(self) -> bool:
+        """Whether these runs are trained without an attack."""
+        return not OBJECTIVES[self.runs[0].config["objective"]].attack
+
+    @property
     def drawn(self) -> Run | None:
         """The run whose curves a page draws: the first that has any."""
         return next((run for run in self.runs if run.curves), None)
+
+    @property
+    def curved(self) -> Run:
+        """The first run with curves over eps, else the first run."""
+        return next((run for run in self.runs if run.eps_curves()), self.runs[0])
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
@@ -163,10 +174,11 @@ def describe(field: str, value: Any) -> str:
 
 
 def attack_name(attack: str) -> str:
-    """'pgd-20' -> 'PGD-20', 'autoattack' -> 'AutoAttack'."""
+    """'pgd-20' -> 'PGD-20', 'autoattack' -> 'AutoAttack', 'pgd-20-union' -> 'PGD-20 union'."""
     if attack == "clean":
         return attack
-    return attack.upper().replace(AUTOATTACK.upper(), "AutoAttack")
+    name = attack.removesuffix("-union").upper().replace(AUTOATTACK.upper(), "AutoAttack")
+    return f"{name} union" if attack.endswith("-union") else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,13 +192,20 @@ class Column:
     eps: float | None
     step_size: float | None
     restarts: int | None
+    union: str | None
+    transform: str
+    ids: str | None
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Column":
-        fields = {"attack": record["attack"]} | record["protocol"]
+        fields = {"attack": record["attack"], "transform": "squash"} | record["protocol"]
         own: dict[str, Any] = {f.name: fields.get(f.name) for f in dataclasses.fields(cls)}
         for name in ("eps", "step_size"):
             own[name] = own[name] and round(own[name], 9)
+        if own["union"]:
+            own["union"] = " and ".join(
+                f"{part['norm']} {in_255ths(part['eps'])}" for part in own["union"]
+            )
         return cls(**own)
 
     def heading(self, others: Sequence["Column"]) -> str:
@@ -200,6 +219,9 @@ class Column:
             "restarts": f"{self.restarts} restarts",
             "num_examples": f"{self.num_examples} images",
             "data": self.data,
+            "union": self.union,
+            "transform": self.transform,
+            "ids": f"images of {self.ids}" if self.ids else "all images",
         }
         differing = [w for f, w in words.items() if len({getattr(o, f) for o in same}) > 1]
         return ", ".join(parts + [word for word in differing if word])
@@ -242,7 +264,7 @@ def accuracies(group: Group) -> dict[Column, list[float]]:
     """{column: a value for each seed that was measured under its protocol}."""
     found: dict[Column, list[float]] = {}
     for run in group.runs:
-        for record in run.tested:
+        for record in run.main:
             found.setdefault(Column.of(record), []).append(record["accuracy"])
     return found
 

@@ -1,5 +1,6 @@
 """The attack of a training step: ``draw`` draws all that is random in it, ``perturb`` runs it."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from vit_at.training.objectives import OBJECTIVES
 
 Array = jax.Array
 START_SCALE = 0.001  # a gaussian start is this times N(0, 1), in normalised units
+NOISE = 2.0  # a noisy start is uniform in this times the ball: k of de Jorge et al. 2022
 
 
 class Draws(NamedTuple):
@@ -29,8 +31,9 @@ class Draws(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where an attack starts: kind 'random', as the objective says, or 'zero', at the image.
+    """Where an attack starts.
 
+    kind: 'random', as the objective says; 'zero', at the image; 'noise', N-FGSM's, see ``reach``.
     std: of the normalisation, per channel: a normalised unit in pixel units.
     """
 
@@ -59,6 +62,8 @@ def draw(
     start_key, attn_key, patch_key = jax.random.split(key, 3)
     if start.kind == "zero":
         delta = jnp.zeros(image_shape)
+    elif start.kind == "noise":
+        delta = random_start(start_key, image_shape, threat.scaled(NOISE))
     elif OBJECTIVES[objective].start == "gaussian":
         scale = START_SCALE * jnp.asarray(start.std)
         delta = scale * jax.random.normal(start_key, image_shape)
@@ -72,6 +77,18 @@ def draw(
         grid = (image_shape[1] // masking.patch_size, image_shape[2] // masking.patch_size)
         patch_keep = masks.draw_patch_keep(patch_key, threat.steps, grid, probability)
     return Draws(delta, attn_keep, patch_keep)
+
+
+def reach(threat: Threat, start: str) -> Threat:
+    """The threat whose ball the training attack is projected onto.
+
+    N-FGSM (de Jorge et al. 2022, arXiv 2202.01181, Algorithm 1) starts at noise eta, uniform in
+    [-2 eps, 2 eps], takes one step eta + eps sign(gradient), and clips the sum to the image range
+    alone. Here its ball is as large as noise and steps together, so the projection changes nothing.
+    """
+    if start != "noise":
+        return threat
+    return dataclasses.replace(threat, eps=NOISE * threat.eps + threat.steps * threat.step_size)
 
 
 def perturb(

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from vit_at import models
 from vit_at.attacks import Threat
-from vit_at.config import evaluation_threat
+from vit_at.config import evaluated_weights, evaluation_threat
 from vit_at.console import Progress
 from vit_at.data import pipeline
 from vit_at.distributed import processes, sharding
@@ -64,7 +64,7 @@ def train(
     workdir = epath.Path(workdir).expanduser()
     metrics.check_wandb(wandb)
     setup = Setup.of(config)
-    optimizer = optim.make_optimizer(setup.config, setup.steps_per_epoch)
+    optimizer = optim.make_optimizer(setup.config, setup.steps_per_epoch, setup.model.num_blocks)
     state = initial_state(setup, optimizer)
     with disk_errors(workdir):
         check_config(workdir, setup.config)
@@ -81,14 +81,14 @@ def _run(
 ) -> list[dict[str, Any]]:
     """``train`` in a locked work directory."""
     checkpoints = Checkpoints(workdir, setup.config.checkpoint.keep)
-    values: dict[str, Any] = {"best": None}
+    values: dict[str, Any] = {"best": None, "stopped": False}
     if restored := checkpoints.restore(state.trees, setup.mesh, setup.fingerprint):
         step, trees, values = restored
         state = state.replace(step=sharding.replicate(np.int32(step), setup.mesh), **trees)
     Results(workdir)  # fails now, not after the training, if its files are damaged
     write_config(workdir, setup.config)
     _describe(setup, state, workdir)
-    if int(state.step) < setup.total_steps:
+    if int(state.step) < setup.total_steps and not values.get("stopped"):
         loop = Loop(setup, compile_step(setup, optimizer), checkpoints, workdir, values["best"])
         state = loop.run(state, wandb)
     if jax.process_count() > 1:  # JAX's preemption service no longer needs SIGTERM
@@ -105,7 +105,11 @@ def _describe(setup: Setup, state: TrainState, workdir: epath.Path) -> None:
         overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
         write_atomically(workdir / "parameters.txt", overview + "\n")
     flops = metrics.step_flops(
-        config.objective, setup.model.forward_flops(), config.batch_size, config.threat.steps
+        config.objective,
+        setup.model.forward_flops(),
+        config.batch_size,
+        config.threat.steps,
+        awp=config.awp.gamma > 0,
     )
     parameters = parameter_overview.count_parameters(state.params)
     held_out = len(setup.validation_set or ())
@@ -136,7 +140,7 @@ class Loop:
         self._step_fn, self._checkpoints, self._workdir = step_fn, checkpoints, workdir
         self._best = best
         self._unlogged: list[Collection] = []  # the metrics of the steps since the last line
-        self._validated = False
+        self._validated = self._stopped = False
         self._collapse = metrics.Collapse(setup.train_set.num_classes)
         options, held_out = self._config.eval, setup.validation_set
         self._evaluator: Evaluator | None = None
@@ -156,7 +160,7 @@ class Loop:
                 self._unlogged.append(step_metrics)
                 signals.agree(step)
                 self._after_step(state, step, signals.received is not None)
-                if signals.received is not None:
+                if signals.received is not None or self._stopped:
                     break
         self._progress.close()
         self._checkpoints.wait()
@@ -175,6 +179,7 @@ class Loop:
             last_step=self._setup.total_steps,
             threads=self._config.data.threads,
             process=(jax.process_index(), jax.process_count()),
+            extra=self._setup.extra,
         )
         for batch in host_batches:
             yield sharding.split_batch(batch, self._setup.mesh)
@@ -225,7 +230,7 @@ class Loop:
     def _validate(self, evaluator: Evaluator, state: TrainState, step: int) -> None:
         """Robust validation; saves the weights if they are the best so far."""
         began = time.monotonic()
-        params = sharding.replicate(state.eval_params, self._setup.mesh)
+        params = sharding.replicate(self._evaluated(state), self._setup.mesh)
         accuracies = {n: float(c.mean()) for n, c in evaluator(params)}
         robust = accuracies[self._config.eval.validation_attack]
         epoch = step / self._setup.steps_per_epoch
@@ -233,19 +238,29 @@ class Loop:
         self._writer.write(step, {"epoch": epoch} | values)
         line = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in accuracies.items())
         self._progress.say(f"epoch {epoch:g}: validation {line}")
-        if self._best is None or robust > self._best["robust"]:
+        best, classes = self._best, self._setup.train_set.num_classes
+        if best is not None and (found := metrics.overfitted(robust, best["robust"], classes)):
+            self._progress.say(f"warning: {found}")
+            self._stopped = self._config.eval.stop_if_overfitted
+            if self._stopped:
+                self._progress.say(f"stopping; the best weights are of step {best['step']}")
+        if best is None or robust > best["robust"]:
             self._best = {"step": step, "robust": robust}
-            self._checkpoints.save_best(state.eval_params, self._values(step))
+            self._checkpoints.save_best(self._evaluated(state), self._values(step))
         self._logged = time.monotonic()
         if not self._validated:  # this one has compiled its programs
             self._progress.discount(self._logged - began)
             self._validated = True
 
+    def _evaluated(self, state: TrainState) -> Any:
+        return state.weights(evaluated_weights(self._config))
+
     def _values(self, step: int) -> dict[str, Any]:
         data = self._setup.train_set
         classes = {"num_classes": data.num_classes, "class_names": list(data.class_names)}
         run = {"run": self._setup.fingerprint}
-        return {"step": step, "best": self._best} | classes | run
+        how = {"best": self._best, "stopped": self._stopped}
+        return {"step": step} | how | classes | run
 
 
 def _evaluator(setup: Setup, attacks: str, examples: Any) -> Evaluator:
@@ -266,13 +281,14 @@ def _tested_weights(
     setup: Setup, state: TrainState, checkpoints: Checkpoints
 ) -> tuple[Any, dict[str, Any]]:
     """The weights for the final evaluation, and what its records say of them."""
+    evaluated = state.weights(evaluated_weights(setup.config))
     if setup.config.eval.checkpoint == "best":
-        restored = checkpoints.restore_best(state.eval_params, setup.mesh)
+        restored = checkpoints.restore_best(evaluated, setup.mesh)
         if restored is not None:
             params = sharding.replicate(restored[0], setup.mesh)
             return params, {"checkpoint": "best", "step": restored[1]}
         logging.warning("no best checkpoint can be read; testing the last weights instead")
-    params = sharding.replicate(state.eval_params, setup.mesh)
+    params = sharding.replicate(evaluated, setup.mesh)
     return params, {"checkpoint": "last", "step": int(state.step)}
 
 

@@ -142,15 +142,18 @@ def device_memory(devices: Iterable[jax.Device]) -> dict[str, float]:
     return {"device_memory_gib": max(peaks) / 2**30} if peaks else {}
 
 
-def step_flops(objective: str, forward: float, batch_size: int, attack_steps: int) -> float:
+def step_flops(
+    objective: str, forward: float, batch_size: int, attack_steps: int, *, awp: bool = False
+) -> float:
     """Floating-point operations of one update.
 
     forward: of one image's forward pass. A gradient costs one more forward pass for the inputs and
-    one more for the weights: an attack step is 2 passes, an update 3 for each image it passes over.
+    one more for the weights: an attack step is 2 passes, an update 3 for each image it passes over,
+    and twice as many with adversarial weight perturbation.
     """
     row = OBJECTIVES[objective]
     attack = 2 * attack_steps + row.attack_needs_clean if row.attack else 0
-    return (attack + 3 * len(row.images)) * forward * batch_size
+    return (attack + 3 * (1 + awp) * len(row.images)) * forward * batch_size
 
 
 def cost_estimate(flops: float, steps: int, parameters: int) -> str:
@@ -195,6 +198,22 @@ class Collapse:
             f"this run looks collapsed: training accuracy {accuracy:.1%} is at chance "
             f"({self._chance:.1%}) and the loss stands at {newer:.3f}; {CAUSES}"
         )
+
+
+def overfitted(robust: float, best: float, num_classes: int) -> str | None:
+    """A sentence if validation shows catastrophic overfitting; None otherwise.
+
+    A cheap attack can suddenly train a model that withstands only this attack (Wong, Rice and
+    Kolter 2020, arXiv 2001.03994): accuracy under PGD falls to less than half of its best, which
+    was over chance.
+    """
+    if best <= 1.25 / num_classes or robust >= best / 2:
+        return None
+    return (
+        f"robust validation accuracy fell from {best:.1%} to {robust:.1%}: catastrophic "
+        "overfitting to the training attack; use more threat.steps, threat.start=noise, or a "
+        "longer threat.eps_warmup_epochs"
+    )
 
 
 def status_line(means: dict[str, float], epoch: float, epochs: int) -> str:

@@ -168,6 +168,11 @@ def check(config: ConfigDict) -> None:
             f"mixing.probability is {config.mixing.probability:g}, but {name} needs plain labels; "
             "set it to 0 or use objective 'at'"
         )
+    if row.attack is None and config.awp.gamma:
+        raise UserError(
+            f"awp.gamma is {config.awp.gamma:g}, but objective '{name}' has no attack; set it to 0 "
+            "or choose another objective"
+        )
     masked = config.masking.ard or config.masking.prm
     if masked and row.attack is None:
         raise UserError(
@@ -177,6 +182,7 @@ def check(config: ConfigDict) -> None:
     warmups = {
         "threat.eps_warmup_epochs": config.threat.eps_warmup_epochs if row.attack else 0,
         "masking.warmup_epochs": config.masking.warmup_epochs if masked else 0,
+        "awp.warmup_epochs": config.awp.warmup_epochs if config.awp.gamma else 0,
     }
     for field, epochs in warmups.items():
         if epochs > config.epochs:

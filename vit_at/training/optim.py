@@ -2,17 +2,23 @@
 
 SGD:   clip the global gradient norm -> add weight decay -> momentum -> -learning rate
 AdamW: clip the global gradient norm -> Adam -> add weight decay -> -learning rate
+then, if asked for, a factor for each layer
 
 The order matters: decay is added after clipping, to all parameters, and enters the momentum buffer
 (coupled decay), as in torch.optim.SGD.
 """
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
+
+_EMBEDDINGS = ("patch_embed", "pos_embed", "cls_token", "dist_token")
 
 
 def learning_rate(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
@@ -50,8 +56,13 @@ def _step_schedule(config: ConfigDict, steps_per_epoch: int, offset: int) -> opt
     return schedule
 
 
-def make_optimizer(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTransformation:
-    """The chain above, by ``config.optimizer``; ``config.epochs`` ends the schedule."""
+def make_optimizer(
+    config: ConfigDict, steps_per_epoch: int, depth: int = 0
+) -> optax.GradientTransformation:
+    """The chain above, by ``config.optimizer``; ``config.epochs`` ends the schedule.
+
+    depth: number of blocks, for ``optimizer.layer_decay``.
+    """
     options = config.optimizer
     decay = optax.add_decayed_weights(options.weight_decay)
     if options.name == "sgd":
@@ -60,7 +71,42 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTr
         rule = [optax.scale_by_adam(options.b1, options.b2), decay]
     clip = [clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
     rate = optax.scale_by_learning_rate(learning_rate(config, steps_per_epoch))
-    return optax.chain(*clip, *rule, rate)
+    layers = [by_layer(options.layer_decay, depth)] if options.layer_decay != 1 else []
+    return optax.chain(*clip, *rule, rate, *layers)
+
+
+def by_layer(decay: float, depth: int) -> optax.GradientTransformation:
+    """Layer-wise learning-rate decay (Clark et al. 2020, arXiv 2003.10555, as in BEiT and MAE).
+
+    The rate of layer l is decay ** (depth + 1 - l) times that of the last layer. Layer 0 holds the
+    patch embedding, position embedding and class token; layer l the l-th block; the last layer,
+    depth + 1, the final norm and the head. For ViT, DeiT and ConViT.
+    """
+
+    def layers(updates: Any) -> dict[str, np.ndarray]:
+        """{top-level name: its layer, of a stack [blocks]}."""
+        found = dict.fromkeys(updates, np.array(depth + 1))
+        found |= dict.fromkeys(_EMBEDDINGS, np.array(0)) | {"last_block": np.array(depth)}
+        first = 1
+        for stack in ("local_blocks", "blocks"):  # in forward order
+            if stack in updates:
+                count = len(jax.tree.leaves(updates[stack])[0])
+                found[stack] = np.arange(first, first + count)
+                first += count
+        return found
+
+    def update(updates, state, params=None):
+        del params
+        of = layers(updates)
+
+        def scaled(name, update):
+            factor = np.reshape(decay ** (depth + 1 - of[name]), (-1, *[1] * (update.ndim - 1)))
+            return update * jnp.asarray(factor, update.dtype)
+
+        trees = updates.items()
+        return {n: jax.tree.map(functools.partial(scaled, n), tree) for n, tree in trees}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -5,12 +5,14 @@ Every mistake in a configuration is refused here, before the first file is writt
 
 import functools
 import json
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
+from absl import logging
 from clu.metrics import Collection
 from etils import epath
 from jax.sharding import Mesh
@@ -19,7 +21,8 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from vit_at import models, weights
 from vit_at.attacks import Threat
 from vit_at.config import MAX_STEPS, evaluation_threat
-from vit_at.data import pipeline, sources
+from vit_at.data import augment, own, pipeline, sources
+from vit_at.data.extra import PREFIX, Extra, open_npz
 from vit_at.data.sources import Examples
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
@@ -28,8 +31,9 @@ from vit_at.evaluation.protocol import parse_attacks
 from vit_at.training import objectives
 from vit_at.training.masking import Masking
 from vit_at.training.step import Step, TrainState, init_state, train_step
+from vit_at.workdir import registry
 from vit_at.workdir.checkpoint import load_trained
-from vit_at.workdir.files import CONFIG_FILE
+from vit_at.workdir.files import DESCRIPTION_FILE, is_workdir
 
 StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Collection]]
 
@@ -44,6 +48,7 @@ class Setup(NamedTuple):
     test_set: Examples
     model: Any
     steps_per_epoch: int
+    extra: Extra | None = None
 
     @property
     def total_steps(self) -> int:
@@ -55,6 +60,8 @@ class Setup(NamedTuple):
         """The configuration and the training images as JSON values: what checkpoints belong to."""
         config = json.loads(json.dumps(self.config.to_dict()))
         data = {"name": self.train_set.name, "images": len(self.train_set)}
+        if self.extra is not None:
+            data |= {"extra": self.extra.examples.name, "extra_images": len(self.extra.examples)}
         return {"config": config, "data": data}
 
     @classmethod
@@ -76,7 +83,9 @@ class Setup(NamedTuple):
         data, threads = config.data, config.data.threads
         everything = sources.load(data, data.train_split, threads=threads)
         model = models.build(config, everything.num_classes, config.dtype)
-        train_set, held_out = sources.hold_out(everything, data.validation_examples, config.seed)
+        train_set, held_out = sources.hold_out(
+            everything, data.validation_examples, config.seed, stratified=data.stratified
+        )
         steps_per_epoch = pipeline.steps_per_epoch(len(train_set), config.batch_size)
         if config.epochs * steps_per_epoch > MAX_STEPS:
             raise UserError(
@@ -86,19 +95,47 @@ class Setup(NamedTuple):
         test_set = sources.load(data, data.test_split, threads=threads)
         test_set = select(test_set, config.eval.num_examples)
         sources.check_splits(data, everything, test_set)
-        return cls(config, mesh, train_set, held_out, test_set, model, steps_per_epoch)
+        extra = _extra(config, train_set)
+        return cls(config, mesh, train_set, held_out, test_set, model, steps_per_epoch, extra)
 
 
 def resolve(config: ConfigDict, mesh: Mesh) -> ConfigDict:
-    """The configuration, checked, with what depends on the devices of ``mesh`` filled in.
+    """The configuration, checked, with what depends on the images and the devices filled in.
 
     Raises:
       UserError: a field that is wrong.
     """
     objectives.check(config)
-    config = ConfigDict(config).unlock()
+    augment.check(config.data)
+    config = own.from_images(ConfigDict(config).unlock())
+    objectives.check(config)
     config.dtype = models.training_dtype(config, sharding.platform(mesh))
     return config.lock()
+
+
+def _extra(config: ConfigDict, train_set: Examples) -> Extra | None:
+    """The set of ``data.extra``, of the classes and image size of the training set; None: none."""
+    options = config.data.extra
+    if not options.name:
+        return None
+    count = round(options.fraction * config.batch_size)
+    if not 0 < count < config.batch_size:
+        raise UserError(
+            f"data.extra.fraction is {options.fraction:g}, or {count} of the {config.batch_size} "
+            "images of a batch; at least one must be extra and one not, such as by 0.7"
+        )
+    if options.name.startswith(PREFIX):
+        path = pathlib.Path(options.name.removeprefix(PREFIX)).expanduser()
+        return Extra(open_npz(path, train_set), count)
+    data = config.data.copy_and_resolve_references().unlock()
+    data.name, data.cache_gib = options.name, 0.0
+    found = sources.load(data, options.split)
+    if found.class_names != train_set.class_names:
+        raise UserError(
+            f"data.extra.name is '{options.name}', whose classes differ from those of "
+            f"'{config.data.name}'; choose a set with the same class names"
+        )
+    return Extra(found, count)
 
 
 def _check_evaluation(config: ConfigDict) -> None:
@@ -113,18 +150,34 @@ def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> Trai
     config, model = setup.config, setup.model
     key = jax.random.key(config.seed)
     if config.model.pretrained:
-        params = weights.from_timm(_pretrained(config.model.pretrained), model)
+        source, scale = config.model.pretrained, config.model.qk_scale
+        if source.isidentifier():  # a packaged model's name, unless a directory has it
+            source = str(registry.place(source))
+        if scale and (epath.Path(source) / DESCRIPTION_FILE).exists():
+            raise UserError(
+                f"model.pretrained is {source}, an export, which has its attention scale in its "
+                f"weights, and model.qk_scale is {scale:g}; set --config.model.qk_scale=0"
+            )
+        params = weights.from_timm(_pretrained(source, config.data), model)
     else:
         params = jax.jit(functools.partial(models.init_params, model))(key)
-    state = init_state(params, optimizer, ema=config.ema_decay > 0)
+    state = init_state(params, optimizer, ema=config.ema_decay > 0, swa=config.swa_epochs > 0)
     return sharding.distribute(state, setup.mesh, config.sharding)
 
 
-def _pretrained(source: str) -> dict[str, np.ndarray]:
-    """{timm name: array} of a work directory, or of a source that ``weights.load`` reads."""
+def _pretrained(source: str, data: ConfigDict) -> dict[str, np.ndarray]:
+    """{timm name: array} of a work directory, or of a source that ``weights.read`` takes.
+
+    A file's own normalisation is not used, as a run normalises by ``data``; a message says so.
+    """
     workdir = epath.Path(source)
-    if source.startswith(weights.HUB_PREFIX) or not (workdir / CONFIG_FILE).exists():
-        return weights.load(source)
+    if source.startswith(weights.HUB_PREFIX) or not is_workdir(workdir):
+        loaded = weights.read(source)
+        if own := loaded.mean + loaded.std:
+            logging.info(
+                "this run normalises by %s, the weights' file by %s", data.mean + data.std, own
+            )
+        return loaded.arrays
     which = "best" if (workdir / "checkpoints" / "best").exists() else "last"
     trained = load_trained(workdir, which)
     return weights.to_timm(trained.params, trained.model)

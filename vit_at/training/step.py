@@ -26,7 +26,8 @@ from vit_at.attacks.threat import Threat
 from vit_at.data import augment, mixing
 from vit_at.distributed import sharding
 from vit_at.distributed.sharding import SPLIT, WHOLE
-from vit_at.training.attack import Draws, Start, draw, perturb
+from vit_at.training import awp
+from vit_at.training.attack import Draws, Start, draw, perturb, reach
 from vit_at.training.masking import Masking, keep_probability
 from vit_at.training.objectives import CLEAN, OBJECTIVES, training_loss
 from vit_at.training.optim import learning_rate
@@ -35,31 +36,37 @@ Array = jax.Array
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """What a checkpoint holds. step: updates done; ema: averaged parameters, or None."""
+    """What a checkpoint holds.
+
+    step: updates done; ema, swa: parameters averaged exponentially, and equally, or None.
+    """
 
     step: Array
     params: Any
     opt_state: Any
     ema: Any
+    swa: Any = None
 
-    @property
-    def eval_params(self) -> Any:
-        """The parameters to evaluate: the averaged ones where there are any."""
-        return self.params if self.ema is None else self.ema
+    def weights(self, name: str) -> Any:
+        """The parameters by name: raw, ema or swa."""
+        return {"raw": self.params, "ema": self.ema, "swa": self.swa}[name]
 
     @property
     def trees(self) -> dict[str, Any]:
         """Everything but the step, by name: what a checkpoint stores under the step."""
-        trees = {"params": self.params, "opt_state": self.opt_state, "ema": self.ema}
+        trees = {"params": self.params, "opt_state": self.opt_state}
+        trees |= {"ema": self.ema, "swa": self.swa}
         return {name: tree for name, tree in trees.items() if tree is not None}
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+def init_state(
+    params: Any, optimizer: optax.GradientTransformation, ema: bool, swa: bool = False
+) -> TrainState:
     """The state before the first step."""
-    average = jax.tree.map(jnp.copy, params) if ema else None
+    averages = [jax.tree.map(jnp.copy, params) if on else None for on in (ema, swa)]
     # Jitted as one program: eagerly, each shape of a parameter would compile its own.
     opt_state = jax.jit(optimizer.init)(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, average)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, *averages)
 
 
 class Step(NamedTuple):
@@ -86,13 +93,14 @@ class Part(NamedTuple):
     """Some images of a batch, with what belongs to each.
 
     images: [b, H, W, C] in [0, 1]; targets: [b, num_classes]; delta: start of the perturbation, as
-    images; keys: [b], of stochastic depth.
+    images; keys: [b], of stochastic depth; adversarial: as images, or None: not attacked yet.
     """
 
     images: Array
     targets: Array
     delta: Array
     keys: Array
+    adversarial: Array | None = None
 
 
 def train_step(
@@ -130,7 +138,13 @@ def train_step(
     params = _laid_out(step, state.params, "replicated")  # gathered once, for all that follows
     part = Part(images, targets, draws.delta, keys)
     masks = draws.attn_keep, draws.patch_keep
-    gradient, metrics = _mean_gradient(step, params, part, masks, threat)
+    attack_threat = reach(threat, config.threat.start)
+    if config.awp.gamma:
+        part = part._replace(adversarial=_attacked(step, params, part, masks, attack_threat))
+        gradient, _ = _mean_gradient(step, params, part, masks, attack_threat)
+        gamma = jnp.where(progress > config.awp.warmup_epochs, config.awp.gamma, 0.0)
+        params = awp.perturb_weights(step.apply, params, gradient, gamma)
+    gradient, metrics = _mean_gradient(step, params, part, masks, attack_threat)
     metrics |= {
         "gradient_norm": optax.tree.norm(gradient),
         "learning_rate": learning_rate(config, step.steps_per_epoch)(state.step),
@@ -138,7 +152,7 @@ def train_step(
     }
     if masking.ard or masking.prm:
         metrics["keep_probability"] = keep_probability(masking, progress)
-    state = _update(state, gradient, step.optimizer, config.ema_decay)
+    state = _update(step, state, gradient)
     one = jnp.ones((), jnp.int32)  # the metrics' merge is the mean over steps
     averages = {name: Average(metrics[name], one) for name in sorted(metrics)}
     return _laid_out(step, state, config.sharding), Collection.create_collection(**averages)
@@ -149,7 +163,8 @@ def _inputs(step, key, batch):
     """Augmented, mixed images [B, H, W, C] in [0, 1] and their targets [B, num_classes]."""
     config = step.config
     augment_key, mix_key = jax.random.split(key)
-    options = {"crop_padding": config.data.crop_padding, "flip": config.data.flip}
+    data = config.data
+    options = {"crop_padding": data.crop_padding, "flip": data.flip, "names": data.augment}
     images = augment.augment(augment_key, augment.to_float(batch["image"]), **options)
     targets = augment.one_hot(batch["label"], step.num_classes, config.label_smoothing)
     if config.mixing.probability:
@@ -186,6 +201,25 @@ def _mean_gradient(step, params, part, masks, threat):
     return mapped(params, part, masks, threat)
 
 
+def _attacked(step, params, part, masks, threat):
+    """The adversarial images [B, H, W, C] of a batch: every device attacks its own, in parts."""
+
+    def on_device(params, part, masks, threat):
+        parts = sharding.in_parts(part, step.mesh, step.config.accumulate_steps)
+        params = models.cast_kernels(step.apply, models.unstack_blocks(step.apply, params))
+
+        def of_part(part):
+            draws = Draws(part.delta, *masks)
+            options = {"objective": step.config.objective, "threat": threat}
+            return perturb(step.apply, params, part.images, part.targets, draws, **options)
+
+        return jax.lax.map(of_part, parts).reshape(part.images.shape)
+
+    return sharding.map_shards(on_device, step.mesh, (WHOLE, SPLIT, WHOLE, WHOLE))(
+        params, part, masks, threat
+    )
+
+
 def loss_and_gradient(
     step: Step, params: Any, masks: tuple[Array | None, Array | None], threat: Threat, part: Part
 ) -> tuple[Any, dict[str, Array]]:
@@ -202,8 +236,10 @@ def loss_and_gradient(
     def loss(params):
         clean = apply(params, images) if step.shares_clean else None
         options = {"objective": objective, "threat": threat, "clean_logits": clean}
-        fixed = models.cast_kernels(apply, jax.lax.stop_gradient(params))
-        adversarial = perturb(apply, fixed, images, targets, draws, **options)
+        adversarial = part.adversarial
+        if adversarial is None:
+            fixed = models.cast_kernels(apply, jax.lax.stop_gradient(params))
+            adversarial = perturb(apply, fixed, images, targets, draws, **options)
         rngs = {"drop_path": part.keys}
         options = {"beta": step.config.beta, "rngs": rngs, "clean_logits": clean}
         return training_loss(objective, apply, params, images, adversarial, targets, **options)
@@ -238,8 +274,14 @@ def _mean_over_parts(function, parts):
 
 
 @jax.named_scope("update")
-def _update(state, gradient, optimizer, ema_decay):
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+def _update(step, state, gradient):
+    updates, opt_state = step.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - ema_decay)
-    return TrainState(state.step + 1, params, opt_state, ema)
+    ema, swa, done = state.ema, state.swa, state.step + 1
+    if ema is not None:
+        ema = optax.incremental_update(params, ema, 1 - step.config.ema_decay)
+    if swa is not None:  # of n weights so far, from the last swa_epochs; before them, the weights
+        first = (step.config.epochs - step.config.swa_epochs) * step.steps_per_epoch
+        share = 1 / jnp.maximum(1.0, done - first)
+        swa = optax.incremental_update(params, swa, share)
+    return TrainState(done, params, opt_state, ema, swa)

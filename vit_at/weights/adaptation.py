@@ -65,7 +65,7 @@ def adapt(
     """
     if value.ndim != len(shape) or value.size == 0:
         return None
-    if name == "patch_embed.proj.weight":
+    if name in ("patch_embed.proj.weight", "stem.0.weight"):
         old, new = value.shape[-1], shape[-1]
         if value.shape == (*shape[:2], old, old) and old % new == 0:
             return adapt_patches(value, new), f"{old}x{old} -> {new}x{new} pixels, cells summed"

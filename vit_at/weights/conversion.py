@@ -21,14 +21,17 @@ import numpy as np
 from vit_at import models
 from vit_at.errors import UserError
 from vit_at.models import swin
+from vit_at.weights import batch_norm
 from vit_at.weights.adaptation import adapt
+from vit_at.weights.architecture import hint
+from vit_at.weights.forms import StateDict
 
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight"}
 _MODULE_NAMES = {"patch_embed": "patch_embed.proj", "patch_norm": "patch_embed.norm"}
+_MODULE_NAMES |= {"head_norm": "head.norm", "head_fc": "head.fc"}
 _BUFFERS = ("relative_position_index", "attn_mask")
 _SHOWN = 20  # arrays of each kind of problem that an error names
 
-StateDict = dict[str, np.ndarray]
 _init = jax.jit(models.init_params, static_argnums=0)  # traced once for each model
 
 
@@ -72,6 +75,9 @@ def timm_shapes(params: Any, model: Any) -> dict[str, tuple[int, ...]]:
         names, stacked = _rows(path, model)
         row = np.broadcast_to(np.zeros(()), leaf.shape[1:] if stacked else leaf.shape)
         shapes |= dict.fromkeys(names, _layout(path, row, to_timm=True).shape)
+    for layer in model.batch_norms:
+        names = [f"{layer}.{name}" for name in batch_norm.STATISTICS]
+        shapes |= dict.fromkeys(names, shapes[f"{layer}.bias"])
     return shapes
 
 
@@ -94,7 +100,7 @@ def to_timm(params: Any, model: Any, *, names: str = "0.5", buffers: bool = Fals
             state_dict |= _swin_buffers(model)
         if names == "1.x":
             state_dict = {_rename_1x(name, 1): value for name, value in state_dict.items()}
-    return state_dict
+    return batch_norm.unfold(state_dict, model.batch_norms)
 
 
 def _swin_buffers(model: swin.SwinTransformer) -> StateDict:
@@ -166,15 +172,17 @@ def convert(state_dict: StateDict, model: Any, key: jax.Array | None = None) -> 
                 adapted = adapt(name, values[name], shape, model.num_tokens)
             if adapted is not None:
                 values[name], report.adapted[name] = adapted
-    _check(values, shapes, report, new_names)
+    _check(values, shapes, report, new_names, model)
     report.loaded = [n for n in shapes if n in values and n not in report.adapted]
+    values = batch_norm.fold(values, model.batch_norms)
 
     # Under jit, no parameter but the head is computed.
-    heads = sorted({name.partition(".")[0] for name in report.initialised})
+    flat = flax.traverse_util.flatten_dict(abstract)
+    heads = sorted({p[0] for p in flat if _rows(p, model)[0][0] in report.initialised})
     init_heads = jax.jit(lambda k: [models.init_params(model, k)[head] for head in heads])
     fresh = dict(zip(heads, init_heads(key), strict=True)) if heads else {}
     params = {}
-    for path, leaf in flax.traverse_util.flatten_dict(abstract).items():
+    for path, leaf in flat.items():
         names, stacked = _rows(path, model)
         if names[0] in report.initialised:
             params[path] = fresh[path[0]][path[-1]]
@@ -185,7 +193,9 @@ def convert(state_dict: StateDict, model: Any, key: jax.Array | None = None) -> 
 
 
 def _canonical(state_dict: StateDict, model: Any) -> tuple[StateDict, bool]:
-    """The arrays under timm 0.5's names, without Swin's buffers; whether the names were 1.x's."""
+    """The arrays under timm 0.5's names, without buffers; whether the names were 1.x's."""
+    counters = {f"{layer}.{batch_norm.COUNTER}" for layer in model.batch_norms}
+    state_dict = {name: value for name, value in state_dict.items() if name not in counters}
     if not isinstance(model, swin.SwinTransformer):
         return state_dict, False
     only_in_1x = ("head.fc.", f"layers.{swin.STAGES - 1}.downsample.")
@@ -203,7 +213,7 @@ def _canonical(state_dict: StateDict, model: Any) -> tuple[StateDict, bool]:
 
 def _drop_head(values: StateDict, shapes: dict[str, tuple[int, ...]], report: Report) -> None:
     """Drops heads with another number of classes, and the representation layer before them."""
-    for head in ("head", "head_dist"):
+    for head in ("head", "head_dist", "head.fc"):
         parts = (f"{head}.weight", f"{head}.bias")
         weight, bias, shape = values.get(parts[0]), values.get(parts[1]), shapes.get(parts[0])
         if weight is None or shape is None or weight.ndim != 2 or weight.shape == shape:
@@ -233,7 +243,11 @@ def _quoted(name: str) -> str:
 
 
 def _check(
-    values: StateDict, shapes: dict[str, tuple[int, ...]], report: Report, new_names: bool
+    values: StateDict,
+    shapes: dict[str, tuple[int, ...]],
+    report: Report,
+    new_names: bool,
+    model: Any,
 ) -> None:
     """Raises a UserError that names every array that does not fit, under its name in the file."""
     if new_names:
@@ -255,7 +269,8 @@ def _check(
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             parts.append(f"{kind}: {', '.join(names[:_SHOWN])}{more}")
     if parts:
+        right = hint(values, model)
         raise UserError(
             f"the weights do not fit the model ({'; '.join(parts)}); choose weights of the "
-            "architecture in model.name"
+            f"architecture in model.name{'; ' * bool(right)}{right}"
         )

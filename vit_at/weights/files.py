@@ -5,8 +5,10 @@
 .pth .pt .bin        pickles, only through ``torch.load(weights_only=True)``, if torch is installed
 hf:owner/name        model.safetensors of a repository on the Hugging Face hub
 
-The suffix alone chooses the reader, never the content. Before a reader opens a file, its size and
-its first bytes are checked.
+One of these suffixes chooses the reader, whatever the content. A file with no or another suffix is
+read by the reader that its first bytes name; each reader is as safe for any content. Before a
+reader opens a file, its size and its first bytes are checked. ``forms`` says which wrappings of a
+state_dict are recognised.
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import os
 import pathlib
 import pickle
 import re
+import sys
 import urllib.error
 import urllib.request
 import warnings
@@ -26,9 +29,19 @@ import numpy as np
 import safetensors.numpy
 
 from vit_at.errors import UserError, in_one_line
+from vit_at.weights.forms import (
+    NESTINGS,
+    Plain,
+    StateDict,
+    from_google,
+    in_words,
+    plain,
+    unwrap,
+)
 
 HUB_PREFIX = "hf:"
 HUB_FILE = "model.safetensors"
+_HUB_CONFIG = "config.json"  # timm's, beside it: has the normalisation
 _HUB_TIMEOUT = 5.0  # seconds
 _LARGEST = 8 * 2**30  # bytes of all arrays of a file; the largest model has 1.3 GiB
 _MISTAKEN = {  # first bytes of files that are often stored in place of weights
@@ -37,18 +50,19 @@ _MISTAKEN = {  # first bytes of files that are often stored in place of weights
     b"<html": "a web page; download the weights themselves",
 }
 _WAYS_ON = (
-    "give a file (--config.model.pretrained=PATH.safetensors), a work directory of vit_at "
-    "(--config.model.pretrained=runs/NAME), or train from scratch (--config.model.pretrained='')"
+    "give a file (PATH.safetensors), a work directory of vit_at (runs/NAME), or train from scratch "
+    "(--config.model.pretrained='')"
 )
-
-StateDict = dict[str, np.ndarray]
 
 
 def load(source: str | os.PathLike) -> StateDict:
     """Reads weights.
 
+    Prefixes such as 'module.', nesting and a normalisation are removed; a line on stderr says so.
+
     Args:
-      source: a .safetensors, .npz, .pth, .pt or .bin file; a directory with a model.safetensors;
+      source: a .safetensors, .npz, .pth, .pt or .bin file, or one of these formats without a
+        suffix; a directory with a model.safetensors;
         or a name on the Hugging Face hub such as 'hf:timm/deit_tiny_patch16_224.fb_in1k',
         optionally with '@revision'. A file from the hub is downloaded once and cached.
 
@@ -59,17 +73,26 @@ def load(source: str | os.PathLike) -> StateDict:
       UserError: the file is missing, damaged, too large or of an unknown format, or holds more than
         plain arrays.
     """
+    return _read(source, config_beside=False).arrays
+
+
+def read(source: str | os.PathLike) -> Plain:
+    """``load`` with the normalisation of the file, or of timm's ``config.json`` beside it."""
+    return _read(source, config_beside=True)
+
+
+def _read(source: str | os.PathLike, *, config_beside: bool) -> Plain:
     source = os.fspath(source)
     if source.startswith(HUB_PREFIX):
-        path = _fetch(source[len(HUB_PREFIX) :])
+        path = fetch(source[len(HUB_PREFIX) :])
     else:
         path = pathlib.Path(os.path.expanduser(source))
         if path.is_dir():
             path = path / HUB_FILE
     if not path.is_file():
         raise UserError(f"there is no weight file '{path}'; {_WAYS_ON}")
-    reader = _READERS.get(path.suffix)
-    if reader is None:
+    suffix = path.suffix if path.suffix in _READERS else _suffix_by_content(path)
+    if not suffix:
         raise UserError(
             f"weight file '{path}' has an unknown suffix; convert it to one of "
             f"{', '.join(_READERS)}"
@@ -77,19 +100,51 @@ def load(source: str | os.PathLike) -> StateDict:
     _check_first_bytes(path)
     try:
         _check_size(path, _stored_size(path))
-        state_dict = {name: np.asarray(value) for name, value in reader(path).items()}
+        state_dict = {name: np.asarray(v) for name, v in _READERS[suffix](path).items()}
     except UserError:
         raise
     except Exception as error:  # of a damaged file: readers raise many, such as zlib.error
         reason = in_one_line(error, 120)
         raise UserError(
-            f"weight file '{path}' is damaged or no {path.suffix} file ({reason}); download it "
-            "again"
+            f"weight file '{path}' is damaged or no {suffix} file ({reason}); download it again"
         ) from error
     if not state_dict:
         raise UserError(f"weight file '{path}' holds no arrays; choose another file")
     _check_size(path, sum(value.nbytes for value in state_dict.values()))
-    return state_dict
+    found = plain(state_dict)
+    if config_beside and path.name == HUB_FILE and not found.mean:
+        found = _with_config(found, path.parent / _HUB_CONFIG)
+    if found.recognised:
+        print(f"{path.name}: {found.recognised}", file=sys.stderr)
+    return found
+
+
+def _with_config(found: Plain, config: pathlib.Path) -> Plain:
+    """The weights with the normalisation of timm's ``config.json``, if there is such a file."""
+    try:
+        about = json.loads(config.read_bytes())["pretrained_cfg"]
+        mean, std = (tuple(map(float, about[kind])) for kind in ("mean", "std"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not timm's
+        return found
+    said = f"normalisation taken from {config.name}: mean {in_words(mean)}, std {in_words(std)}"
+    said = "; ".join(filter(None, [found.recognised, said]))
+    return found._replace(mean=mean, std=std, recognised=said)
+
+
+def _suffix_by_content(path: pathlib.Path) -> str:
+    """The suffix of the format that a file's first bytes name; '' if they name none."""
+    with contextlib.suppress(OSError, zipfile.BadZipFile):
+        with path.open("rb") as file:
+            start = file.read(9)
+        if start.startswith(b"PK"):
+            with zipfile.ZipFile(path) as archive:
+                arrays = all(name.endswith(".npy") for name in archive.namelist())
+            return ".npz" if arrays else ".pth"
+        if re.match(rb"\x80[\x02-\x05]", start):
+            return ".pth"
+        if start[8:] == b"{":
+            return ".safetensors"
+    return ""
 
 
 def _check_first_bytes(path: pathlib.Path) -> None:
@@ -159,7 +214,7 @@ def _read_npz(path: pathlib.Path) -> StateDict:
     prefix = "opt/target/" if "opt/target/embedding/kernel" in arrays else ""
     if f"{prefix}embedding/kernel" in arrays:
         arrays = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
-        return _from_google(arrays, path)
+        return from_google(arrays, path)
     return arrays
 
 
@@ -179,17 +234,15 @@ def _read_torch(path: pathlib.Path) -> StateDict:
             f"weight file '{path}' is damaged or a pickle with more than plain arrays, and "
             "nothing in it was run; choose a file that holds only a state_dict"
         ) from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+    content, prefix = unwrap(content)
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
     ):
         raise UserError(
             f"weight file '{path}' holds no state_dict; choose a file of named tensors, at the top "
-            "level or under 'model' or 'state_dict'"
+            f"level or under one of {', '.join(NESTINGS)}"
         )
-    return {name: _array(path, name, tensor) for name, tensor in content.items()}
+    return {prefix + name: _array(path, name, tensor) for name, tensor in content.items()}
 
 
 def _array(path: pathlib.Path, name: str, tensor: Any) -> np.ndarray:
@@ -210,8 +263,14 @@ _READERS: Mapping[str, Callable[[pathlib.Path], StateDict]] = {
 } | dict.fromkeys((".pth", ".pt", ".bin"), _read_torch)
 
 
-def _fetch(name: str) -> pathlib.Path:
-    """The hub's file in the local cache; downloads it if necessary."""
+def fetch(name: str, file: str = HUB_FILE) -> pathlib.Path:
+    """A file of the hub's repository OWNER/NAME[@REVISION] in the local cache.
+
+    It is downloaded if necessary. Files of one repository lie in one directory.
+
+    Raises:
+      UserError: the name is malformed, or the file is not cached and can't be downloaded.
+    """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name, re.ASCII):
         raise UserError(f"'{HUB_PREFIX}{name}' is no name; write {HUB_PREFIX}OWNER/NAME[@REVISION]")
     try:
@@ -222,11 +281,13 @@ def _fetch(name: str) -> pathlib.Path:
             f"huggingface_hub, or {_WAYS_ON}"
         ) from error
     repository, _, revision = name.partition("@")
-    wanted = {"repo_id": repository, "filename": HUB_FILE, "revision": revision or None}
+    wanted = {"repo_id": repository, "filename": file, "revision": revision or None}
     with contextlib.suppress(Exception):  # not cached; the type depends on the hub's version
         return pathlib.Path(hub.hf_hub_download(**wanted, local_files_only=True))
     try:
         _check_reachable(hub.constants.ENDPOINT)
+        with contextlib.suppress(Exception):  # not all have it
+            hub.hf_hub_download(**wanted | {"filename": _HUB_CONFIG})
         return pathlib.Path(hub.hf_hub_download(**wanted))
     except Exception as error:
         reason = in_one_line(error, 160)
@@ -241,60 +302,3 @@ def _check_reachable(address: str) -> None:
     # Any HTTP answer will do, such as a proxy that refuses HEAD.
     with contextlib.suppress(urllib.error.HTTPError):
         urllib.request.urlopen(request, timeout=_HUB_TIMEOUT).close()
-
-
-def _from_google(arrays: StateDict, path: pathlib.Path) -> StateDict:
-    """Converts Google's names and layouts (the original ViT and AugReg) to timm's.
-
-    Google stores query, key and value separately, with kernels [d, heads, head_dim], and the output
-    kernel as [heads, head_dim, d].
-    """
-    left = dict(arrays)
-    out: StateDict = {}
-
-    def move(timm: str, google: str) -> None:
-        """Moves a dense layer, a convolution or a LayerNorm."""
-        weight = left.pop(f"{google}/scale", None)
-        if weight is None:
-            kernel = left.pop(f"{google}/kernel")
-            flat = kernel.reshape(-1, kernel.shape[-1])  # attention's has an axis of heads
-            weight = kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else flat.T
-        out[f"{timm}.weight"], out[f"{timm}.bias"] = weight, left.pop(f"{google}/bias")
-
-    def move_block(timm: str, google: str) -> None:
-        move(f"{timm}.norm1", f"{google}/LayerNorm_0")
-        move(f"{timm}.norm2", f"{google}/LayerNorm_2")
-        for i in range(2):
-            move(f"{timm}.mlp.fc{i + 1}", f"{google}/MlpBlock_3/Dense_{i}")
-        attention = f"{google}/MultiHeadDotProductAttention_1"
-        parts = [f"{attention}/{part}" for part in ("query", "key", "value")]
-        kernels = [left.pop(f"{part}/kernel") for part in parts]
-        d = len(kernels[0])
-        out[f"{timm}.attn.qkv.weight"] = np.concatenate([k.reshape(d, -1).T for k in kernels])
-        biases = [left.pop(f"{part}/bias").reshape(-1) for part in parts]
-        out[f"{timm}.attn.qkv.bias"] = np.concatenate(biases)
-        move(f"{timm}.attn.proj", f"{attention}/out")
-
-    try:
-        out["cls_token"] = left.pop("cls")
-        out["pos_embed"] = left.pop("Transformer/posembed_input/pos_embedding")
-        move("patch_embed.proj", "embedding")
-        i = 0
-        while f"Transformer/encoderblock_{i}/LayerNorm_0/scale" in left:
-            move_block(f"blocks.{i}", f"Transformer/encoderblock_{i}")
-            i += 1
-        move("norm", "Transformer/encoder_norm")
-        if "pre_logits/kernel" in left:
-            move("pre_logits.fc", "pre_logits")
-        if "head/kernel" in left:
-            move("head", "head")
-    except KeyError as error:
-        raise UserError(
-            f"weight file '{path}' has Google's ViT names but lacks {error}; download it again"
-        ) from error
-    except (IndexError, TypeError, ValueError) as error:
-        raise UserError(
-            f"weight file '{path}' has Google's ViT names but not their shapes ({error}); download "
-            "it again"
-        ) from error
-    return out | left

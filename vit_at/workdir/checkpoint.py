@@ -20,10 +20,11 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from vit_at import models
-from vit_at.config import differences, with_added
+from vit_at.config import differences, evaluated_weights, with_added
 from vit_at.distributed import processes, sharding
 from vit_at.errors import UserError
 from vit_at.models import build
+from vit_at.schema import is_remote
 from vit_at.workdir.files import check_space, disk_errors, read_config
 
 _METADATA = 2**20  # bytes allowed for what orbax writes beside the arrays
@@ -65,7 +66,9 @@ class Series:
     """The checkpoints of one kind, by step: named trees of arrays, and a dict of plain values."""
 
     def __init__(self, directory: epath.Path, keep: int | None, *, read_only: bool = False):
-        self._directory = directory = directory.resolve()  # orbax takes no relative path
+        if not is_remote(directory):
+            directory = directory.resolve()  # orbax takes no relative path
+        self._directory = directory
         # Two series may write the same step at the same time, so their barriers need own names.
         apart = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name)
         self._manager = ocp.CheckpointManager(
@@ -229,7 +232,10 @@ class Trained(NamedTuple):
 
 
 def load_trained(workdir: str | epath.Path, which: str, dtype: str = "float32") -> Trained:
-    """The ``best`` or ``last`` weights of a work directory (the averaged ones, if any).
+    """The weights of a work directory.
+
+    which: of ``config.CHECKPOINTS``; 'last' are those that the run evaluates, such as the averaged
+      ones, 'last-raw', 'last-ema' and 'last-swa' those of this name.
 
     Raises:
       UserError: no work directory, no such checkpoint, or a corrupt one.
@@ -237,16 +243,26 @@ def load_trained(workdir: str | epath.Path, which: str, dtype: str = "float32") 
     workdir = epath.Path(workdir)
     config = read_config(workdir)
     mesh = sharding.make_mesh()
-    series = Series(workdir / "checkpoints" / which, None, read_only=True)
-    step = series.latest_step() if (workdir / "checkpoints" / which).exists() else None
+    kind, _, average = which.partition("-")
+    series = Series(workdir / "checkpoints" / kind, None, read_only=True)
+    step = series.latest_step() if (workdir / "checkpoints" / kind).exists() else None
     if step is None:
         raise UserError(f"{workdir} holds no '{which}' checkpoint yet; train it first")
     try:
         values = series.values(step)
         model = build(config, values["num_classes"], dtype)
         shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
-        name = "ema" if "ema" in values["fingerprints"] else "params"
+        # The best weights are stored alone, whichever they are.
+        average = "raw" if kind == "best" else average or evaluated_weights(config)
+        name = "params" if average == "raw" else average
+        if name not in values["fingerprints"]:
+            raise UserError(
+                f"{workdir} has no averaged weights '{name}'; set ema_decay or swa_epochs in "
+                "training, or use --checkpoint=last"
+            )
         params = series.restore(step, {name: shapes}, mesh)[name]
+    except UserError:
+        raise
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(

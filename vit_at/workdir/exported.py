@@ -1,7 +1,7 @@
 """Reads a directory that ``vit-at export`` has written.
 
-model.safetensors   the weights, under the names of timm 1.x
-model.json          how to build the model, its normalisation, and what is known of it
+load_exported      model.safetensors, the weights under the names of timm 1.x, as a Flax model
+read_description   model.json: how to build the model, its normalisation, and what is known of it
 """
 
 import hashlib
@@ -15,15 +15,34 @@ from vit_at.errors import UserError
 from vit_at.models import build
 from vit_at.schema import Description, check, read_json
 from vit_at.workdir.checkpoint import Trained
-from vit_at.workdir.files import as_config
+from vit_at.workdir.files import DESCRIPTION_FILE, as_config
+from vit_at.workdir.results import check_records
 
-WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "model.json"
+WEIGHTS_FILE = "model.safetensors"
 EXPORT_AGAIN = "export the work directory again"
 
 
 def sha256(content: bytes) -> str:
     """Its digest, 64 hex digits."""
     return hashlib.sha256(content).hexdigest()
+
+
+def read_description(directory: epath.Path) -> dict[str, Any]:
+    """What ``model.json`` says.
+
+    Raises:
+      UserError: it is missing or damaged, or lacks the training configuration.
+    """
+    path = directory / DESCRIPTION_FILE
+    about = read_json(path, dict[str, Any], EXPORT_AGAIN)
+    if "training" not in about or "checkpoint" not in about:
+        raise UserError(
+            f"{path} has no 'training' and 'checkpoint', which say how to build the model; "
+            f"{EXPORT_AGAIN}"
+        )
+    check(about, Description, path, EXPORT_AGAIN)
+    check_records(about.get("results", []), path, EXPORT_AGAIN, inside="results")
+    return about
 
 
 def load_exported(directory: str | epath.Path) -> Trained:
@@ -33,14 +52,8 @@ def load_exported(directory: str | epath.Path) -> Trained:
       UserError: a file is missing or changed, or ``model.json`` lacks the training configuration.
     """
     directory = epath.Path(directory)
+    about = read_description(directory)
     described, path = directory / DESCRIPTION_FILE, directory / WEIGHTS_FILE
-    about = read_json(described, dict[str, Any], EXPORT_AGAIN)
-    if "training" not in about or "checkpoint" not in about:
-        raise UserError(
-            f"{described} has no 'training' and 'checkpoint', which say how to build the model; "
-            f"{EXPORT_AGAIN}"
-        )
-    check(about, Description, described, EXPORT_AGAIN)
     config = as_config(about["training"], described, ".training")
     validate(config)
     if not path.exists():

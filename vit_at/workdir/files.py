@@ -31,6 +31,7 @@ from vit_at.errors import UserError
 from vit_at.schema import is_remote
 
 CONFIG_FILE = "config.json"
+DESCRIPTION_FILE = "model.json"  # of an export, whose config.json is timm's
 _RESTORE = "restore it from a copy, or delete it"
 _REMEDIES = {
     "no space left": "the disk is full: free some space",
@@ -131,13 +132,20 @@ def write_config(workdir: epath.Path, config: ConfigDict) -> None:
 
 def read_config(workdir: epath.Path) -> ConfigDict:
     """The configuration of a work directory; UserError if there is none."""
-    path = workdir / CONFIG_FILE
-    if not path.exists():
+    if not is_workdir(workdir):
+        found = f"is an export, with a {DESCRIPTION_FILE}"
+        if not (workdir / DESCRIPTION_FILE).exists():
+            found = f"has no {CONFIG_FILE}"
         raise UserError(
-            f"{workdir} is no work directory: it has no {CONFIG_FILE}; give one that "
+            f"{workdir} is no work directory: it {found}; give one that "
             "'vit-at train --workdir=...' has written"
         )
-    return _locked(read_values(path))
+    return _locked(read_values(workdir / CONFIG_FILE))
+
+
+def is_workdir(directory: epath.Path) -> bool:
+    """Whether a directory holds the configuration of a run, and is no export."""
+    return (directory / CONFIG_FILE).exists() and not (directory / DESCRIPTION_FILE).exists()
 
 
 def read_values(path: epath.Path) -> dict[str, Any]:
@@ -194,10 +202,17 @@ class RemoteFile:
 
 
 def write_atomically(path: epath.Path, content: str | bytes) -> None:
-    """Writes a file under a temporary name and renames it; leaves nothing if that fails."""
+    """Writes a file under a temporary name and renames it; leaves nothing if that fails.
+
+    An object store writes an object whole or not at all.
+    """
+    content = content if isinstance(content, bytes) else content.encode()
+    if is_remote(path):
+        path.write_bytes(content)
+        return
     partial = path.parent / f".{path.name}.partial"
     try:
-        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        partial.write_bytes(content)
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -1,13 +1,15 @@
 """The results of a work directory, each with the protocol it was measured under.
 
 results.json      one record per evaluation: attack, accuracy, protocol
-per_example.npz   for each record the images' places in their split, and which were correct
+per_example.npz   for each record the images' places in their split, and which were correct; of
+                  clean images also labels, predictions and margins
+per_example.csv   the same as a table, one row an image
 """
 
 import io
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +20,10 @@ from vit_at import schema
 from vit_at.data.sources import Examples
 from vit_at.errors import UserError, in_one_line
 from vit_at.workdir.files import write_atomically
+from vit_at.workdir.outcomes import ARRAYS, Measured, in_255ths, table, threats
 
 RESULTS_FILE, PER_EXAMPLE_FILE = "results.json", "per_example.npz"
+TABLE_FILE = "per_example.csv"
 AUTOATTACK = "autoattack"  # loss in the protocol of its records, and name of the standard cascade
 
 
@@ -41,21 +45,32 @@ class Results:
         """The stored record of the same attack and protocol; None: there is none."""
         return next((r for r in self.records if _identity(r) == _identity(entry)), None)
 
-    def add(self, entry: dict[str, Any], correct: np.ndarray, examples: Examples) -> None:
+    def add(
+        self,
+        entry: dict[str, Any],
+        correct: np.ndarray,
+        examples: Examples,
+        answers: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         """Stores a record and its outcomes; replaces an earlier record of the same protocol.
+
+        answers: of clean images, 'label', 'prediction' and 'margin' [N].
 
         Raises:
           UserError: they can't be written; it says where the result is instead.
         """
+        self.records = [r for r in self.records if _identity(r) != _identity(entry)] + [entry]
+        arrays = {"index": examples.indices, "correct": correct}
+        if answers:
+            arrays |= {**answers, "class_names": np.array(examples.class_names, str)}
+        self._arrays |= {f"{_key(entry)}/{name}": array for name, array in arrays.items()}
         if jax.process_index():
             return
-        self.records = [r for r in self.records if _identity(r) != _identity(entry)] + [entry]
-        key = _key(entry)
-        self._arrays |= {f"{key}/index": examples.indices, f"{key}/correct": correct}
         content = io.BytesIO()
         np.savez_compressed(content, **self._arrays)
         files: dict[str, str | bytes] = {PER_EXAMPLE_FILE: content.getvalue()}
         files[RESULTS_FILE] = json.dumps(self.records, indent=2) + "\n"
+        files[TABLE_FILE] = table(self.measured(self.records))
         try:
             _write(files, self.workdir)
         except Exception as error:  # of the disk, or a bucket
@@ -63,10 +78,17 @@ class Results:
 
     def outcomes(self, entry: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
         """(places in the split [N], correct [N] bool) of a record; None if they are not stored."""
-        key = _key(entry)
-        if f"{key}/index" not in self._arrays:
-            return None
-        return self._arrays[f"{key}/index"], self._arrays[f"{key}/correct"]
+        (found,) = self.measured([entry]) or [None]
+        return found and (found.index, found.correct)
+
+    def measured(self, records: Sequence[dict[str, Any]]) -> list[Measured]:
+        """Those of the records whose outcomes are stored, with these."""
+        found = []
+        for entry in records:
+            arrays = {name: self._arrays.get(f"{_key(entry)}/{name}") for name in ARRAYS}
+            if arrays["correct"] is not None:
+                found.append(Measured(entry, **arrays))
+        return found
 
 
 def read_records(workdir: epath.Path) -> list[dict[str, Any]]:
@@ -88,6 +110,8 @@ def check_records(
         protocol, kind = record["protocol"], schema.Protocol
         if "norm" in protocol:
             kind = schema.StepsProtocol if "step_size" in protocol else schema.ThreatProtocol
+        elif "union" in protocol:
+            kind = schema.UnionProtocol
         schema.check(protocol, kind, path, remedy, what=what, inside=f"{place}.protocol")
     return records
 
@@ -104,7 +128,21 @@ def _read_outcomes(path: epath.Path) -> dict[str, np.ndarray]:
     for key in sorted({name.rpartition("/")[0] for name in arrays}):
         index = schema.check_array(arrays, f"{key}/index", "integers", (-1,), path, remedy)
         schema.check_array(arrays, f"{key}/correct", "bool", index.shape, path, remedy)
+        if f"{key}/label" in arrays:
+            _check_answers(arrays, key, index.shape, path, remedy)
     return arrays
+
+
+def _check_answers(
+    arrays: dict[str, np.ndarray], key: str, shape: tuple[int, ...], path: epath.Path, remedy: str
+) -> None:
+    """Checks labels, predictions and margins of the clean images of a record."""
+    names = schema.check_array(arrays, f"{key}/class_names", "text", (-1,), path, remedy)
+    schema.check_array(arrays, f"{key}/margin", "floats", shape, path, remedy)
+    for name in ("label", "prediction"):
+        found = schema.check_array(arrays, f"{key}/{name}", "integers", shape, path, remedy)
+        if not np.isin(found, np.arange(len(names))).all():
+            raise UserError(f"{path} is damaged (a number in '{key}/{name}' is no class); {remedy}")
 
 
 def _write(files: dict[str, str | bytes], directory: epath.Path) -> None:
@@ -134,16 +172,24 @@ def _key(entry: dict[str, Any]) -> str:
     protocol = entry["protocol"]
     place = f"{protocol['weights']['digest']}/{protocol['data']}"
     key = f"{place}/{protocol['num_examples']} {entry['attack']}"
-    if "norm" in protocol:
-        key += f" {protocol['norm']} {protocol['eps']!r}"
-        if "step_size" in protocol:
-            key += f" step {protocol['step_size']!r} x{protocol['restarts']}"
+    key += "".join(f" {note}" for note in _notes(protocol))
+    for threat in threats(protocol):
+        key += f" {threat['norm']} {threat['eps']!r}"
+        if "step_size" in threat:
+            key += f" step {threat['step_size']!r} x{protocol.get('restarts', 1)}"
         key += f" seed {protocol['seed']}"
-    return key
+    return key + (f" from {protocol['transfer']['digest']}" if "transfer" in protocol else "")
+
+
+def _notes(protocol: dict[str, Any]) -> list[str]:
+    """How the images of a protocol were chosen and made square, where not all and by squash."""
+    notes = {"transform": protocol.get("transform"), "ids": protocol.get("ids")}
+    return [f"{name} {value}" for name, value in notes.items() if value not in (None, "squash")]
 
 
 def _identity(entry: dict[str, Any]) -> str:
-    protocol = {k: v for k, v in entry["protocol"].items() if k != "packages"}
+    protocol = {"transform": "squash"}  # which earlier records leave out
+    protocol |= {k: v for k, v in entry["protocol"].items() if k != "packages"}
     return json.dumps([entry["attack"], protocol], sort_keys=True)
 
 
@@ -151,22 +197,18 @@ def as_text(records: Sequence[dict[str, Any]]) -> str:
     """Records as aligned text, one line each."""
     lines = [f"{'attack':<10} {'accuracy':>9}   images  protocol"]
     for entry in records:
-        protocol = entry["protocol"]
-        threat = ""
-        if "norm" in protocol:
-            threat = f"{protocol['norm']} eps {in_255ths(protocol['eps'])}, "
-        if "step_size" in protocol:
-            step = in_255ths(protocol["step_size"])
-            threat += f"step {step}, {protocol['restarts']} restart(s), "
+        protocol, threat = entry["protocol"], ""
+        for part in threats(protocol):
+            threat += f"{part['norm']} eps {in_255ths(part['eps'])}, "
+            if "step_size" in part:
+                step = in_255ths(part["step_size"])
+                threat += f"step {step}, {protocol.get('restarts', 1)} restart(s), "
+        if "transfer" in protocol:
+            threat += "from {source} to {target}, ".format(**protocol["transfer"])
         error = 100 * entry["standard_error"]
         lines.append(
             f"{entry['attack']:<10} {100 * entry['accuracy']:6.2f} %  "
-            f"{protocol['num_examples']:>7}  {threat}{protocol['data']} (s.e. {error:.2f})"
+            f"{protocol['num_examples']:>7}  {threat}"
+            f"{', '.join([protocol['data'], *_notes(protocol)])} (s.e. {error:.2f})"
         )
     return "\n".join(lines)
-
-
-def in_255ths(value: float) -> str:
-    """0.03137 -> '8/255'; other values as decimals."""
-    scaled = value * 255
-    return f"{round(scaled)}/255" if abs(scaled - round(scaled)) < 1e-6 else f"{value:.4g}"

@@ -1,0 +1,124 @@
+"""Models by name: those that come with the package, exports, work directories and hub repositories.
+
+load    a model that is called on images
+place   the directory that a name stands for
+NAMES   the packaged models: exports in ``packaged/``, with what was measured on them
+
+``vit-at models --robust`` lists them.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from vit_at import models
+from vit_at.errors import UserError, nearest
+from vit_at.weights import HUB_PREFIX
+from vit_at.weights.files import fetch
+from vit_at.workdir.checkpoint import Trained, load_trained
+from vit_at.workdir.exported import load_exported, read_description
+from vit_at.workdir.files import DESCRIPTION_FILE
+from vit_at.workdir.results import read_records
+
+PACKAGED = epath.Path(__file__).parent / "packaged"
+NAMES = tuple(sorted(path.parent.name for path in PACKAGED.glob(f"*/{DESCRIPTION_FILE}")))
+
+
+class Loaded(functools.partial):
+    """A model with its weights, called as ``logits = loaded(images)``.
+
+    images [B, H, W, C] float32 in [0, 1]; logits [B, classes]. As a ``functools.partial`` of
+    ``models.Classifier`` with the parameters it can be given to ``pgd_attack`` and
+    ``autoattack.run``, which then take the parameters as arguments of compiled programs.
+
+    Attributes:
+      config: of its training.
+      class_names: by label; () if they are not known.
+      record: its results, as in ``results.json``: accuracy and protocol of each evaluation.
+    """
+
+    config: ConfigDict
+    class_names: tuple[str, ...]
+    record: list[dict[str, Any]]
+
+    @property
+    def model(self) -> Any:
+        """The Flax module; its ``apply({"params": params}, images)`` takes normalised images."""
+        return self.func.model
+
+    @property
+    def params(self) -> Any:
+        """The parameters."""
+        return self.args[0]
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return f"<vit_at model {self.config.name}: {self.config.model.name}, {count:,} parameters>"
+
+
+def place(source: str | epath.PathLike) -> epath.Path:
+    """The directory of a model: a path itself, a packaged model's, or a copy from the hub.
+
+    Args:
+      source: a directory, one of NAMES, or hf:OWNER/NAME[@REVISION] of an uploaded export. A
+        directory takes precedence over a packaged model of the same name.
+
+    Raises:
+      UserError: there is nothing of this name.
+    """
+    text = str(source)
+    if text.startswith(HUB_PREFIX):
+        name = text.removeprefix(HUB_PREFIX)
+        fetch(name)
+        return epath.Path(fetch(name, DESCRIPTION_FILE).parent)
+    path = epath.Path(source).expanduser()
+    if path.exists():
+        return path
+    if text in NAMES:
+        return PACKAGED / text
+    raise UserError(
+        f"there is no work directory or export {text[:80]!r}, and no packaged model of this name; "
+        f"the nearest are {nearest(text, NAMES)} ('vit-at models --robust' lists them)"
+    )
+
+
+def read(directory: epath.Path, checkpoint: str = "best") -> Trained:
+    """The weights of an export or a work directory; checkpoint: of a work directory.
+
+    Raises:
+      UserError: the directory is neither, or damaged.
+    """
+    if (directory / DESCRIPTION_FILE).exists():
+        return load_exported(directory)
+    return load_trained(directory, checkpoint)
+
+
+def records_of(directory: epath.Path) -> list[dict[str, Any]]:
+    """What was measured on the model of an export, when it was exported, or of a work directory."""
+    if (directory / DESCRIPTION_FILE).exists():
+        return read_description(directory).get("results", [])
+    return read_records(directory)
+
+
+def load(source: str | epath.PathLike, checkpoint: str = "best") -> Loaded:
+    """A trained model that is called on images in [0, 1].
+
+    Args:
+      source: one of NAMES, such as 'cifar10_convit_96x4'; the path of an export or a work
+        directory; or hf:OWNER/NAME of an uploaded export.
+      checkpoint: 'best' or 'last'; of a work directory.
+
+    Raises:
+      UserError: there is nothing of this name, or it is damaged.
+    """
+    directory = place(source)
+    trained = read(directory, checkpoint)
+    data = trained.config.data
+    loaded = Loaded(models.classifier(trained.model, data.mean, data.std), trained.params)
+    loaded.config = trained.config
+    loaded.class_names = tuple(trained.values.get("class_names", ()))
+    loaded.record = records_of(directory)
+    return loaded
