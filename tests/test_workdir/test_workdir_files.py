@@ -130,8 +130,6 @@ def test_files_of_a_run_work_in_an_object_store(bucket, tmp_path):
     config = runs.resolved(**runs.QUICK)
     write_config(bucket, config)
     assert read_config(bucket).to_dict() == config.to_dict()
-    with locked(bucket, "training"), locked(bucket, "training"):  # there are no locks
-        pass
     for first in (0, 2):
         writer = metrics.Writer(bucket, resumed_step=first)
         for step in range(first + 1, first + 4):

@@ -29,6 +29,7 @@ from vit_at import schema
 from vit_at.configs import default
 from vit_at.errors import UserError
 from vit_at.schema import is_remote
+from vit_at.workdir.lease import leased
 
 CONFIG_FILE = "config.json"
 DESCRIPTION_FILE = "model.json"  # of an export, whose config.json is timm's
@@ -82,11 +83,14 @@ def locked(workdir: epath.Path, use: str) -> Iterator[None]:
     """Locks a work directory for one use, 'training' or 'evaluation'.
 
     The operating system locks ``.<use>.lock`` and releases it when the process ends, however it
-    ends. If another process holds the lock, a UserError names it. No-op in an object store, which
-    has no locks.
+    ends. If another process holds the lock, a UserError names it. In a bucket, ``lease`` does this.
     """
-    if jax.process_index() or is_remote(workdir):
+    if jax.process_index():
         yield
+        return
+    if is_remote(workdir):
+        with leased(str(workdir / f".{use}.lease"), use):
+            yield
         return
     with open(workdir / f".{use}.lock", "a+") as file:
         try:
