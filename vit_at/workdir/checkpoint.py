@@ -8,6 +8,8 @@ Orbax writes into a temporary directory and renames it, so a checkpoint is compl
 checkpoint also holds a fingerprint of each array, which detects changed bits.
 """
 
+import errno
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,11 +24,18 @@ from ml_collections import ConfigDict
 from vit_at import models
 from vit_at.config import differences, evaluated_weights, with_added
 from vit_at.distributed import processes, sharding
-from vit_at.errors import UserError
+from vit_at.errors import UserError, in_one_line
 from vit_at.models import build
 from vit_at.schema import is_remote
 from vit_at.workdir.files import check_space, disk_errors, read_config
 
+# Errors of the system, statuses of a bucket, and words of TensorStore for the same.
+_UNREACHABLE = {errno.EIO, errno.ESTALE, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EMFILE}
+_STATUSES = {401, 403, 408, 429, 500, 502, 503, 504}
+_REFUSALS = re.compile(
+    "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED|HTTP 5..|"
+    "HTTP response code: (401|403|408|429|5..)|CURL error|credentials"
+)
 _METADATA = 2**20  # bytes allowed for what orbax writes beside the arrays
 
 
@@ -60,6 +69,16 @@ def _abstract(tree: Any, mesh: Mesh) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=laid)
 
     return jax.tree.map(of_array, tree)
+
+
+def unreachable(error: Exception) -> bool:
+    """Whether reading failed because the disk or bucket did not answer, or refused: no damage."""
+    if isinstance(error, (ConnectionError, TimeoutError, PermissionError)):
+        return True
+    if isinstance(error, OSError) and error.errno in _UNREACHABLE:
+        return True
+    said = str(error).partition("[tensorstore_spec")[0]
+    return getattr(error, "code", None) in _STATUSES or bool(_REFUSALS.search(said))
 
 
 class Series:
@@ -121,7 +140,8 @@ class Series:
     def newest_intact(self, read: Callable[[int], Any]) -> Any | None:
         """``read(step)`` of the newest checkpoint that can be read; None if there is none.
 
-        Corrupt checkpoints are moved aside, with a warning.
+        Corrupt checkpoints are moved aside, with a warning. A disk or bucket that can't be reached
+        is no damage, and raises a UserError. Bucket clients have tried again for a while by then.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             found, reason = None, "another process could not read it"
@@ -130,6 +150,12 @@ class Series:
             except UserError:  # intact, but not to be used
                 raise
             except Exception as error:
+                if unreachable(error):
+                    raise UserError(
+                        f"checkpoint {self._directory / str(step)} can't be read now "
+                        f"({in_one_line(error, 200)}); nothing was changed: run the same command "
+                        "again when the disk or bucket can be reached"
+                    ) from error
                 reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
             if processes.all_of(found is not None):
                 return found
@@ -143,6 +169,8 @@ class Series:
         if jax.process_index() == 0:
             aside = self._directory.parent / "corrupt"
             aside.mkdir(parents=True, exist_ok=True)
+            if is_remote(aside):  # a bucket has no empty directories
+                (aside / "README.txt").write_text("Checkpoints that could not be read.\n")
             taken = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
             name = f"{step}.{taken}" if taken else str(step)
             (self._directory / str(step)).rename(aside / name)
