@@ -1,0 +1,327 @@
+"""A work directory in a bucket: a run, its resumption, damage, refusals, and the lease."""
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import conftest
+import fsspec
+import gcs
+import pytest
+import runs
+from etils import epath
+from tensorboardX import record_writer
+
+from vit_at.errors import UserError
+from vit_at.evaluate import evaluate
+from vit_at.training.loop import Loop, train
+from vit_at.workdir import lease
+from vit_at.workdir.checkpoint import unreachable
+
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read on import; that needs gRPC
+pytest.importorskip("gcsfs")
+OPTIONS = runs.QUICK | {"checkpoint__every_steps": 2, "eval__attacks": "clean"}
+LAST_STEP = 8
+NOWHERE = "127.0.0.1:1"  # of the credentials that a machine of the cloud has
+
+
+@pytest.fixture(scope="module")
+def storage():
+    """The bucket of this module, which every library of this process uses."""
+    with gcs.serving() as (address, storage):
+        names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")
+        environment = dict.fromkeys(names, address) | {
+            "GCE_METADATA_ROOT": NOWHERE,
+            "GCE_METADATA_HOST": NOWHERE,
+            "NO_GCE_CHECK": "true",
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            for name in ("gs", "gcs"):
+                patch.setitem(fsspec.config.conf, name, {"token": "anon"})
+            patch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=shortly))
+            yield storage
+            # TensorBoard's files are written once more at exit, which would wait for the server.
+            record_writer.GCSRecordWriter.flush = lambda writer: None
+
+
+async def shortly(seconds):
+    """Instead of the seconds that gcsfs waits before it tries again."""
+    await asyncio.sleep(seconds / 100)
+
+
+@pytest.fixture(autouse=True)
+def in_order(storage):
+    yield
+    storage.failing, storage.readable, storage.writable = 0.0, True, True
+
+
+def dying_at(step, patch):
+    """Lets a run in this process end at a step as if it was killed: nothing is saved any more."""
+    after_step = Loop._after_step
+
+    def dies(loop, state, now, ending):
+        if now == step:
+            loop._checkpoints.close()  # else a thread of this process would go on to save
+            raise RuntimeError("killed")
+        after_step(loop, state, now, ending)
+
+    patch.setattr(Loop, "_after_step", dies)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The arrays and records of an undisturbed run on a disk."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    records = train(runs.smoke(**OPTIONS), str(workdir))
+    return runs.arrays_of(epath.Path(workdir), LAST_STEP), records
+
+
+@pytest.fixture(scope="module")
+def resumed(storage):
+    """A run in the bucket, killed and resumed while 3 % of all requests fail; its records."""
+    storage.failing = 0.03
+    with pytest.MonkeyPatch.context() as patch:
+        dying_at(5, patch)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(runs.smoke(**OPTIONS), "gs://robots/resumed")
+    records = train(runs.smoke(**OPTIONS), "gs://robots/resumed")
+    assert storage.requests > 100
+    storage.failing = 0.0
+    return records
+
+
+def test_a_killed_run_in_a_bucket_ends_as_an_undisturbed_one_on_a_disk(whole, resumed):
+    arrays = runs.arrays_of(epath.Path("gs://robots/resumed"), LAST_STEP)
+    assert arrays.keys() == whole[0].keys()
+    for name, value in arrays.items():
+        assert value.tobytes() == whole[0][name].tobytes(), name
+    assert resumed == whole[1]
+
+
+def test_its_files_are_there_and_no_lease_is_left(resumed, storage):
+    names = {name.removeprefix("resumed/") for name in storage.objects if "resumed/" in name}
+    assert {"config.json", "metrics.jsonl", "results.json", "per_example.npz"} <= names
+    assert not [name for name in names if "lease" in name or "corrupt" in name]
+    steps = [
+        json.loads(x)["step"]
+        for x in epath.Path("gs://robots/resumed/metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == sorted(steps)
+
+
+def test_it_is_evaluated_in_the_bucket(resumed):
+    (record,) = evaluate("gs://robots/resumed", "apgd-ce", num_examples=8)
+    stored = json.loads(epath.Path("gs://robots/resumed/results.json").read_text())
+    assert record in stored
+
+
+def copied(storage, new):
+    """Another name for the run."""
+    for name in [name for name in storage.objects if name.startswith("resumed/")]:
+        storage.put(f"{new}/{name.removeprefix('resumed/')}", storage.objects[name].content)
+    return f"gs://robots/{new}"
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_resumed(resumed, whole, storage):
+    workdir = copied(storage, "damaged")
+    arrays = f"damaged/checkpoints/last/{LAST_STEP}/params/d/"
+    mine = [name for name in storage.objects if name.startswith(arrays)]
+    largest = max(mine, key=lambda name: len(storage.objects[name].content))
+    content = bytearray(storage.objects[largest].content)
+    content[len(content) // 2] ^= 4
+    storage.put(largest, bytes(content))
+    train(runs.smoke(**OPTIONS), workdir)
+    aside = {name for name in storage.objects if "damaged/checkpoints/corrupt" in name}
+    assert largest.replace("/last/", "/corrupt/") in aside
+    arrays = runs.arrays_of(epath.Path(workdir), LAST_STEP)
+    assert all(value.tobytes() == whole[0][name].tobytes() for name, value in arrays.items())
+
+
+def test_a_bucket_that_refuses_to_be_read_is_not_damage(resumed, storage, monkeypatch):
+    workdir = copied(storage, "refused")
+    before = dict(storage.objects)
+
+    def refusing(*_, **__):
+        raise ValueError("Error reading gs://robots/x: HTTP response code: 503 UNAVAILABLE")
+
+    monkeypatch.setattr("vit_at.workdir.checkpoint.Series.restore", refusing)
+    with pytest.raises(UserError, match=r"can't be read now .*503.*nothing was changed: run"):
+        train(runs.smoke(**OPTIONS), workdir)
+    assert {n: o.content for n, o in storage.objects.items()} == {
+        n: o.content for n, o in before.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "passing"),
+    [
+        (OSError(5, "Input/output error"), True),
+        (PermissionError(13, "Permission denied"), True),
+        (TimeoutError("timed out"), True),
+        (ValueError("UNAVAILABLE: Error reading gs://b/x"), True),
+        (ValueError("HTTP response code: 429 with body"), True),
+        (FileNotFoundError(2, "No such file"), False),
+        (ValueError("the arrays of 'params' are not those that were saved"), False),
+        (ValueError("DATA_LOSS: crc mismatch [tensorstore_spec='{503 UNAVAILABLE}']"), False),
+        (KeyError("fingerprints"), False),
+    ],
+)
+def test_what_is_damage_and_what_passes(error, passing):
+    assert unreachable(error) == passing
+
+
+# --- The lease --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(lease, "BEAT", 0.1)
+    monkeypatch.setattr(lease, "STALE", 1.0)
+
+
+def test_a_directory_in_use_is_refused_and_free_afterwards(storage, quick):
+    path = "gs://robots/leased/.training.lease"
+    with lease.leased(path, "training"):
+        says = rf"in use by another training \(process {os.getpid()}"
+        with pytest.raises(UserError, match=says), lease.leased(path, "training"):
+            pass
+        assert "leased/.training.lease" in storage.objects
+    assert "leased/.training.lease" not in storage.objects
+    with lease.leased(path, "training"):
+        pass
+
+
+def test_the_lease_of_a_killed_process_is_taken_over(storage, quick):
+    left = b'{"owner": "process 7 on elsewhere", "id": "x", "count": 3}'
+    storage.put("dead/.training.lease", left)
+    begin = time.monotonic()
+    with lease.leased("gs://robots/dead/.training.lease", "training"):
+        assert storage.objects["dead/.training.lease"].content != left
+    assert time.monotonic() - begin >= 1.0
+
+
+def test_of_a_process_that_died_on_this_machine_at_once(storage):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = {"owner": "x", "id": "y", "count": 3, "pid": ended.pid, "machine": lease._machine()}
+    storage.put("here/.training.lease", json.dumps(left).encode())
+    begin = time.monotonic()
+    with lease.leased("gs://robots/here/.training.lease", "training"):
+        assert time.monotonic() - begin < lease.STALE / 4
+
+
+def test_of_two_that_start_at_once_one_gets_the_lease(storage, quick):
+    held, refused = [], []
+
+    def start():
+        try:
+            with lease.leased("gs://robots/race/.training.lease", "training"):
+                held.append(time.monotonic())
+                time.sleep(2.5)
+        except UserError:
+            refused.append(time.monotonic())
+
+    threads = [threading.Thread(target=start) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(held), len(refused)) == (1, 2)
+
+
+# --- Kills ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_while_requests_fail_change_nothing(storage, tmp_path):
+    """Training, then AutoAttack, killed 20 times in all while 5 % of the requests fail."""
+    fields = [f"--config.{name.replace('__', '.')}={value}" for name, value in OPTIONS.items()]
+    training = ["-m", "vit_at.main", "--config=configs/digits_sgd.py:smoke", *fields]
+    attack = ["--attacks=autoattack", "--num_examples=20", "--batch_size=8"]
+    environment = os.environ | {"FSSPEC_GS_TOKEN": "anon", "FSSPEC_GCS_TOKEN": "anon"}
+    moments, kills = random.Random(0), 0
+
+    def start(workdir, command):
+        place = ["--workdir", workdir] if "--config=configs/digits_sgd.py:smoke" in command else []
+        words = [sys.executable, *command, *place, f"--compilation_cache={conftest.CACHE}"]
+        pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(words, cwd=conftest.ROOT, env=environment, **pipe)
+
+    def to_the_end(workdir, command):
+        process = start(workdir, command)
+        said = process.communicate()[1]
+        assert process.returncode == 0, said
+
+    def evaluation(workdir):
+        return ["-m", "vit_at.evaluate", workdir, *attack]
+
+    def killed(workdir, command, most):
+        """Whether the command was killed before it came to its end."""
+        until = storage.requests + moments.randrange(most)
+        process = start(workdir, command)
+        while process.poll() is None and storage.requests < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        said = process.communicate()[1]
+        assert "corrupt" not in said
+        assert process.returncode in (0, -signal.SIGKILL), said
+        return process.returncode != 0
+
+    whole = str(tmp_path / "whole")
+    to_the_end(whole, training)
+    to_the_end(whole, evaluation(whole))
+    expected = runs.arrays_of(epath.Path(whole), LAST_STEP)
+    storage.failing = 0.05
+    for number in itertools.count():
+        workdir = f"gs://robots/killed{number}"
+        while killed(workdir, training, 800):
+            kills += 1
+        while killed(workdir, evaluation(workdir), 150):
+            kills += 1
+        for name, value in runs.arrays_of(epath.Path(workdir), LAST_STEP).items():
+            assert value.tobytes() == expected[name].tobytes(), name
+        files = [epath.Path(path) / "results.json" for path in (whole, workdir)]
+        records = [json.loads(file.read_text()) for file in files]
+        assert records[0] == records[1]
+        if kills >= 20:
+            break
+    print(f"{kills} kills in {number + 1} runs, {storage.requests} requests")
+
+
+# --- Refusals ---------------------------------------------------------------------------------
+
+
+def test_a_bucket_that_does_not_exist_or_may_not_be_written(storage, command_fails):
+    says = "error: the bucket 'nowhere' does not exist: create it, or correct the work directory"
+    assert command_fails("gs://nowhere/run") == says
+    storage.writable = False
+    says = command_fails("gs://robots/forbidden")
+    assert says.startswith("error: robots/forbidden can't be written (Forbidden: ")
+    assert "storage.objects.create" in says
+    assert not [name for name in storage.objects if name.startswith("forbidden/")]
+
+
+@pytest.fixture
+def command_fails(capfd):
+    """Runs the training command in this process; its one sentence."""
+    from vit_at import main
+
+    def run(workdir):
+        words = [f"--config.{n.replace('__', '.')}={v}" for n, v in OPTIONS.items()]
+        with pytest.raises(SystemExit) as ended:
+            main.main(["--config=configs/digits_sgd.py:smoke", *words, f"--workdir={workdir}"])
+        assert ended.value.code == 2
+        lines = capfd.readouterr().err.strip().splitlines()
+        return next(line for line in lines if line.startswith("error:"))
+
+    return run
