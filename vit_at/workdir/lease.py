@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import fsspec
 from absl import logging
 
 from vit_at.errors import UserError, in_one_line
@@ -34,6 +33,8 @@ def leased(path: str, use: str) -> Iterator[None]:
     Raises:
       UserError: another process holds it.
     """
+    import fsspec  # comes with the bucket's library
+
     store, place = fsspec.core.url_to_fs(path)
     lease = _Lease(store, place)
     lease.acquire(use)
@@ -49,7 +50,7 @@ def leased(path: str, use: str) -> Iterator[None]:
 
 
 class _Lease:
-    def __init__(self, store: fsspec.AbstractFileSystem, place: str):
+    def __init__(self, store: Any, place: str):
         self._store, self._place = store, place
         self._owner = f"process {os.getpid()} on {socket.gethostname()}"
         self._id, self._count = uuid.uuid4().hex, 0
