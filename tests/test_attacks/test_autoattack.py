@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import types
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,10 @@ import pytest
 from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_problem import SHAPE, SHORT, attack, exact_distance, linear, median_eps, problem
 
 from vit_at.attacks import Threat, autoattack, losses, pgd_attack
-from vit_at.attacks.autoattack import Budget, audit, cascade, ledger, programs
+from vit_at.attacks.autoattack import Budget, audit, cascade, ledger
 from vit_at.attacks.autoattack import settings as autoattack_settings
 from vit_at.attacks.autoattack.ledger import BROKEN, LEDGER_FILE, NOT_ATTACKED
 from vit_at.attacks.norms import largest_size
@@ -28,65 +28,6 @@ from vit_at.errors import UserError
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store
 from vit_at.evaluation.protocol import parse_attacks
 from vit_at.workdir import results
-
-SHAPE = (4, 4, 2)
-SHORT = {"budget": Budget(iterations=20, queries=300)}
-
-
-def linear(params, images):
-    kernel, bias = params
-    return images.reshape(len(images), -1) @ kernel + bias
-
-
-def problem(count=24, num_classes=5, seed=0):
-    """A linear classifier, images far from 0 and 1, their labels (some wrong), exact distances."""
-    keys = jax.random.split(jax.random.key(seed), 3)
-    images = np.asarray(0.4 + 0.2 * jax.random.uniform(keys[0], (count, *SHAPE)))
-    kernel = jax.random.normal(keys[1], (np.prod(SHAPE), num_classes))
-    bias = -jnp.mean(linear((kernel, 0.0), images), 0)
-    logits = np.array(linear((kernel, bias), images))
-    labels = logits.argmax(1)
-    labels[:3] = logits[:3].argmin(1)
-    return (kernel, bias), images, labels
-
-
-def exact_distance(params, images, labels, norm):
-    """To the nearest boundary: |z_y - z_k| / dual norm of the difference of weights.
-
-    In l1 a step of one value would leave [0, 1]: values move to their bounds in turn.
-    """
-    kernel, _ = params
-    logits = np.asarray(linear(params, images))
-    gaps = np.take_along_axis(logits, labels[:, None], 1) - logits
-    across = np.asarray(kernel)[:, labels][:, :, None] - np.asarray(kernel)[:, None]
-    if norm == "l1":
-        flat = images.reshape(len(images), -1).T[:, :, None]
-        order = np.argsort(-np.abs(across), 0)
-        weights = np.take_along_axis(np.abs(across), order, 0)
-        room = np.take_along_axis(np.where(across > 0, flat, 1 - flat), order, 0)
-        left = np.maximum(gaps - np.cumsum(weights * room, 0) + weights * room, 0)
-        distance = np.minimum(left / np.maximum(weights, 1e-12), room).sum(0)
-        distance[gaps < 0] = gaps[gaps < 0]
-        distance[np.arange(len(labels)), labels] = np.nan
-        return np.nanmin(distance, 1)
-    across = np.linalg.norm(across, 1 if norm == "linf" else 2, axis=0)
-    across[np.arange(len(labels)), labels] = np.nan
-    return np.nanmin(gaps / across, 1)
-
-
-def attack(params, images, labels, **options):
-    options = {"batch_size": 8, **SHORT} | options
-    return autoattack.run(functools.partial(linear, params), images, labels, **options)
-
-
-def median_eps(params, images, labels, norm):
-    """An eps with a gap around it, so that rounding decides nothing."""
-    distances = np.sort(exact_distance(params, images, labels, norm))
-    distances = distances[distances > 0]
-    middle = len(distances) // 2
-    if norm == "l1":  # the two in the middle are too close
-        middle += int(np.argmax(np.diff(distances[middle - 3 : middle + 4]))) - 2
-    return float(distances[middle - 1] + distances[middle]) / 2
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
@@ -236,35 +177,6 @@ def test_an_unconfirmed_success_continues_with_the_next_run(monkeypatch):
     assert np.all(later[again])
     assert result.flags.keys() == {"unconfirmed"}
     assert not undisturbed.flags
-
-
-def test_same_outcome_on_any_number_of_devices_and_any_batch_size():
-    params, images, labels = problem()
-    eps = median_eps(params, images, labels, "l2")
-    outcomes = []
-    for devices, batch_size in ((1, 24), (2, 16), (4, 32)):
-        mesh = sharding.make_mesh(jax.devices()[:devices])
-        options = {"norm": "l2", "eps": eps, "batch_size": batch_size, "mesh": mesh}
-        outcomes.append(attack(params, images, labels, **options).columns)
-    for name in ("outcome", "run", "step"):
-        for other in outcomes[1:]:
-            np.testing.assert_array_equal(outcomes[0][name], other[name])
-
-
-def test_the_work_is_cut_for_the_devices_of_the_mesh():
-    """Not for those of this process: the program for another platform can be compiled here."""
-    accelerators = np.array([types.SimpleNamespace(platform="tpu")])
-    cut = programs.cut_for(types.SimpleNamespace(devices=accelerators))
-    assert cut.most_slots is None
-    assert programs.cut_for(sharding.make_mesh()).most_slots == 8
-
-
-def test_slots_are_not_wasted():
-    params, images, labels = problem(64)
-    eps = median_eps(params, images, labels, "linf")
-    result = attack(params, images, labels, eps=eps, attacks=["apgd-ce"], batch_size=16)
-    work = result.work["apgd-ce"]
-    assert work["steps"] / work["computed"] > 0.6
 
 
 def test_few_classes():

@@ -78,8 +78,8 @@ def advance(
     size = NORMS[norm].size
     difference, normal = map(finite_or_zero, linearise(state.point))
     offset = -difference + jnp.sum(normal * state.point, axis=(1, 2, 3))
-    from_point = project(state.point, normal, offset, norm)
-    from_image = project(images, normal, offset, norm)
+    both = [jnp.concatenate(pair) for pair in ((state.point, images), (normal,) * 2, (offset,) * 2)]
+    from_point, from_image = jnp.split(project(*both, norm), 2)  # by one loop, not two
     point_size = jnp.maximum(size(from_point), _SIZE_FLOOR)
     image_size = jnp.maximum(size(from_image), _SIZE_FLOOR)
     bias = jnp.minimum(point_size / (point_size + image_size), _BIAS_MAX)

@@ -56,7 +56,8 @@ class Cascade:
 
     def _attack(self, method: Method) -> None:
         ledger = self._ledger
-        packing = Packing(method, self._classify.model, self._source, self._settings)
+        model, flop = self._classify.model, self._classify.flop
+        packing = Packing(method, model, flop, self._source, self._settings)
         if ledger.progress:
             packing.restore(ledger.progress)
         else:
@@ -115,6 +116,8 @@ class Cascade:
         """
         settings = self._settings
         width = min(_CONFIRM_PER_DEVICE * settings.mesh.size, settings.batch_size)
+        if len(places) > width:  # the survey's program
+            width = settings.batch_size
         logits = self._classify(points, width, places, draw)
         moved = sizes(points - read(self._source.images, places), settings.norm)
         allowed = largest_size(settings.eps, points[0].size, settings.norm)

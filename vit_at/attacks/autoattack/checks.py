@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from vit_at.attacks.autoattack import cost
 from vit_at.attacks.autoattack.settings import Settings
 from vit_at.attacks.inputs import check_classes, check_range, check_threat
 from vit_at.attacks.threat import Threat
@@ -76,7 +77,10 @@ def _logits_program(mesh: Mesh, randomised: bool):
 
 
 class Classifier:
-    """Logits of any number of images, in batches of one width."""
+    """Logits of any number of images, in batches of one width.
+
+    flop: of a forward pass of one image.
+    """
 
     def __init__(self, model: Any, settings: Settings, shape: tuple[int, ...]):
         self.model, self.randomised = model, settings.randomised
@@ -111,6 +115,7 @@ class Classifier:
                 f"logits_fn gives {out} for one image; it must give logits [1, classes], 2 classes "
                 "or more"
             )
+        self.flop = cost.flop(self.model, *arguments)
 
     def __call__(
         self,

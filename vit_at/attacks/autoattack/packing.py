@@ -53,12 +53,14 @@ class Source(NamedTuple):
 class Packing:
     """One attack on some images; see the module's docstring.
 
-    model: a ``jax.tree_util.Partial``, the logits function with its parameters.
+    model: a ``jax.tree_util.Partial``, the logits function with its parameters; flop: of a forward
+      pass of one image.
     work: steps so far, {"steps": of unfinished runs, "computed": of all slots}.
     """
 
-    def __init__(self, method: Method, model: Any, source: Source, settings: Settings):
+    def __init__(self, method: Method, model: Any, flop: float, source: Source, settings: Settings):
         self.method, self._source, self._mesh = method, source, settings.mesh
+        self._flop = flop
         self._program = Program(method, settings.mesh, settings.randomised)
         self._context = Context(model, np.uint32(settings.seed), np.float32(settings.eps))
         self._cut, self._batch_size = cut_for(settings.mesh), settings.batch_size
@@ -126,8 +128,12 @@ class Packing:
 
     def _width_for(self, count: int) -> int:
         """The smallest batch that holds ``count`` runs, at most the batch size."""
-        unit = self._cut.slots * self._mesh.size
-        return min(self._batch_size, -(-max(count, 1) // unit) * unit)
+        unit, width = self._cut.slots * self._mesh.size, self._batch_size
+        if not self._cut.halved:
+            return min(width, -(-max(count, 1) // unit) * unit)
+        while width // 2 >= count and width // 2 % unit == 0:
+            width //= 2
+        return width
 
     def _shrink(self) -> None:
         """Narrows the batch if that saves more than the compilation costs."""
@@ -136,7 +142,7 @@ class Packing:
         if not count or narrow >= width:
             return
         saved = (width - narrow) * self.method.passes * self.steps_left() / count
-        if saved < self._cut.worth_compiling:
+        if saved * self._flop < self._cut.worth_compiling:
             return
         keep = np.argsort(self._image == EMPTY, kind="stable")[:narrow]
         slots = jax.tree.map(lambda x: x[keep], sharding.gather(self._slots))

@@ -24,18 +24,23 @@ class Cut(NamedTuple):
       of them that the host's time between rounds is negligible.
     slots: the batch of a device is a multiple of this.
     most_slots: of a device; more activations would not fit into its cache. None: no limit.
-    worth_compiling: forward passes that a narrower batch must save.
+    worth_compiling: floating-point operations that a narrower batch must save: those that the
+      machine does while it compiles one.
+    halved: narrower batches are the whole one halved, so that there are few.
     """
 
     forward_steps: int
     gradient_steps: int
     slots: int
     most_slots: int | None
-    worth_compiling: int
+    worth_compiling: float
+    halved: bool
 
 
-_ON_A_CPU = Cut(50, 8, slots=1, most_slots=8, worth_compiling=12_000)
-_ON_AN_ACCELERATOR = Cut(200, 25, slots=8, most_slots=None, worth_compiling=1_000_000)
+# Assumed: two cores compile for 5 s and do 1.4e11 operations per second; an accelerator's host
+# compiles for 20 s, and the accelerator does 2e13 in float32.
+_ON_A_CPU = Cut(50, 8, slots=1, most_slots=8, worth_compiling=7e11, halved=False)
+_ON_AN_ACCELERATOR = Cut(200, 25, slots=8, most_slots=None, worth_compiling=4e14, halved=True)
 
 
 def cut_for(mesh: Mesh) -> Cut:
