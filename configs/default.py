@@ -115,6 +115,7 @@ def get_config() -> ConfigDict:
     evaluation.num_examples = 0  # test images used; 0: all
     evaluation.batch_size = 256  # over all devices
     evaluation.checkpoint = "best"  # which weights are tested: best (on validation) or last
+    evaluation.precision = "float32"  # of products; on NVIDIA GPUs also bf16x9, bf16x6, tf32x3
     evaluation.weights = ""  # raw, ema or swa; '': averaged ones where there are any
     evaluation.threat = ball = ConfigDict()  # the attacks' ball; '' and 0: as in training
     ball.norm = ""  # linf, l2 or l1; if not that of training, set eps and step_size too

@@ -22,6 +22,7 @@ CHOICES = {
     "optimizer.schedule": ("step", "cosine", "cyclic", "constant"),
     "eval.checkpoint": ("best", "last"),
     "eval.weights": ("", "raw", "ema", "swa"),
+    "eval.precision": ("float32", "bf16x9", "bf16x6", "tf32x3"),  # NVIDIA GPUs have the others
 }
 
 # What is stored of a run: the best weights on validation, and the last of each kind.
@@ -74,7 +75,8 @@ _TEXTS = (
     "name dtype sharding objective model.name model.stem model.pretrained data.name data.dir "
     "data.train_split data.test_split data.from_images data.transform data.augment "
     "data.extra.name data.extra.split threat.norm threat.start optimizer.name optimizer.schedule "
-    "eval.validation_attack eval.attacks eval.checkpoint eval.weights eval.threat.norm"
+    "eval.validation_attack eval.attacks eval.checkpoint eval.weights eval.precision "
+    "eval.threat.norm"
 )
 _TUPLES = "data.mean data.std optimizer.drop_before_end"
 _NAME_BYTES = 200  # a file system allows 255, and files beside the directory add a suffix
@@ -86,6 +88,7 @@ ADDED |= {"data.allow_overlap": False, "data.stratified": False, "model.stem": "
 ADDED |= {"data.transform": "squash", "data.augment": "", "data.from_images": ""}
 ADDED |= {"awp.gamma": 0.0, "awp.warmup_epochs": 0.0, "optimizer.layer_decay": 1.0}
 ADDED |= {"eval.stop_if_overfitted": False, "eval.weights": "", "swa_epochs": 0.0}
+ADDED |= {"eval.precision": "float32"}
 ADDED |= {"data.extra.name": "", "data.extra.split": "train", "data.extra.fraction": 0.0}
 ADDED |= {"eval.threat.norm": "", "eval.threat.eps": 0.0, "eval.threat.step_size": 0.0}
 

@@ -32,6 +32,7 @@ from vit_at.configs import default
 from vit_at.console import quiet_logging
 from vit_at.data import sources
 from vit_at.distributed import devices, processes, sharding
+from vit_at.distributed.precision import PRECISIONS, check_precision
 from vit_at.errors import Parser, UserError, explained_errors, one_sentence_errors
 from vit_at.evaluation import curves, transfer
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store, select
@@ -113,6 +114,7 @@ def evaluate(
     step_size: float | None = None,
     restarts: int = 1,
     batch_size: int = 0,
+    precision: str = "float32",
     seed: int = 0,
     workdir: str = "",
     from_runs: str = "",
@@ -143,6 +145,7 @@ def evaluate(
         Several norms, comma-separated, with one eps for each, give their union.
       restarts: random starts of PGD and CW, at most 1000; an image counts as robust if all fail.
       batch_size: over all devices; 0: the configuration's.
+      precision: of float32 products on an NVIDIA GPU, see docs/performance.md.
       seed: of the random starts.
       workdir: where results are stored; '': the source, or a folder of runs/evaluate.
       from_runs: other work directories or exports, comma-separated. The adversarial images of each
@@ -164,7 +167,8 @@ def evaluate(
     threats = curves.threats(config, norm, sizes, step_size)
     mesh = sharding.make_mesh()
     sharding.check_batch_size("--batch_size", config.eval.batch_size, mesh)
-    parsed = curves.attacks(attacks, threats, restarts, clean=0 in sizes)
+    check_precision("--precision", precision, mesh)
+    parsed = curves.attacks(attacks, threats, restarts, 0 in sizes, precision)
     models = transfer.subjects(subject, from_runs, checkpoint, parsed, data) if from_runs else {}
     threads = config.data.threads
     examples = sources.load(config.data, config.data.test_split, threads=threads, chosen=ids)
@@ -304,6 +308,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--step_size", type=fraction, help="in the same units")
     add("--restarts", type=int, default=1, help="random starts of PGD and CW")
     add("--batch_size", type=int, default=0, help="over all devices")
+    how = "of float32 products on an NVIDIA GPU; default: float32"
+    add("--precision", default="float32", choices=tuple(PRECISIONS), help=how)
     add("--seed", type=int, default=0, help="of the random starts")
     add("--workdir", default="", metavar="DIR", help="where results are stored")
     others = "whose adversarial images it is given, comma-separated"

@@ -16,6 +16,7 @@ from vit_at import models
 from vit_at.attacks import autoattack
 from vit_at.attacks.autoattack import audit
 from vit_at.data.sources import Examples
+from vit_at.distributed import precision
 from vit_at.evaluation.protocol import Attack
 
 LEDGERS = "autoattack"  # in a work directory
@@ -72,6 +73,7 @@ def evaluate_autoattack(
         workdir = workdir / LEDGERS / _ledger_name(attack, examples, seed, digest)
     options = {"norm": threat.norm, "eps": threat.eps, "attacks": attack.version, "mesh": mesh}
     options |= {"batch_size": batch_size, "seed": seed, "workdir": workdir, "progress": progress}
+    options |= {"precision": attack.precision}
     result = autoattack.run(logits_fn, images, labels, **options)
     details = {"cascade": {name: float(robust.mean()) for name, robust in result.robust.items()}}
     lines = [result.summary()]
@@ -85,7 +87,8 @@ def evaluate_autoattack(
         few = np.arange(min(_AUDITED, len(labels)))
         first = {name: robust[few] for name, robust in result.robust.items()}
         first = dataclasses.replace(result, robust=first)
-        audited = audit.audit(logits_fn, images[few], labels[few], first)
+        with precision.products(attack.precision):
+            audited = audit.audit(logits_fn, images[few], labels[few], first)
         details["audit"] = audited.record()
         lines.append(audited.summary())
     if progress:
@@ -99,4 +102,5 @@ def _ledger_name(attack: Attack, examples: Examples, seed: int, digest: str) -> 
     data = " ".join([examples.name, transform, examples.ids]).lower()
     data = re.sub(r"[^a-z0-9.]+", "-", data).strip("-")
     threat = f"{attack.threat.norm}_{float(attack.threat.eps)!r}"
-    return f"{attack.version}_{threat}_{data}_{len(examples)}_seed{seed}_{digest}"
+    how = "" if attack.precision == "float32" else f"_{attack.precision}"
+    return f"{attack.version}_{threat}_{data}_{len(examples)}_seed{seed}_{digest}{how}"

@@ -78,15 +78,18 @@ def _pairs(
     return list(zip(norms, eps, strict=True))
 
 
-def attacks(names: str, under: Sequence[Threat], restarts: int, clean: bool) -> list[Attack]:
+def attacks(
+    names: str, under: Sequence[Threat], restarts: int, clean: bool, precision: str = "float32"
+) -> list[Attack]:
     """Each attack of ``parse_attacks`` under each threat; clean images once.
 
     clean: adds the clean images, where ``names`` does not have them.
     """
-    each = zip(*(parse_attacks(names, threat, restarts) for threat in under), strict=True)
+    parsed = (parse_attacks(names, threat, restarts, precision) for threat in under)
+    each = zip(*parsed, strict=True)
     found = [a for same in each for a in (same[:1] if same[0].kind == "clean" else same)]
     if clean and not any(attack.kind == "clean" for attack in found):
-        found = parse_attacks("clean", under[0]) + found
+        found = parse_attacks("clean", under[0], precision=precision) + found
     return found
 
 

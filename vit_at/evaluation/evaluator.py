@@ -27,7 +27,7 @@ from vit_at.attacks.threat import Threat, random_start
 from vit_at.console import Progress
 from vit_at.data import augment, pipeline
 from vit_at.data.sources import Examples
-from vit_at.distributed import processes, sharding
+from vit_at.distributed import precision, processes, sharding
 from vit_at.errors import UserError
 from vit_at.evaluation.autoattack import evaluate_autoattack
 from vit_at.evaluation.protocol import Attack, record, weights_digest
@@ -53,16 +53,16 @@ def make_outcome_fn(
         images = perturb(logits_fn, images, part, attack, threat, seed)
         return {"correct": is_correct(logits_fn(images), labels)}
 
-    return by_parts(apply, of_part, mesh, attack.threat)
+    return by_parts(apply, of_part, mesh, attack)
 
 
 def by_parts(
-    apply: Callable[..., Array], of_part: Callable[..., Any], mesh: Mesh, usual: Threat
+    apply: Callable[..., Array], of_part: Callable[..., Any], mesh: Mesh, attack: Attack
 ) -> Callable[..., Any]:
     """A compiled (params, batch, threat) -> what ``of_part(logits_fn, part, threat)`` gives.
 
-    of_part: of some images of a batch, at full matmul precision; all it gives begins with an axis
-      of images. usual: the threat, where none is given.
+    of_part: of some images of a batch, in the attack's precision; all it gives begins with an axis
+      of images. attack: its threat is taken where none is given.
     """
 
     def outcome(params, batch, threat):
@@ -76,11 +76,11 @@ def by_parts(
     specs = (sharding.WHOLE, sharding.SPLIT, sharding.WHOLE)
     compiled = jax.jit(sharding.map_shards(outcome, mesh, specs))
 
-    def full_precision(params, batch, threat=usual):
-        with jax.default_matmul_precision("highest"):
+    def in_precision(params, batch, threat=attack.threat):
+        with precision.products(attack.precision):
             return compiled(params, batch, threat)
 
-    return full_precision
+    return in_precision
 
 
 def perturb(

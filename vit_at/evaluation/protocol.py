@@ -37,6 +37,7 @@ class Attack:
 
     kind: 'clean', 'pgd', 'cw' or 'autoattack'.
     restarts: of pgd and cw; version: of autoattack, the ``attacks`` of ``autoattack.run``.
+    precision: of matrix products, one of ``precision.PRECISIONS``.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Attack:
     threat: Threat
     restarts: int = 1
     version: str = ""
+    precision: str = "float32"
 
     @property
     def loss(self) -> str:
@@ -51,12 +53,15 @@ class Attack:
         return _LOSSES.get(self.kind, self.kind)
 
 
-def parse_attacks(names: str, threat: Threat, restarts: int = 1) -> list[Attack]:
+def parse_attacks(
+    names: str, threat: Threat, restarts: int = 1, precision: str = "float32"
+) -> list[Attack]:
     """What to run, from names such as 'clean,pgd-20,cw-20'; UserError for another form of name.
 
     The numbers are attack steps.
     """
-    return [_parse_attack(name.strip(), threat, restarts) for name in names.split(",")]
+    parsed = [_parse_attack(name.strip(), threat, restarts) for name in names.split(",")]
+    return [dataclasses.replace(attack, precision=precision) for attack in parsed]
 
 
 def _parse_attack(name: str, threat: Threat, restarts: int) -> Attack:
@@ -97,6 +102,8 @@ def record(
         "packages": {"vit_at": vit_at.__version__}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
+    if attack.precision != "float32":
+        protocol["precision"] = attack.precision
     if examples.ids:
         protocol["ids"] = examples.ids
     if attack.kind != "clean":

@@ -145,7 +145,7 @@ def evaluate_transfer(
         pair = {"source": source, "digest": about[source]["digest"], "target": target}
         return found | {"protocol": found["protocol"] | {"transfer": pair}}
 
-    judges = {n: _correct_fn(s.apply, mesh) for n, s in models.items()}
+    judges = {n: _correct_fn(s.apply, attacks[0], mesh) for n, s in models.items()}
     for attack in (a for a in attacks if a.kind != "clean"):
         for source, subject in models.items():
             stored = [results.find(entry(attack, source, target, wrong)) for target in models]
@@ -179,16 +179,18 @@ def _attacked_fn(
         images = augment.to_float(part["image"])
         return perturb(logits_fn, images, part, attack, threat, seed)
 
-    return by_parts(apply, of_part, mesh, attack.threat)
+    return by_parts(apply, of_part, mesh, attack)
 
 
-def _correct_fn(apply: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
-    """A compiled (params, batch of images in [0, 1]) -> correct [B] bool."""
+def _correct_fn(
+    apply: Callable[..., jax.Array], attack: Attack, mesh: Mesh
+) -> Callable[..., jax.Array]:
+    """A compiled (params, batch of images in [0, 1]) -> correct [B] bool, in its precision."""
 
     def of_part(logits_fn, part, _):
         return is_correct(logits_fn(part["image"]), part["label"])
 
-    return by_parts(apply, of_part, mesh, None)
+    return by_parts(apply, of_part, mesh, attack)
 
 
 def matrices(records: Sequence[dict[str, Any]]) -> list[Matrix]:

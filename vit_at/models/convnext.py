@@ -36,7 +36,7 @@ class PatchStem(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        size, fields = (self.patch_size,) * 2, conv_fields(self.dtype)
+        size, fields = (self.patch_size,) * 2, layers.conv_fields(self.dtype)
         x = nn.Conv(self.embed_dim, size, size, padding="VALID", name="0", **fields)(images)
         return layers.LayerNorm(self.norm_eps, self.dtype, name="1")(x)
 
@@ -53,17 +53,12 @@ class ConvStem(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        x, fields = images, conv_fields(self.dtype)
+        x, fields = images, layers.conv_fields(self.dtype)
         for i, (width, stride) in enumerate(conv_plan(self.embed_dim)):
             x = nn.Conv(width, (3, 3), stride, padding=1, name=f"stem_{3 * i}", **fields)(x)
             x = layers.LayerNorm(self.norm_eps, self.dtype, name=f"stem_{3 * i + 1}")(x)
             x = ops.gelu(x)
         return x
-
-
-def conv_fields(dtype: str) -> dict:
-    """What all convolutions have in common."""
-    return {"dtype": dtype, "param_dtype": layers.param_dtype(dtype)}
 
 
 def conv_plan(d: int) -> list[tuple[int, int]]:
@@ -155,7 +150,7 @@ class ConvNeXt(blocks.Transformer):
             name = f"stages_{i}_downsample"
             if i:
                 x = layers.LayerNorm(self.norm_eps, self.dtype, name=f"{name}_0")(x)
-                fields = {"padding": "VALID", **conv_fields(self.dtype)}
+                fields = {"padding": "VALID", **layers.conv_fields(self.dtype)}
                 x = nn.Conv(self.embed_dim * 2**i, (2, 2), 2, name=f"{name}_1", **fields)(x)
             of_stage = blocks.rows((drop,), slice(first, first + depth))
             x = blocks.run_blocks(self, f"stages_{i}", depth, block, x, of_stage)

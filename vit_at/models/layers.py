@@ -33,6 +33,11 @@ def param_dtype(dtype: str) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def conv_fields(dtype: str) -> dict[str, Any]:
+    """What all convolutions have in common: dtypes and precision."""
+    return {"dtype": dtype, "param_dtype": param_dtype(dtype), "precision": ops.conv_precision()}
+
+
 def _linear(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
     """``ops.linear`` as Flax calls it; the dimensions are the last of x and the first of kernel."""
     del dimensions, precision

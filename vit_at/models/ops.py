@@ -172,6 +172,16 @@ def _product_backward(residuals, cotangent):
 _bfloat16_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
+def conv_precision() -> str | None:
+    """The ``precision`` of a convolution; None: that of the context.
+
+    Contexts of ``distributed.precision`` name an algorithm of products, which convolutions have
+    not: in XLA they would fall back to the lowest precision, TF32 on a GPU.
+    """
+    algorithm = str(jax.config.jax_default_matmul_precision or "")
+    return "highest" if "_F32" in algorithm else None
+
+
 @jax.custom_vjp
 def depthwise(x: Array, kernel: Array) -> Array:
     """x [b, H, W, d] convolved with kernel [k, k, 1, d], k odd, channel by channel; keeps H and W.
@@ -182,7 +192,13 @@ def depthwise(x: Array, kernel: Array) -> Array:
     axes = ("NHWC", "HWIO", "NHWC")
     groups = x.shape[-1]
     return lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=axes, feature_group_count=groups
+        x,
+        kernel,
+        (1, 1),
+        "SAME",
+        dimension_numbers=axes,
+        feature_group_count=groups,
+        precision=conv_precision(),
     )
 
 

@@ -56,7 +56,7 @@ class ConvStem(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        fields = {"dtype": self.dtype, "param_dtype": layers.param_dtype(self.dtype)}
+        fields = layers.conv_fields(self.dtype)
         x = images.astype(self.dtype)
         for i, width in enumerate(conv_widths(self.patch_size, self.embed_dim)):
             convolve = nn.Conv(width, (3, 3), 2, padding=1, name=f"stem_{3 * i}", **fields)

@@ -45,7 +45,7 @@ class ConvPatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        fields = {"dtype": self.dtype, "param_dtype": layers.param_dtype(self.dtype)}
+        fields = layers.conv_fields(self.dtype)
         convolve = functools.partial(
             nn.Conv, use_bias=False, kernel_init=nn.initializers.he_normal()
         )
@@ -85,6 +85,6 @@ class PositionalEncoding(nn.Module):
 
     @nn.compact
     def __call__(self, side: int) -> jax.Array:
-        fields = {"dtype": self.dtype, "param_dtype": layers.param_dtype(self.dtype)}
+        fields = layers.conv_fields(self.dtype)
         waves = jnp.asarray(positions(side), self.dtype)[None, None]
         return nn.Conv(self.embed_dim, (1, 1), name="token_projection", **fields)(waves)[0]

@@ -264,12 +264,12 @@ class Loop:
 
 
 def _evaluator(setup: Setup, attacks: str, examples: Any) -> Evaluator:
-    config = setup.config
+    config, threat = setup.config, Threat.of(evaluation_threat(setup.config))
     model = models.build(config, setup.train_set.num_classes, "float32")
     return Evaluator(
         models.classifier(model, config.data.mean, config.data.std),
         examples,
-        parse_attacks(attacks, Threat.of(evaluation_threat(config))),
+        parse_attacks(attacks, threat, precision=config.eval.precision),
         setup.mesh,
         batch_size=config.eval.batch_size,
         seed=config.seed,

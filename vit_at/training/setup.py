@@ -25,6 +25,7 @@ from vit_at.data import augment, own, pipeline, sources
 from vit_at.data.extra import PREFIX, Extra, open_npz
 from vit_at.data.sources import Examples
 from vit_at.distributed import sharding
+from vit_at.distributed.precision import check_precision
 from vit_at.errors import UserError
 from vit_at.evaluation.evaluator import select
 from vit_at.evaluation.protocol import parse_attacks
@@ -78,6 +79,7 @@ class Setup(NamedTuple):
         parts = config.accumulate_steps
         sharding.check_batch_size("batch_size", config.batch_size, mesh, parts)
         sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
+        check_precision("eval.precision", config.eval.precision, mesh)
         _check_evaluation(config)
         models.build(config, 1, config.dtype)  # to refuse its fields before any data is read
         data, threads = config.data, config.data.threads

@@ -21,6 +21,7 @@ from vit_at.attacks.autoattack.settings import TARGETS, Budget, Settings, for_cl
 from vit_at.attacks.inputs import check_shapes
 from vit_at.console import Progress
 from vit_at.distributed import sharding
+from vit_at.distributed.precision import check_precision, products
 
 Array = jax.Array
 _FORMAT = 1
@@ -101,6 +102,7 @@ def run(
     individually: bool = False,
     keep: str = "first",
     mesh: Mesh | None = None,
+    precision: str = "float32",
 ) -> Result:
     """Runs AutoAttack on all devices.
 
@@ -125,13 +127,16 @@ def run(
         step and keeps the adversarial image of highest loss, for transfer and for 8-bit files
         (not in FAB, which looks for the nearest). The outcomes are the same.
       mesh: of ``sharding.make_mesh``; default: all devices.
+      precision: of float32 matrix products, one of ``distributed.precision.PRECISIONS``.
 
     Raises:
       UserError: the input, the model's output or the ledger is not usable.
     """
     mesh = mesh or sharding.make_mesh()
-    settings = Settings(norm, eps, attacks, batch_size, seed, budget, individually, keep, mesh)
-    with jax.default_matmul_precision("highest"), contextlib.closing(_bar(progress)) as bar:
+    check_precision("precision", precision, mesh)
+    how = (individually, keep, mesh, precision)
+    settings = Settings(norm, eps, attacks, batch_size, seed, budget, *how)
+    with products(precision), contextlib.closing(_bar(progress)) as bar:
         return _run(logits_fn, images, labels, settings, workdir, bar)
 
 
@@ -181,6 +186,8 @@ def _protocol(settings: Settings, names: tuple[str, ...], digest: str) -> dict[s
     names_of_own = ("version", "norm", "eps", "seed", "individually", "keep")
     own = {name: getattr(settings, name) for name in names_of_own}
     own |= dataclasses.asdict(settings.budget)
+    if settings.precision != "float32":  # older ledgers do not name it
+        own["precision"] = settings.precision
     return {"format": _FORMAT, "attacks": list(names), "data": digest} | own
 
 

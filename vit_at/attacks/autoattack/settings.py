@@ -56,6 +56,7 @@ class Settings:
     individually: bool = False
     keep: str = "first"
     mesh: Mesh = dataclasses.field(default_factory=sharding.make_mesh)
+    precision: str = "float32"
 
     def __post_init__(self):
         threat = Threat(self.norm, self.eps)  # checks both
