@@ -34,12 +34,12 @@ from vit_at.distributed import devices
 class Subject(NamedTuple):
     """What is attacked: images [n, H, W, C] in [0, 1], labels [n], and the model in two forms.
 
-    logits_fn: () -> ours; net: () -> timm's module; mean, std: of its normalisation.
+    model: () -> ours, (apply, params); net: () -> timm's module; mean, std: of its normalisation.
     """
 
     images: np.ndarray
     labels: np.ndarray
-    logits_fn: Any
+    model: Any
     net: Any
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -61,8 +61,8 @@ def recorded(count: int) -> Subject:
         return module
 
     labels = data["labels"][:count].astype(np.int32)
-    logits_fn = lambda: functools.partial(reference.apply(), reference.parameters())  # noqa: E731
-    return Subject(images, labels, logits_fn, net, reference.MEAN, reference.STD)
+    model = lambda: (reference.apply(), reference.parameters())  # noqa: E731
+    return Subject(images, labels, model, net, reference.MEAN, reference.STD)
 
 
 def exported(directory: str, count: int) -> Subject:
@@ -81,15 +81,18 @@ def exported(directory: str, count: int) -> Subject:
         return load(directory).model
 
     images = pixels.astype(np.float32) / 255
-    return Subject(images, labels.astype(np.int32), lambda: model, net, data.mean, data.std)
+    labels = labels.astype(np.int32)
+    return Subject(images, labels, lambda: (model.func, model.args[0]), net, data.mean, data.std)
 
 
 def ours(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     """Our cascade: the robust images after each attack, seconds and passes through the model."""
+    from vit_at import models
     from vit_at.attacks import autoattack
 
+    apply, params = subject.model()
     result = autoattack.run(
-        subject.logits_fn(),
+        functools.partial(apply, models.unstack_blocks(apply, params)),  # as ``vit-at evaluate``
         subject.images,
         subject.labels,
         norm=options.norm,

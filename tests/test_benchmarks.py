@@ -1,0 +1,44 @@
+"""The benchmarks: what a step needs at least, and what is kept when one is ended early."""
+
+import json
+import sys
+
+import common
+import limits
+import ours
+import pytest
+import step
+
+
+@pytest.mark.parametrize(
+    ("objective", "passes"), [("at", (10, 1)), ("trades", (10, 2)), ("mart", (10, 2))]
+)
+def test_a_step_needs_its_attack_and_one_training_pass_for_each_kind_of_image(objective, passes):
+    case = common.Case(objective=objective, depth=2)
+    attack_steps, training_passes = passes
+    model = ours.models.build(ours.configuration(case), 10, "float32")
+    attention = 2 * model.multiply_adds()[1]
+    linear = model.forward_flops() - attention
+    needed = attack_steps * (2 * linear + 3 * attention)
+    needed += training_passes * 3 * (linear + attention)
+    assert limits.case_flops(case, ours.configuration(case)) == case.batch * needed
+
+
+def test_the_result_is_written_after_each_case(tmp_path, monkeypatch):
+    path, seen = tmp_path / "result.json", []
+
+    def measure(case, options, with_torch):
+        seen.append(json.loads(path.read_text())["cases"] if path.exists() else None)
+        return {"title": case.title}
+
+    monkeypatch.setattr(step, "_measure", measure)
+    words = ["--batch=4,8", "--against=none", f"--out={path}"]
+    monkeypatch.setattr(sys, "argv", ["step.py", *words])
+    step.main()
+    titles = [case["title"] for case in json.loads(path.read_text())["cases"]]
+    assert seen == [None, [{"title": titles[0]}]]
+    assert ["b4 at-10" in titles[0], "b8 at-10" in titles[1]] == [True, True]
+
+
+def test_an_evaluation_is_float32_and_tf32_is_named():
+    assert common.Case(objective="pgd", tf32=True).title.endswith("pgd-10 TF32")
