@@ -117,7 +117,7 @@ def _ours(case: Any, request: dict[str, Any]) -> Prepared:
     import jax
     import ours
 
-    if not case.tf32:  # JAX's own choice for float32 on a GPU
+    if case.dtype == "float32" and not case.tf32:  # TF32 is JAX's own choice on a GPU
         jax.config.update("jax_default_matmul_precision", "highest")
 
     from vit_at.distributed import devices

@@ -136,7 +136,8 @@ def _measure(case: Case, options: argparse.Namespace, with_torch: bool) -> dict[
     config = ours.configuration(case)
     flops = limits.case_flops(case, config)
     shapes = limits.model_shapes(case, config)
-    rates = {dtype: limits.matmul_rates(dtype, shapes) for dtype in ("float32", "bfloat16")}
+    with jax.default_matmul_precision("default" if case.tf32 else "highest"):
+        rates = {dtype: limits.matmul_rates(dtype, shapes) for dtype in ("float32", "bfloat16")}
     peaks = {dtype: max(of_dtype.values()) for dtype, of_dtype in rates.items()}
     for name, row in times.items():
         row["images_per_second"] = case.batch / row["median_s"]

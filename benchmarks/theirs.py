@@ -6,10 +6,13 @@ compiled   torch.compile and bfloat16 autocast, as a strong user would: TRADES' 
            rest alike
 graphs     the same with CUDA graphs (``mode="reduce-overhead"``); GPUs only
 
-All differentiate the attack with respect to the perturbation alone: the parameters are frozen
-meanwhile, since a compiled backward pass computes the gradients of all that requires one. They use
-timm's fused attention and keep batches on the device. On a GPU, float32 is float32 proper, or TF32
-if the case says so; the same holds for us.
+All freeze the parameters during the attack. Compiled code needs that: its backward pass computes
+the gradient of every parameter that requires one. Eager code is as fast without it in training,
+where the authors call ``torch.autograd.grad(loss, delta)``, which computes no other gradient. Their
+evaluation calls ``loss.backward()`` with trainable parameters, and is slower than ``eager`` here.
+
+All use timm's fused attention and keep batches on the device. On a GPU, float32 is float32 proper,
+or TF32 if the case says so; the same holds for us.
 """
 
 from collections.abc import Callable
