@@ -48,6 +48,7 @@ def _parse_arguments() -> argparse.Namespace:
     add("--dtypes", default="float32", help="of our products in training, comma-separated")
     add("--tf32", action="store_true", help="float32 products on a GPU in TF32, ours and theirs")
     add("--attack_steps", type=int, default=10)
+    add("--depth", type=int, default=0, help="0: that of the architecture")
     add("--pgd_steps", type=int, default=20, help="of the objective pgd")
     add("--keep", type=float, default=0.5, help="keep probability of ARD and PRM, held fixed")
     add("--against", default="torch", help="torch: all that can run; eager: only it; none")
@@ -69,7 +70,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
                 objective, _, masked = item.partition("+")
                 steps = options.pgd_steps if objective == "pgd" else options.attack_steps
                 fields = {"objective": objective, "masked": bool(masked), "steps": steps}
-                fields |= {"keep": options.keep, "tf32": options.tf32}
+                fields |= {"keep": options.keep, "tf32": options.tf32, "depth": options.depth}
                 cases.append(Case(**parse_model(model), batch=batch, **fields))
     return cases
 

@@ -1,5 +1,6 @@
 """The benchmarks: what a step needs at least, and what is kept when one is ended early."""
 
+import dataclasses
 import json
 import sys
 
@@ -8,6 +9,7 @@ import limits
 import ours
 import pytest
 import step
+import variants
 
 
 @pytest.mark.parametrize(
@@ -40,5 +42,9 @@ def test_the_result_is_written_after_each_case(tmp_path, monkeypatch):
     assert ["b4 at-10" in titles[0], "b8 at-10" in titles[1]] == [True, True]
 
 
-def test_an_evaluation_is_float32_and_tf32_is_named():
-    assert common.Case(objective="pgd", tf32=True).title.endswith("pgd-10 TF32")
+def test_attention_and_options_of_xla_change_one_thing_each():
+    case = common.Case()
+    plain = dataclasses.replace(case, plain_attention=True)
+    assert list(variants.variants("attention", case).values()) == [(case, {}), (plain, {})]
+    flags = [env["XLA_FLAGS"] for _, env in variants.variants("flags", case).values()]
+    assert len(set(flags)) == len(flags) == len(variants.FLAGS)
