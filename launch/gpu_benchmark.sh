@@ -31,7 +31,9 @@ limited() {
   local seconds=$1 name=$2
   shift 2
   local left=$((deadline - SECONDS))
-  timeout "$((seconds < left ? seconds : left))" "$@" 2>&1 | tee "$out/$name.txt" && return
+  if [ "$left" -gt 0 ]; then
+    timeout "$((seconds < left ? seconds : left))" "$@" 2>&1 | tee "$out/$name.txt" && return
+  fi
   echo "$name: ended with an error, or at its time limit" | tee -a "$out/$name.txt" >&2
   failed=1
 }
