@@ -9,6 +9,7 @@ import limits
 import ours
 import pytest
 import step
+import tables
 import variants
 
 
@@ -48,3 +49,9 @@ def test_attention_and_options_of_xla_change_one_thing_each():
     assert list(variants.variants("attention", case).values()) == [(case, {}), (plain, {})]
     flags = [env["XLA_FLAGS"] for _, env in variants.variants("flags", case).values()]
     assert len(set(flags)) == len(flags) == len(variants.FLAGS)
+
+
+def test_the_tables_of_the_page_are_those_of_the_files():
+    page = tables.PAGE.read_text()
+    assert tables.filled(page) == page
+    assert page.count("<!-- ") == 3
