@@ -58,7 +58,9 @@ def variants(kind: str, case: Case) -> dict[str, tuple[Case, dict[str, str]]]:
         plain = dataclasses.replace(case, plain_attention=True)
         return {"as in a run": (case, {}), "plain formula": (plain, {})}
     given = os.environ.get("XLA_FLAGS", "")
-    return {name: (case, {"XLA_FLAGS": f"{given} {added}"}) for name, added in FLAGS.items()}
+    return {
+        name: (case, {"XLA_FLAGS": f"{given} {added}".strip()}) for name, added in FLAGS.items()
+    }
 
 
 def _measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@
 #     train             the CIFAR-10 recipe, plain and with ARD and PRM; the same command goes on
 #
 # Needs this package, torch and timm for the first three, and DATA_DIR (a TFDS directory with
-# cifar10) for the last two. launch/gpu_pack.sh packs what a machine without an index lacks.
+# cifar10) for the last three. launch/gpu_pack.sh packs what a machine without an index lacks.
 # LIMIT: seconds for the piece (default 570). --smoke: tiny sizes, to try it on a CPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
@@ -44,12 +44,16 @@ benchmark() {
 }
 
 tiny=deit_tiny_patch16_224@32/4 small=deit_small_patch16_224@224/16 base=vit_base_patch16_224@224/16
-batches=(64 1024 128 64) size=() few=()
+batches=(64 1024 128 64) size=() few=() presets=()
 if [ "$smoke" ]; then
   tiny=deit_tiny_patch16_224@32/8 small=$tiny base=$tiny batches=(4 8 4 4)
   size=(--attack_steps 1 --depth 2 --repetitions 3 --seconds 1) few=(--num_examples=4 --batch_size=4)
+  presets=(--emulate --images 8 --steps 1)
 fi
 step=(--dtypes "bfloat16,float32" --seconds 20 "${size[@]}")
+case $piece in
+  precision|autoattack|train) data_dir=${DATA_DIR:?"is to name a TFDS directory with cifar10"} ;;
+esac
 case $piece in
   tiny)
     benchmark 250 step_tiny_small_batch step.py --models $tiny --batch "${batches[0]}" "${step[@]}"
@@ -62,18 +66,14 @@ case $piece in
   flags)
     benchmark 570 flags variants.py flags --models $tiny --batch "${batches[1]}" "${size[@]}" ;;
   precision)
-    if [ "$smoke" ]; then
-      benchmark 570 precision precision.py --emulate --seconds 30
-    else
-      benchmark 570 precision precision.py --seconds 500
-    fi ;;
+    benchmark 570 precision precision.py --data_dir "$data_dir" --images 1024 "${presets[@]}" ;;
   autoattack)
     limited 570 autoattack "$python" -m vit_at evaluate cifar10_convit_96x4 --attacks=autoattack \
-      --num_examples=1000 --batch_size=512 --data_dir="$DATA_DIR" --workdir=runs/gpu_autoattack \
+      --num_examples=1000 --batch_size=512 --data_dir="$data_dir" --workdir=runs/gpu_autoattack \
       "${few[@]}"
     cp runs/gpu_autoattack/results.json "$out/autoattack.json" || failed=1 ;;
   train)
-    LIMIT=$((deadline - SECONDS)) launch/gpu_cifar10.sh "$DATA_DIR" "$out" || failed=1 ;;
-  *) echo "the piece is '$piece'; call it without arguments for the list" >&2; exit 2 ;;
+    LIMIT=$((deadline - SECONDS)) launch/gpu_cifar10.sh "$data_dir" "$out" || failed=1 ;;
+  *) echo "the piece is '$piece'; choose one of tiny, small, base, attention, flags, precision, autoattack, train" >&2; exit 2 ;;
 esac
 exit "$failed"

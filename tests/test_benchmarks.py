@@ -49,6 +49,7 @@ def test_attention_and_options_of_xla_change_one_thing_each():
     assert list(variants.variants("attention", case).values()) == [(case, {}), (plain, {})]
     flags = [env["XLA_FLAGS"] for _, env in variants.variants("flags", case).values()]
     assert len(set(flags)) == len(flags) == len(variants.FLAGS)
+    assert all(text == text.strip() for text in flags)  # XLA takes a space for a file's name
 
 
 def test_the_tables_of_the_page_are_those_of_the_files():
