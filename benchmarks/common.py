@@ -38,6 +38,8 @@ class Case:
     steps: int = 10
     dtype: str = "float32"
     depth: int = 0  # 0: the architecture's own
+    tf32: bool = False  # float32 products on a GPU in TF32, ours and PyTorch's
+    plain_attention: bool = False  # ours by the formula, where a run uses cuDNN's
 
     @property
     def title(self) -> str:
@@ -45,7 +47,9 @@ class Case:
         masked = f"+ARD+PRM({self.keep:g})" if self.masked else ""
         depth = f" depth {self.depth}" if self.depth else ""
         size = f"{self.image_size}/{self.patch_size}"
-        return f"{self.model} {size}{depth} b{self.batch} {self.objective}-{self.steps}{masked}"
+        tf32 = " TF32" if self.tf32 else ""
+        steps = f"{self.objective}-{self.steps}"
+        return f"{self.model} {size}{depth} b{self.batch} {steps}{masked}{tf32}"
 
 
 def parse_model(text: str) -> dict[str, Any]:
@@ -114,7 +118,9 @@ def write_json(path: str, content: dict[str, Any]) -> None:
     """Writes a result; '': nowhere."""
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        part = Path(f"{path}.part")
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(path)
         print(f"written: {path}")
 
 

@@ -23,7 +23,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 class Contestant:
-    """A case, run by 'ours', 'eager' or 'compiled' (PyTorch).
+    """A case, run by 'ours', or by PyTorch: 'eager', 'compiled' or 'graphs' (see ``theirs``).
 
     cache: directory of our compiled programs; '': none. env: added to the environment.
 
@@ -114,7 +114,11 @@ def _ours(case: Any, request: dict[str, Any]) -> Prepared:
     import vit_at.main  # noqa: F401  all that a run imports
 
     imported = time.time()
+    import jax
     import ours
+
+    if case.dtype == "float32" and not case.tf32:  # TF32 is JAX's own choice on a GPU
+        jax.config.update("jax_default_matmul_precision", "highest")
 
     from vit_at.distributed import devices
 
@@ -128,7 +132,7 @@ def _theirs(case: Any, request: dict[str, Any]) -> Prepared:
 
     torch.set_num_threads(os.cpu_count())
     imported = time.time()
-    return imported, theirs.runner(case, request["subject"] == "compiled"), theirs.memory_peak
+    return imported, theirs.runner(case, request["subject"]), theirs.memory_peak
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ only ours runs.
 """
 
 import argparse
-import functools
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import common  # first: it puts the repository on the path
 
@@ -28,18 +28,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import numpy as np
 import reference_autoattack as reference
 
-from vit_at.distributed import devices
+from vit_at.data import sources
+from vit_at.distributed import devices, sharding
+from vit_at.evaluation.evaluator import Evaluator
+from vit_at.evaluation.protocol import AUTOATTACK, Attack
 
 
 class Subject(NamedTuple):
-    """What is attacked: images [n, H, W, C] in [0, 1], labels [n], and the model in two forms.
+    """What is attacked: examples, and the model in two forms.
 
-    logits_fn: () -> ours; net: () -> timm's module; mean, std: of its normalisation.
+    model: () -> ours, (apply, params); net: () -> timm's module; mean, std: of its normalisation.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
-    logits_fn: Any
+    examples: sources.Examples
+    model: Any
     net: Any
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -48,7 +50,7 @@ class Subject(NamedTuple):
 def recorded(count: int) -> Subject:
     """The recorded model and the first of its images; nothing of JAX is set up yet."""
     data = reference.arrays("images")
-    images = (data["images"][:count] / np.float32(255)).astype(np.float32)
+    pixels, labels = data["images"][:count], data["labels"][:count].astype(np.int32)
 
     def net():
         import timm
@@ -60,19 +62,20 @@ def recorded(count: int) -> Subject:
         module.load_state_dict(state)
         return module
 
-    labels = data["labels"][:count].astype(np.int32)
-    logits_fn = lambda: functools.partial(reference.apply(), reference.parameters())  # noqa: E731
-    return Subject(images, labels, logits_fn, net, reference.MEAN, reference.STD)
+    rows, names = np.arange(len(labels)), tuple(map(str, range(10)))
+    read = lambda rows: (pixels[rows], labels[rows])  # noqa: E731
+    examples = sources.Examples("recorded", names, pixels.shape[1:], rows, rows, read)
+    model = lambda: (reference.apply(), reference.parameters())  # noqa: E731
+    return Subject(examples, model, net, reference.MEAN, reference.STD)
 
 
 def exported(directory: str, count: int) -> Subject:
     """A model that ``vit-at export`` wrote, and the first images of its test split."""
     import vit_at
-    from vit_at.data import sources
 
     model = vit_at.load(directory)
     data = model.config.data
-    pixels, labels = sources.load(data, data.test_split).read(np.arange(count))
+    examples = sources.load(data, data.test_split).take(np.arange(count))
 
     def net():
         sys.path.append(directory)
@@ -80,23 +83,35 @@ def exported(directory: str, count: int) -> Subject:
 
         return load(directory).model
 
-    images = pixels.astype(np.float32) / 255
-    return Subject(images, labels.astype(np.int32), lambda: model, net, data.mean, data.std)
+    return Subject(examples, lambda: (model.func, model.args[0]), net, data.mean, data.std)
 
 
 def ours(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
-    """Our cascade: the robust images after each attack, seconds and passes through the model."""
-    from vit_at.attacks import autoattack
+    """Our cascade: the robust images after each attack, seconds and passes through the model.
 
-    result = autoattack.run(
-        subject.logits_fn(),
-        subject.images,
-        subject.labels,
-        norm=options.norm,
-        eps=options.eps,
+    It runs as in ``vit-at evaluate``, with the audit, which seconds leave out.
+    """
+    from vit_at.attacks import Threat, autoattack
+
+    results, run = [], autoattack.run
+
+    def observed(*arguments, **settings):
+        results.append(run(*arguments, **settings))
+        return results[-1]
+
+    apply, params = subject.model()
+    attack = Attack("autoattack", AUTOATTACK, Threat(options.norm, options.eps), version="standard")
+    evaluator = Evaluator(
+        apply,
+        subject.examples,
+        [attack],
+        sharding.make_mesh(),
         batch_size=options.batch,
-        progress=True,
+        seed=0,
     )
+    with mock.patch.object(autoattack, "run", observed):  # it says more than the evaluation does
+        evaluator.run(attack, params, progress=True)
+    (result,) = results
     work = {}
     for name, done in result.work.items():
         backward = (done["passes"] - 1) // 2  # a backward pass counts as two forward passes
@@ -113,7 +128,7 @@ def official(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     from autoattack import AutoAttack
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    net, labels = subject.net(), subject.labels
+    net, (pixels, labels) = subject.net(), subject.examples.read(np.arange(len(subject.examples)))
     net.to(device).eval().requires_grad_(False)
     mean, std = (
         torch.tensor(values, device=device).view(1, -1, 1, 1)
@@ -128,7 +143,8 @@ def official(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
             x.register_hook(lambda g: seen.update(backward=seen["backward"] + len(g)))
         return net((x - mean) / std)
 
-    x = torch.tensor(np.moveaxis(subject.images, -1, 1).copy(), device=device)
+    images = pixels.astype(np.float32) / 255
+    x = torch.tensor(np.moveaxis(images, -1, 1).copy(), device=device)
     y = torch.tensor(labels, dtype=torch.int64, device=device)
     adversary = AutoAttack(
         model,
@@ -177,8 +193,10 @@ def main() -> None:
     count = options.images
     subject = exported(options.export, count) if options.export else recorded(count)
     report = {"arguments": {k: v for k, v in vars(options).items() if k != "out"}}
+    report["machine"] = common.machine()
     if options.only != "official":
         report["ours"] = ours(subject, options)
+        common.write_json(options.out, report)
     if options.only != "ours":
         try:
             report["official"] = official(subject, options)
@@ -192,7 +210,6 @@ def main() -> None:
             counts = " ".join(str(sum(kept)) for kept in report[name]["robust"].values())
             seconds = f"{report[name]['seconds']:.0f}"
             rows.append([name, counts, seconds, f"{passes[0]:,}", f"{passes[1]:,}"])
-    report["machine"] = common.machine()
     common.print_table(["", "robust after each", "s", "forward", "backward"], rows)
     if len(rows) == 2:
         report["speedup"] = report["official"]["seconds"] / report["ours"]["seconds"]

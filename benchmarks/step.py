@@ -10,6 +10,7 @@ benchmarks/README.md.
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import tempfile
 from typing import Any
@@ -28,7 +29,13 @@ def main() -> None:
     if missing:
         print(f"PyTorch does not take part: {missing}")
     result: dict[str, Any] = {"machine": machine(), "torch": missing or "takes part"}
-    result["cases"] = [_measure(case, options, not missing) for case in _cases(options)]
+    result["cases"] = []
+    for case in _cases(options):
+        if not missing:
+            architecture = Case(case.model, case.image_size, case.patch_size, depth=case.depth)
+            result["largest_difference_of_logits"] = _check_same_function(architecture)
+        result["cases"].append(_measure(case, options, not missing))
+        write_json(options.out, result)  # a later case may take too long
     if options.cold:
         result["cold"] = _cold(_cases(options)[0], not missing)
     write_json(options.out, result)
@@ -40,11 +47,13 @@ def _parse_arguments() -> argparse.Namespace:
     add("--models", default="deit_tiny_patch16_224@32/4", help="NAME@SIZE/PATCH, comma-separated")
     add("--batch", default="64", help="batch sizes, comma-separated")
     add("--objectives", default="at", help="of at, trades, mart, pgd; +masked adds ARD and PRM")
-    add("--dtypes", default="float32", help="of our matrix products, comma-separated")
+    add("--dtypes", default="float32", help="of our products in training, comma-separated")
+    add("--tf32", action="store_true", help="float32 products on a GPU in TF32, ours and theirs")
     add("--attack_steps", type=int, default=10)
+    add("--depth", type=int, default=0, help="0: that of the architecture")
     add("--pgd_steps", type=int, default=20, help="of the objective pgd")
     add("--keep", type=float, default=0.5, help="keep probability of ARD and PRM, held fixed")
-    add("--against", default="torch", help="torch: eager and compiled; eager: only it; none")
+    add("--against", default="torch", help="torch: all that can run; eager: only it; none")
     add("--repetitions", type=int, default=9)
     add("--seconds", type=float, default=60.0, help="of repetitions per case, about")
     add("--cold", action="store_true", help="also start, compilation and memory, in own processes")
@@ -63,7 +72,8 @@ def _cases(options: argparse.Namespace) -> list[Case]:
                 objective, _, masked = item.partition("+")
                 steps = options.pgd_steps if objective == "pgd" else options.attack_steps
                 fields = {"objective": objective, "masked": bool(masked), "steps": steps}
-                cases.append(Case(**parse_model(model), batch=batch, keep=options.keep, **fields))
+                fields |= {"keep": options.keep, "tf32": options.tf32, "depth": options.depth}
+                cases.append(Case(**parse_model(model), batch=batch, **fields))
     return cases
 
 
@@ -76,16 +86,46 @@ def _why_no_torch() -> str:
     return ""
 
 
+@functools.cache
+def _check_same_function(case: Case) -> float:
+    """The largest difference between timm's logits and ours on our weights; RuntimeError: large."""
+    import jax
+    import numpy as np
+    import ours
+    import theirs
+
+    from vit_at import models, weights
+
+    config = ours.configuration(case)
+    model = models.build(config, ours.CLASSES, "float32")
+    params = models.init_params(model, jax.random.key(0))
+    images = np.random.default_rng(0).random((2, case.image_size, case.image_size, 3), np.float32)
+    apply = models.classifier(model, theirs.MEAN, theirs.STD)
+    with jax.default_matmul_precision("highest"):
+        logits = np.asarray(jax.jit(apply)(params, images))
+    state = weights.to_timm(params, model, names="1.x")
+    difference = float(np.abs(logits - theirs.logits_with(case, state, images)).max())
+    if difference > 1e-3:
+        raise RuntimeError(f"{case.title}: timm's logits differ from ours by {difference:.2g}")
+    return difference
+
+
 def _measure(case: Case, options: argparse.Namespace, with_torch: bool) -> dict[str, Any]:
     """Times all contestants of a case and prints its table."""
+    import jax
     import limits
     import ours
 
-    entrants = {f"vit_at {d}": (_with(case, dtype=d), "ours") for d in options.dtypes.split(",")}
+    dtypes = options.dtypes.split(",")
+    if case.objective == "pgd":  # we evaluate in float32 only
+        dtypes = ["float32"]
+    entrants = {f"vit_at {d}": (_with(case, dtype=d), "ours") for d in dtypes}
     if with_torch:
         entrants["torch eager float32"] = case, "eager"
         if options.against == "torch":
             entrants["torch compile bfloat16"] = case, "compiled"
+            if jax.default_backend() == "gpu":
+                entrants["torch compile bfloat16, CUDA graphs"] = case, "graphs"
     contestants, skipped = {}, {}
     for name, entrant in entrants.items():
         try:
@@ -100,7 +140,8 @@ def _measure(case: Case, options: argparse.Namespace, with_torch: bool) -> dict[
     config = ours.configuration(case)
     flops = limits.case_flops(case, config)
     shapes = limits.model_shapes(case, config)
-    rates = {dtype: limits.matmul_rates(dtype, shapes) for dtype in ("float32", "bfloat16")}
+    with jax.default_matmul_precision("default" if case.tf32 else "highest"):
+        rates = {dtype: limits.matmul_rates(dtype, shapes) for dtype in ("float32", "bfloat16")}
     peaks = {dtype: max(of_dtype.values()) for dtype, of_dtype in rates.items()}
     for name, row in times.items():
         row["images_per_second"] = case.batch / row["median_s"]

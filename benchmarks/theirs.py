@@ -4,14 +4,20 @@ eager      float32, as the authors' code does it: the clean pass of TRADES is co
            attack step and twice in the update, ARD multiplies gradients by 0 or 1
 compiled   torch.compile and bfloat16 autocast, as a strong user would: TRADES' clean pass once, the
            rest alike
+graphs     the same with CUDA graphs (``mode="reduce-overhead"``); GPUs only
 
-Both differentiate the attack with respect to the perturbation alone (``torch.autograd.grad``), use
-timm's fused attention, and keep batches on the device. On a GPU, eager float32 multiplies in
-float32 proper (PyTorch's default), not in TF32.
+All freeze the parameters during the attack. Compiled code needs that: its backward pass computes
+the gradient of every parameter that requires one. Eager code is as fast without it in training,
+where the authors call ``torch.autograd.grad(loss, delta)``, which computes no other gradient. Their
+evaluation calls ``loss.backward()`` with trainable parameters, and is slower than ``eager`` here.
+
+All use timm's fused attention and keep batches on the device. On a GPU, float32 is float32 proper,
+or TF32 if the case says so; the same holds for us.
 """
 
 from collections.abc import Callable
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -88,14 +94,18 @@ def _mart(clean, adversarial, labels):
 class Step:
     """One training step, or one PGD evaluation, of a case."""
 
-    def __init__(self, case: Case, compiled: bool):
-        self.case, self.compiled = case, compiled
+    def __init__(self, case: Case, subject: str):
+        self.case, self.compiled = case, subject != "eager"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = case.tf32
         generator = torch.Generator().manual_seed(0)
         shape = (case.batch, 3, case.image_size, case.image_size)
         self.images = torch.rand(shape, generator=generator).to(DEVICE)
         self.labels = torch.randint(0, CLASSES, (case.batch,), generator=generator).to(DEVICE)
         self.model = Classifier(case).to(DEVICE)
-        self.apply = torch.compile(self.model) if compiled else self.model
+        self.apply = self.model
+        if self.compiled:
+            mode = "reduce-overhead" if subject == "graphs" else None
+            self.apply = torch.compile(self.model, mode=mode)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4
         )
@@ -105,6 +115,8 @@ class Step:
                 self.labels = self.model(self.images).argmax(1)
 
     def logits(self, x, keep=None):
+        """Logits in float32: of a CUDA graph, a copy, which the next replay does not overwrite."""
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(DEVICE, torch.bfloat16, enabled=self.compiled):
             return self.apply(x, keep).float()
 
@@ -112,7 +124,7 @@ class Step:
         case, x, y = self.case, self.images, self.labels
         tiny = 1e-5 if case.objective == "pgd" else 1.0
         eps, step_size = EPS * tiny, STEP_SIZE * tiny
-        self.model.eval()
+        self.model.eval().requires_grad_(False)
         if case.objective in ("trades", "mart"):
             delta = 0.001 * torch.randn_like(x)
         else:
@@ -154,7 +166,7 @@ class Step:
 
     def update(self, adversarial):
         objective, x, y = self.case.objective, self.images, self.labels
-        self.model.train()
+        self.model.train().requires_grad_(True)
         if objective == "at":
             loss = F.cross_entropy(self.logits(adversarial), y)
         else:
@@ -180,9 +192,17 @@ class Step:
             torch.cuda.synchronize()
 
 
-def runner(case: Case, compiled: bool) -> Callable[[], None]:
+def runner(case: Case, subject: str) -> Callable[[], None]:
     """What does the case once, and waits for its end, each time it is called."""
-    return Step(case, compiled).run
+    return Step(case, subject).run
+
+
+def logits_with(case: Case, state: dict[str, np.ndarray], images: np.ndarray) -> np.ndarray:
+    """[n, classes] of timm's model with these weights on images [n, H, W, C] in [0, 1]."""
+    model = Classifier(case).eval()
+    model.net.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
+    with torch.no_grad():
+        return model(torch.tensor(np.moveaxis(images, -1, 1).copy())).numpy()
 
 
 def memory_peak() -> int | None:

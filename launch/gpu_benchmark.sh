@@ -1,48 +1,79 @@
 #!/usr/bin/env bash
-# Every benchmark at sizes for one GPU, in under ten minutes; JSON files go to OUT_DIR.
+# One piece of the measurements on one GPU, in under ten minutes; JSON files go to OUT_DIR.
 #
-#     launch/gpu_benchmark.sh OUT_DIR
+#     launch/gpu_benchmark.sh PIECE OUT_DIR [--smoke]
 #
-# Needs this package, torch and timm in one environment; no internet. TOY=1 runs the same path with
-# tiny sizes, to try it on a CPU. LIMIT: seconds for all of it (default 560).
+#     tiny small base   a training step beside eager and compiled PyTorch: deit_tiny 32/4 at batch
+#                       64 and 1024, deit_small 224/16 at 128, vit_base 224/16 at 64
+#     attention flags   variants of our step: cuDNN's attention or the formula; options of XLA
+#     precision         presets of float32 products: accuracy and time
+#     autoattack        the standard attacks on 1 000 CIFAR-10 images and a packaged model
+#     train             the CIFAR-10 recipe, plain and with ARD and PRM; the same command goes on
+#
+# Needs this package, torch and timm for the first three, and DATA_DIR (a TFDS directory with
+# cifar10) for the last three. launch/gpu_pack.sh packs what a machine without an index lacks.
+# LIMIT: seconds for the piece (default 570). --smoke: tiny sizes, to try it on a CPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-out=$1
-mkdir -p "$out"
+if [ $# -lt 2 ]; then
+  echo "usage: launch/gpu_benchmark.sh tiny|small|base|attention|flags|precision|autoattack|train OUT_DIR [--smoke]" >&2
+  exit 2
+fi
+piece=$1 out=$2 smoke=${3:-}
+export PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-deadline=$((SECONDS + ${LIMIT:-560}))
+deadline=$((SECONDS + ${LIMIT:-570}))
+failed=0
+mkdir -p "$out"
 
-# A part that fails or runs out of time must not cost the parts after it.
-part() {
+# Runs a command for at most SECONDS; one that fails must not cost those after it.
+limited() {
+  local seconds=$1 name=$2
+  shift 2
+  local left=$((deadline - SECONDS))
+  if [ "$left" -gt 0 ]; then
+    timeout "$((seconds < left ? seconds : left))" "$@" 2>&1 | tee "$out/$name.txt" && return
+  fi
+  echo "$name: ended with an error, or at its time limit" | tee -a "$out/$name.txt" >&2
+  failed=1
+}
+benchmark() {
   local seconds=$1 name=$2 script=$3
   shift 3
-  local left=$((deadline - SECONDS))
-  if [ "$left" -lt 15 ]; then echo "$name: left out, no time"; return; fi
-  timeout $((seconds < left ? seconds : left)) "$python" -u "benchmarks/$script" "$@" \
-    --out "$out/$name.json" 2>&1 | tee "$out/$name.txt" || echo "$name: ended with an error"
+  limited "$seconds" "$name" "$python" "benchmarks/$script" "$@" --out "$out/$name.json"
 }
 
-if [ -n "${TOY:-}" ]; then
-  few=(--attack_steps 1 --repetitions 3 --seconds 1)
-  part 500 at step.py --models deit_tiny_patch16_224@32/8 --batch 4 --cold "${few[@]}"
-  part 500 others step.py --models deit_tiny_patch16_224@32/8 --batch 4 --pgd_steps 1 \
-    --objectives trades,mart+masked,pgd "${few[@]}"
-  part 500 scaling scaling.py --model deit_tiny_patch16_224@32/8 --attack_steps 1 --batch 4 \
-    --batches 4 --patches 8 --depths 3 --devices 1
-  exit
+tiny=deit_tiny_patch16_224@32/4 small=deit_small_patch16_224@224/16 base=vit_base_patch16_224@224/16
+batches=(64 1024 128 64) size=() few=() presets=()
+if [ "$smoke" ]; then
+  tiny=deit_tiny_patch16_224@32/8 small=$tiny base=$tiny batches=(4 8 4 4)
+  size=(--attack_steps 1 --depth 2 --repetitions 3 --seconds 1) few=(--num_examples=4 --batch_size=4)
+  presets=(--emulate --images 8 --steps 1)
 fi
-
-both=(--dtypes "bfloat16,float32" --repetitions 5)
-part 110 deit_tiny_32 step.py --models deit_tiny_patch16_224@32/4 --batch 1024 --cold \
-  --objectives at "${both[@]}" --seconds 10
-part 70 vit_base_224 step.py --models vit_base_patch16_224@224/16 --batch 128 --dtypes bfloat16 \
-  --repetitions 3 --seconds 15
-part 80 deit_small_32 step.py --models deit_small_patch16_224@32/4 --batch 64,512 "${both[@]}" --seconds 8
-part 60 objectives step.py --models deit_tiny_patch16_224@32/4 --batch 1024 --dtypes bfloat16 \
-  --objectives trades,mart,at+masked,pgd --against eager --repetitions 3 --seconds 6
-part 70 deit_small_224 step.py --models deit_small_patch16_224@224/16 --batch 128 \
-  --dtypes bfloat16 --repetitions 3 --seconds 8
-part 80 swin_tiny_224 step.py --models swin_tiny_patch4_window7_224@224/4 --batch 64 \
-  --dtypes bfloat16 --repetitions 3 --seconds 8
-part 90 scaling scaling.py --model deit_tiny_patch16_224@32/4 --dtype bfloat16 \
-  --batches 64,256,1024,4096 --patches "" --depths ""
+step=(--dtypes "bfloat16,float32" --seconds 20 "${size[@]}")
+case $piece in
+  precision|autoattack|train) data_dir=${DATA_DIR:?"is to name a TFDS directory with cifar10"} ;;
+esac
+case $piece in
+  tiny)
+    benchmark 250 step_tiny_small_batch step.py --models $tiny --batch "${batches[0]}" "${step[@]}"
+    benchmark 320 step_tiny step.py --models $tiny --batch "${batches[1]}" "${step[@]}" ;;
+  small) benchmark 570 step_small step.py --models $small --batch "${batches[2]}" "${step[@]}" ;;
+  base) benchmark 570 step_base step.py --models $base --batch "${batches[3]}" "${step[@]}" ;;
+  attention)
+    benchmark 280 attention_tiny variants.py attention --models $tiny --batch "${batches[1]}" "${size[@]}"
+    benchmark 280 attention_base variants.py attention --models $base --batch "${batches[3]}" "${size[@]}" ;;
+  flags)
+    benchmark 570 flags variants.py flags --models $tiny --batch "${batches[1]}" "${size[@]}" ;;
+  precision)
+    benchmark 570 precision precision.py --data_dir "$data_dir" --images 1024 "${presets[@]}" ;;
+  autoattack)
+    limited 570 autoattack "$python" -m vit_at evaluate cifar10_convit_96x4 --attacks=autoattack \
+      --num_examples=1000 --batch_size=512 --data_dir="$data_dir" --workdir=runs/gpu_autoattack \
+      "${few[@]}"
+    cp runs/gpu_autoattack/results.json "$out/autoattack.json" || failed=1 ;;
+  train)
+    LIMIT=$((deadline - SECONDS)) launch/gpu_cifar10.sh "$data_dir" "$out" || failed=1 ;;
+  *) echo "the piece is '$piece'; choose one of tiny, small, base, attention, flags, precision, autoattack, train" >&2; exit 2 ;;
+esac
+exit "$failed"

@@ -16,7 +16,8 @@ deadline=$((SECONDS + ${LIMIT:-1000000}))
 for variant in "" ",ard_prm"; do
   run="cifar10_deit_tiny${variant/,/_}"
   status=0
-  timeout --signal=TERM $((deadline - SECONDS)) "$python" -m vit_at.main \
+  left=$((deadline > SECONDS ? deadline - SECONDS : 1))
+  timeout --signal=TERM "$left" "$python" -m vit_at.main \
     --config="configs/cifar10_sgd.py:scratch,model=deit_tiny_patch16_224$variant" \
     --config.data.dir="$data_dir" --workdir="runs/$run" "$@" || status=$?
   mkdir -p "$out_dir/$run"

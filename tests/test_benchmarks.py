@@ -1,0 +1,58 @@
+"""The benchmarks: what a step needs at least, and what is kept when one is ended early."""
+
+import dataclasses
+import json
+import sys
+
+import common
+import limits
+import ours
+import pytest
+import step
+import tables
+import variants
+
+
+@pytest.mark.parametrize(
+    ("objective", "passes"), [("at", (10, 1)), ("trades", (10, 2)), ("mart", (10, 2))]
+)
+def test_a_step_needs_its_attack_and_one_training_pass_for_each_kind_of_image(objective, passes):
+    case = common.Case(objective=objective, depth=2)
+    attack_steps, training_passes = passes
+    model = ours.models.build(ours.configuration(case), 10, "float32")
+    attention = 2 * model.multiply_adds()[1]
+    linear = model.forward_flops() - attention
+    needed = attack_steps * (2 * linear + 3 * attention)
+    needed += training_passes * 3 * (linear + attention)
+    assert limits.case_flops(case, ours.configuration(case)) == case.batch * needed
+
+
+def test_the_result_is_written_after_each_case(tmp_path, monkeypatch):
+    path, seen = tmp_path / "result.json", []
+
+    def measure(case, options, with_torch):
+        seen.append(json.loads(path.read_text())["cases"] if path.exists() else None)
+        return {"title": case.title}
+
+    monkeypatch.setattr(step, "_measure", measure)
+    words = ["--batch=4,8", "--against=none", f"--out={path}"]
+    monkeypatch.setattr(sys, "argv", ["step.py", *words])
+    step.main()
+    titles = [case["title"] for case in json.loads(path.read_text())["cases"]]
+    assert seen == [None, [{"title": titles[0]}]]
+    assert ["b4 at-10" in titles[0], "b8 at-10" in titles[1]] == [True, True]
+
+
+def test_attention_and_options_of_xla_change_one_thing_each():
+    case = common.Case()
+    plain = dataclasses.replace(case, plain_attention=True)
+    assert list(variants.variants("attention", case).values()) == [(case, {}), (plain, {})]
+    flags = [env["XLA_FLAGS"] for _, env in variants.variants("flags", case).values()]
+    assert len(set(flags)) == len(flags) == len(variants.FLAGS)
+    assert all(text == text.strip() for text in flags)  # XLA takes a space for a file's name
+
+
+def test_the_tables_of_the_page_are_those_of_the_files():
+    page = tables.PAGE.read_text()
+    assert tables.filled(page) == page
+    assert page.count("<!-- ") == 3
