@@ -175,7 +175,8 @@ def main() -> None:
     images, labels = pixels.astype(np.float32) / 255, labels.astype(np.int32)
     threat = Threat.of(loaded.config.threat)
     threat = Threat(threat.norm, threat.eps, threat.step_size, options.steps)
-    report: dict[str, Any] = {"arguments": vars(options), "machine": common.machine(), "rows": {}}
+    arguments = {k: v for k, v in vars(options).items() if k not in ("data_dir", "out")}
+    report: dict[str, Any] = {"arguments": arguments, "machine": common.machine(), "rows": {}}
     exact = exact_values(loaded.model, data, loaded.params, images)
     for name in PRECISIONS:
         emulates = options.emulate and name != "float32"

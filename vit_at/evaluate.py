@@ -145,7 +145,7 @@ def evaluate(
         Several norms, comma-separated, with one eps for each, give their union.
       restarts: random starts of PGD and CW, at most 1000; an image counts as robust if all fail.
       batch_size: over all devices; 0: the configuration's.
-      precision: of float32 products on an NVIDIA GPU, see docs/performance.md.
+      precision: of float32 products on an NVIDIA GPU, see docs/evaluate.md.
       seed: of the random starts.
       workdir: where results are stored; '': the source, or a folder of runs/evaluate.
       from_runs: other work directories or exports, comma-separated. The adversarial images of each

@@ -135,6 +135,7 @@ WORDS = {
     "eval.attacks": ("pgd", "pgd"),
     "eval.attacks ": ("cw-0", "cw-0"),
     "eval.checkpoint": ("newest", "best, last"),
+    "eval.precision": ("tf32", "float32, bf16x9, bf16x6, tf32x3"),
     "modell.depth": ("3", "is unknown; the nearest are model.depth"),
 }
 TUPLES = {

@@ -62,6 +62,13 @@ CASES = {
     ),
     "no restarts": _command("--restarts=0", says="--restarts is 0; it must be 1 or more"),
     "negative restarts": _command("--restarts=-1", says="--restarts is -1"),
+    "a precision of GPUs": _command(
+        "--precision=tf32x3", says="--precision is 'tf32x3', which is for NVIDIA GPUs"
+    ),
+    "an unknown precision": _command("--precision=tf32", says="invalid choice: 'tf32'"),
+    "from Python: an unknown precision": _call(
+        "--precision is 'half'; use one of float32, bf16x9", "clean", precision="half"
+    ),
     "half a restart": _command("--restarts=1.5", says="invalid int value: '1.5'"),
     "batch that devices don't divide": _command("--batch_size=6", says="4 devices"),
     "negative batch": _command("--batch_size=-4", says="eval.batch_size is -4"),

@@ -2,7 +2,7 @@
 
 A GPU's tensor cores take no float32. They can compute it from several products of narrower parts
 of each number. JAX's own choice on a GPU is one product in TF32, whose mantissa has 10 bits: too
-coarse for an evaluation. docs/performance.md has the accuracy of each.
+coarse for an evaluation. docs/evaluate.md has the accuracy of each.
 """
 
 import contextlib
