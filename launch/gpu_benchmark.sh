@@ -44,13 +44,14 @@ benchmark() {
 }
 
 tiny=deit_tiny_patch16_224@32/4 small=deit_small_patch16_224@224/16 base=vit_base_patch16_224@224/16
-batches=(64 1024 128 64) size=() few=() presets=()
+batches=(64 1024 128 64) size=() few=() presets=() against=()
 if [ "$smoke" ]; then
   tiny=deit_tiny_patch16_224@32/8 small=$tiny base=$tiny batches=(4 8 4 4)
-  size=(--attack_steps 1 --depth 2 --repetitions 3 --seconds 1) few=(--num_examples=4 --batch_size=4)
+  size=(--attack_steps 1 --depth 2 --repetitions 3 --seconds 1) against=(--against eager)
+  few=(--num_examples=4 --batch_size=4)
   presets=(--emulate --images 8 --steps 1)
 fi
-step=(--dtypes "bfloat16,float32" --seconds 20 "${size[@]}")
+step=(--dtypes "bfloat16,float32" --seconds 20 "${size[@]}" "${against[@]}")
 case $piece in
   precision|autoattack|train) data_dir=${DATA_DIR:?"is to name a TFDS directory with cifar10"} ;;
 esac
