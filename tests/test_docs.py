@@ -278,7 +278,7 @@ def test_the_readme_gives_the_records_of_the_packaged_model():
         f"{100 * records[a]['accuracy']:.1f}" for a in ("clean", "pgd-20", "cw-20", "autoattack")
     ]
     assert row[1].split(" | ") == found
-    assert [records[a]["protocol"]["num_examples"] for a in ("clean", "autoattack")] == [1000, 256]
+    assert [records[a]["protocol"]["num_examples"] for a in ("clean", "autoattack")] == [1000, 1000]
 
 
 def test_committed_results_hold_no_path_of_a_machine():
