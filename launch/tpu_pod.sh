@@ -5,15 +5,18 @@
 #     launch/tpu_pod.sh [--dry_run] all ARGS...       # these in turn, until the run has ended
 #
 # ARGS are those of 'vit-at train'; --workdir must be a bucket (gs://...), as the disks are deleted
-# with the slice. Settings from the environment, and their defaults:
+# with the slice. The run is detached on the workers, its logs are in WORKDIR/logs: this machine may
+# close, and 'run' with the same ARGS watches it again. Settings and their defaults:
 #     NAME=vit-at ZONE=us-west4-a ACCELERATOR=v5litepod-64 VERSION=v2-alpha-tpuv5-lite SPOT=1
-#     DATA_BUCKET=          a bucket to be mounted on all workers as ~/data, read-only (by gcsfuse)
+#     DATA=                 a TFDS directory in a bucket, copied to all workers
+#     DATA_TO=data          where to, in a worker's home, or /dev/shm/data for its memory
 # (v6e: ACCELERATOR=v6e-64 VERSION=v2-alpha-tpuv6e). The gcloud command line must be logged in.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 name=${NAME:-vit-at} zone=${ZONE:-us-west4-a}
 accelerator=${ACCELERATOR:-v5litepod-64} version=${VERSION:-v2-alpha-tpuv5-lite}
+every=${EVERY:-30} # seconds between looks at a request or a run
 said=$(mktemp)
 trap 'rm -f "$said"' EXIT
 dry_run=
@@ -36,40 +39,83 @@ create() {
   if [ -n "$dry_run" ]; then return; fi
   until [ "$(state)" = ACTIVE ]; do
     case $(state) in FAILED | SUSPENDED) echo "the request has failed" >&2 && return 1 ;; esac
-    sleep 30
+    sleep "$every"
   done
 }
 
-setup() { # the tree as committed, in an environment of its own, on every worker
+setup() { # the tree as committed, in an environment of its own, on every worker; then the data
   do_it git archive --format=tar.gz --output=/tmp/vit_at.tar.gz HEAD &&
     do_it gcloud compute tpus tpu-vm scp /tmp/vit_at.tar.gz "$name": --zone="$zone" --worker=all &&
-    on_all "mkdir -p vit_at && tar xzf vit_at.tar.gz -C vit_at && python3 -m venv venv &&
-    venv/bin/pip install -q 'jax[tpu]' -e './vit_at[hub,gcs]'" &&
-    if [ -n "${DATA_BUCKET:-}" ]; then
-      on_all "mkdir -p data && gcsfuse --implicit-dirs -o ro $DATA_BUCKET data"
+    on_all "set -e; mkdir -p vit_at; tar xzf vit_at.tar.gz -C vit_at
+    [ -x .local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
+    .local/bin/uv venv -q --clear --python 3.12 venv
+    .local/bin/uv pip install -q --python venv/bin/python -e './vit_at[tpu,hub,gcs]'" &&
+    if [ -n "${DATA:-}" ]; then # parallel, resumed, sizes and checksums compared
+      on_all "mkdir -p ${DATA_TO:=data} && gcloud storage rsync -q -r $DATA $DATA_TO"
     fi
 }
 
-run() { # the exit status of the run, as its process 0 gives it
-  local words
-  words=$(printf '%q ' "$@")
-  on_all "cd vit_at && ../venv/bin/python -m vit_at.main $words; echo \"exit status \$?\"" |
-    tee "$said"
+value() { printf '%s\n' "${@:2}" | sed -n "s/^--$1=//p"; } # of a flag among ARGS
+
+check() { # before anything is rented
+  case $(value workdir "$@") in
+    gs://*) ;;
+    *) echo "--workdir is '$(value workdir "$@")'; it must be in a bucket: gs://BUCKET/run" >&2 && return 2 ;;
+  esac
+}
+
+run() { # the exit status of the run, as its processes give it; 75: the slice was lost
+  local words workdir lost=0
+  check "$@" || return 2
+  workdir=$(value workdir "$@")
+  words=$(printf '%q ' "$workdir/logs" "$@")
+  on_all "vit_at/launch/on_worker.sh start $words" || return 75
   if [ -n "$dry_run" ]; then return; fi
-  return "$(sed -n 's/^exit status //p' "$said" | sort -n | tail -1 | grep . || echo 75)"
+  while [ "$lost" -lt 5 ]; do
+    sleep "$every"
+    if on_all "vit_at/launch/on_worker.sh status" > "$said"; then
+      lost=0
+      grep -v '^running$' "$said" | sort | uniq | tail -n 3
+      if ! grep -q '^running$' "$said"; then
+        return "$(sed -n 's/^exit status //p' "$said" | sort -n | tail -n 1 | grep . || echo 75)"
+      fi
+    else
+      lost=$((lost + 1)) # a connection, or the slice
+      if [ "$(state)" != ACTIVE ]; then return 75; fi
+    fi
+  done
+  return 75
 }
 
 delete() { queued delete --force --quiet; }
 
+cost() { # what is about to be rented, as far as this machine can tell
+  local chip=v5e
+  case $accelerator in v6e*) chip=v6e ;; esac
+  echo "about to rent $accelerator in $zone (SPOT=${SPOT:-1}); by estimate:" >&2
+  python3 launch/cost.py "$(value config "$@")" --chip="$chip" >&2 2> /dev/null ||
+    echo "no estimate: vit_at is not installed here" >&2
+}
+
 all() {
-  local status
+  local status failed=0
+  check "$@" || return 2
+  cost "$@"
   while :; do
     status=0
-    create && setup || status=75 # lost before it began
-    if [ "$status" = 0 ]; then run "$@" || status=$?; fi
+    if create && setup; then
+      failed=0
+      run "$@" || status=$?
+    else
+      status=75 failed=$((failed + 1))
+    fi
     delete
     # 0: done; 1 to 3: an error that a restart would only repeat; others: interrupted.
     case $status in 0 | 1 | 2 | 3) return "$status" ;; esac
+    if [ "$failed" = 2 ]; then
+      echo "the slice could not be created or set up, twice; it is deleted, nothing is rented" >&2
+      return 1
+    fi
     echo "status $status: again on a new slice, from the last checkpoint" >&2
   done
 }
@@ -77,5 +123,5 @@ all() {
 case ${1:-} in
   create | setup | delete) "$1" ;;
   run | all) "$@" ;;
-  *) sed -n '2,12s/^# \{0,1\}//p' "$0" && exit 2 ;;
+  *) sed -n '2,13s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

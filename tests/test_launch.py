@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -37,7 +38,7 @@ def test_a_tpu_pod_is_created_set_up_run_and_deleted():
     assert "--accelerator-type=v6e-64" in steps[0]
     assert "--spot" in steps[0]
     assert all("--worker=all" in step for step in steps[2:5])
-    assert "vit_at.main" in steps[4]
+    assert "on_worker.sh start gs://bucket/run/logs" in steps[4].replace("\\", "")
     assert all(word in steps[4] for word in RUN)
 
 
@@ -45,28 +46,100 @@ def test_tpu_pod_without_a_deed_explains_itself():
     assert "create | setup | run ARGS... | delete" in said(LAUNCH / "tpu_pod.sh", status=2)
 
 
+# What the cloud's command does: notes its words, and fails at the stage that FAILS names. A run has
+# STATUSES, one for each look.
 GCLOUD = """#!/usr/bin/env bash
 echo "$@" >> "$LOG"
 case "$*" in
-  *describe*) echo ACTIVE ;;
-  *vit_at.main*) echo x >> "$LOG.runs"
-    if [ "$(wc -l < "$LOG.runs")" = 1 ]; then exit 255; fi
-    echo "exit status 0" ;;
+  *describe*) if [ -e "$LOG.lost" ]; then echo SUSPENDED; else echo ACTIVE; fi ;;
+  *delete*) rm -f "$LOG.lost" ;;
+  *create*) if [ "$FAILS" = create ]; then exit 1; fi ;;
+  *scp*) if [ "$FAILS" = copy ]; then exit 1; fi ;;
+  *uv*) if [ "$FAILS" = install ]; then exit 1; fi ;;
+  *rsync*) if [ "$FAILS" = data ]; then exit 1; fi ;;
+  *status*)
+    if [ "$FAILS" = slice ] && [ ! -e "$LOG.once" ]; then
+      touch "$LOG.lost" "$LOG.once"
+      exit 255
+    fi
+    echo x >> "$LOG.looks"
+    echo $STATUSES | cut -d, -f"$(wc -l < "$LOG.looks")" ;;
 esac
 """
 
 
-def test_a_preempted_tpu_run_goes_on_on_a_new_slice(tmp_path):
-    stand_in = tmp_path / "gcloud"
-    stand_in.write_text(GCLOUD)
-    stand_in.chmod(0o755)
-    log = tmp_path / "log"
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    said(LAUNCH / "tpu_pod.sh", "all", *RUN, PATH=path, LOG=str(log))
-    calls = log.read_text()
-    for deed in ("queued-resources create", "vit_at.main", "queued-resources delete"):
+def pod(folder, *arguments, fails="", statuses="running,exit status 0", status=0):
+    """The words of all calls of the cloud's command by ``tpu_pod.sh all``."""
+    (folder / "gcloud").write_text(GCLOUD)
+    (folder / "gcloud").chmod(0o755)
+    log = folder / "log"
+    log.touch()
+    settings = {"PATH": f"{folder}:{os.environ['PATH']}", "LOG": str(log), "EVERY": "0.01"}
+    settings |= {"FAILS": fails, "STATUSES": statuses, "DATA": "gs://bucket/tfds"}
+    said(LAUNCH / "tpu_pod.sh", "all", *(arguments or RUN), status=status, **settings)
+    return log.read_text()
+
+
+def test_a_tpu_run_is_started_detached_watched_and_deleted(tmp_path):
+    calls = pod(tmp_path)
+    order = ["queued-resources create", "scp", "uv pip install", "rsync", "on_worker.sh start"]
+    order += ["on_worker.sh status", "queued-resources delete"]
+    places = [calls.index(deed) for deed in order]
+    assert places == sorted(places)
+    assert calls.count("on_worker.sh start") == 1
+    assert calls.count("on_worker.sh status") == 2
+    assert "start gs://bucket/run/logs --config=configs/imagenet_vit_b.py" in calls
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status"), [("exit status 2", 2), ("exit status 3", 3), ("exit status 1", 1)]
+)
+def test_a_tpu_run_that_a_restart_would_only_repeat_ends(statuses, status, tmp_path):
+    calls = pod(tmp_path, statuses=statuses, status=status)
+    assert calls.count("queued-resources create") == 1
+    assert calls.count("queued-resources delete") == 1
+
+
+@pytest.mark.parametrize(
+    ("fails", "statuses"), [("slice", "exit status 0"), ("", "exit status 143,exit status 0")]
+)
+def test_a_preempted_tpu_run_goes_on_on_a_new_slice(fails, statuses, tmp_path):
+    calls = pod(tmp_path, fails=fails, statuses=statuses)
+    for deed in ("queued-resources create", "on_worker.sh start", "queued-resources delete"):
         assert calls.count(deed) == 2
     assert calls.rindex("create") > calls.index("delete")
+
+
+@pytest.mark.parametrize("stage", ["create", "copy", "install", "data"])
+def test_a_slice_that_can_not_be_set_up_is_given_up_after_two_tries(stage, tmp_path):
+    calls = pod(tmp_path, fails=stage, status=1)
+    assert calls.count("queued-resources create") == 2
+    assert calls.count("queued-resources delete") == 2
+    assert "on_worker.sh start" not in calls
+
+
+def test_nothing_is_rented_for_a_work_directory_on_a_disk(tmp_path):
+    assert pod(tmp_path, RUN[0], "--workdir=runs/x", status=2) == ""
+
+
+def test_a_run_on_a_worker_outlives_its_connection(tmp_path):
+    (tmp_path / "gcloud").write_text('#!/bin/sh\ncp "$4" "$5"\n')
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"; sleep 1; exit 3\n')
+    for name in ("gcloud", "python"):
+        (tmp_path / name).chmod(0o755)
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STATE": str(tmp_path / "state")}
+    settings |= {"PYTHON": str(tmp_path / "python"), "EVERY": "0.1"}
+    worker = LAUNCH / "on_worker.sh"
+    for _ in range(2):  # the second finds it running
+        said(worker, "start", tmp_path, "--workdir=gs://b/r", **settings)
+    assert said(worker, "status", **settings).splitlines()[-1] == "running"
+    deadline = time.monotonic() + 30
+    while (answer := said(worker, "status", **settings).splitlines())[-1] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert answer == ["-m vit_at.main --workdir=gs://b/r", "exit status 3"]
+    (log,) = tmp_path.glob("*.log")
+    assert log.read_text() == "-m vit_at.main --workdir=gs://b/r\n"
 
 
 def test_a_slurm_job_submits_itself():
