@@ -163,6 +163,7 @@ def test_no_path_of_the_machine_is_exported(tmp_path):
     config = trained().config.copy_and_resolve_references().unlock()
     config.data.dir = "/home/me/tfds"
     config.data.name = "folder:/home/me/flowers/"
+    config.data.extra.name = "npz:/home/me/edm.npz"
     config.model.pretrained = "/home/me/weights/deit.pth"
     values = {"step": 5, "num_classes": 10, "run": {"data": "/home/me"}}
     records = [record("clean", 0.5, data="folder:/home/me/flowers test[:10]")]
@@ -171,6 +172,7 @@ def test_no_path_of_the_machine_is_exported(tmp_path):
     texts = [(tmp_path / name).read_text() for name in ("model.json", "README.md")]
     assert not any("/home" in text or str(tmp_path) in text for text in texts)
     assert about["dataset"] == "folder:flowers"
+    assert about["training"]["data"]["extra"]["name"] == "npz:edm.npz"
     assert about["training"]["model"]["pretrained"] == "deit.pth"
     assert about["results"][0]["protocol"]["data"] == "folder:flowers test[:10]"
     assert config.data.dir == "/home/me/tfds"

@@ -174,7 +174,7 @@ def describe(trained: Trained, records: Sequence[dict[str, Any]]) -> dict[str, A
         "link": "",
         "name": config.name,
         "authors": "",
-        "additional_data": bool(config.model.pretrained),
+        "additional_data": bool(config.model.pretrained or config.data.extra.name),
         "number_forward_passes": 1,
         "dataset": config.data.name,
         "venue": "Unpublished",
@@ -198,6 +198,7 @@ def _without_paths(config: ConfigDict) -> ConfigDict:
     public = config.copy_and_resolve_references().unlock()
     public.data.dir = ""
     public.data.name = _last_part(config.data.name)
+    public.data.extra.name = _last_part(config.data.extra.name)
     if not config.model.pretrained.startswith(weights.HUB_PREFIX):
         public.model.pretrained = config.model.pretrained.rstrip("/").rpartition("/")[2]
     return public.lock()
@@ -205,7 +206,7 @@ def _without_paths(config: ConfigDict) -> ConfigDict:
 
 def _last_part(data: str) -> str:
     """'folder:/home/me/flowers test' -> 'folder:flowers test'; other data sets as they are."""
-    return re.sub(r"^(folder|npy):.*/(?=[^/])", r"\1:", data, flags=re.DOTALL).rstrip("/")
+    return re.sub(r"^(folder|npy|npz):.*/(?=[^/])", r"\1:", data, flags=re.DOTALL).rstrip("/")
 
 
 def _percent(records: Sequence[dict[str, Any]], attack: str, threat: ConfigDict) -> str | None:
