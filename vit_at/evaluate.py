@@ -15,7 +15,7 @@ and --from the accuracy on adversarial images that were made for other models.
 
 import argparse
 import inspect
-import os
+import pathlib
 import sys
 import types
 from collections.abc import Sequence
@@ -23,42 +23,21 @@ from typing import Any
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from vit_at.attacks import NORMS
 from vit_at.cli import add_process_arguments, join_processes
 from vit_at.config import CHECKPOINTS
-from vit_at.configs import default
 from vit_at.console import quiet_logging
 from vit_at.data import sources
 from vit_at.distributed import devices, processes, sharding
 from vit_at.distributed.precision import PRECISIONS, check_precision
-from vit_at.errors import Parser, UserError, explained_errors, one_sentence_errors
-from vit_at.evaluation import curves, transfer
+from vit_at.errors import Parser, explained_errors, one_sentence_errors
+from vit_at.evaluation import arguments, curves, pseudo_labels, transfer
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store, select
-from vit_at.evaluation.subject import Subject, in_classes_of, of_directory, of_file, of_function
+from vit_at.evaluation.protocol import parse_attacks
+from vit_at.evaluation.subject import in_classes_of
 from vit_at.workdir.files import disk_errors, locked
 from vit_at.workdir.results import Results, as_text
-
-_PATH = ((str, os.PathLike), "the path of a directory")
-_TYPES: dict[Any, tuple[Any, str]] = {
-    str: (str, "a string"),
-    int: (int, "a whole number"),
-    float | None: ((int, float, types.NoneType), "a number"),
-    float | Sequence[float] | None: (
-        (int, float, tuple, list, types.NoneType),
-        "a number, or a tuple of numbers",
-    ),
-    tuple[float, ...]: ((tuple, list), "a tuple of numbers"),
-}
-_TAKERS = {  # the sources that take an option
-    "model": ("--weights",),
-    "num_heads": ("--weights",),
-    "mean": ("--weights",),
-    "std": ("--weights",),
-    "image_size": ("--weights", "--function"),
-}
-_MOST_RESTARTS = 1000  # their starts are in memory together
 
 
 def fraction(text: str) -> float:
@@ -118,6 +97,7 @@ def evaluate(
     seed: int = 0,
     workdir: str = "",
     from_runs: str = "",
+    write_labels: str = "",
 ) -> list[dict[str, Any]]:
     """Measures the accuracy of a run, an export, weights or a function under attacks.
 
@@ -150,6 +130,8 @@ def evaluate(
       workdir: where results are stored; '': the source, or a folder of runs/evaluate.
       from_runs: other work directories or exports, comma-separated. The adversarial images of each
         model are given to all; results are stored in ``transfer`` of the work directory.
+      write_labels: a new .npz file for the images, the model's labels of them and its confidence,
+        which ``data.extra`` of another training takes.
 
     Returns:
       One record for each attack, as in ``results.json``: accuracy, standard error, protocol. Of a
@@ -159,8 +141,8 @@ def evaluate(
       UserError: a directory, file, data set or option that can't be used.
     """
     given = locals()
-    _check_arguments(given)
-    subject = _subject(given)
+    arguments.check(given, inspect.signature(evaluate))
+    subject = arguments.subject(given)
     config = subject.config
     config.eval.batch_size = batch_size or config.eval.batch_size
     sizes = (eps,) if isinstance(eps, (int, float)) else tuple(eps or ())
@@ -169,6 +151,8 @@ def evaluate(
     sharding.check_batch_size("--batch_size", config.eval.batch_size, mesh)
     check_precision("--precision", precision, mesh)
     parsed = curves.attacks(attacks, threats, restarts, 0 in sizes, precision)
+    if write_labels:
+        pseudo_labels.check_file(pathlib.Path(write_labels))
     models = transfer.subjects(subject, from_runs, checkpoint, parsed, data) if from_runs else {}
     threads = config.data.threads
     examples = sources.load(config.data, config.data.test_split, threads=threads, chosen=ids)
@@ -194,7 +178,15 @@ def evaluate(
                 records += curves.store_unions(records, results, examples)
             if jax.process_index() == 0 and (models or len(threats) > 1):
                 _write_tables(results, records)
-            return records
+    if write_labels:
+        (clean,) = parse_attacks("clean", threats[0], precision=precision)
+        options = {"batch_size": config.eval.batch_size, "threads": threads}
+        labels = pseudo_labels.label(
+            subject.apply, subject.params, examples, clean, mesh, **options
+        )
+        if jax.process_index() == 0:
+            pseudo_labels.write(pathlib.Path(write_labels), examples, labels)
+    return records
 
 
 def _write_tables(results: Results, records: list[dict[str, Any]]) -> None:
@@ -203,80 +195,6 @@ def _write_tables(results: Results, records: list[dict[str, Any]]) -> None:
 
     for path in tables.write(results, records):
         print(f"table and picture: {path}.csv, .png", file=sys.stderr)
-
-
-def _subject(given: dict[str, Any]) -> Subject:
-    """What the arguments name, with the data that they name."""
-    _check_sources(given)
-    if not (given["weights"] or given["function"]):
-        subject = of_directory(given["source"], given["checkpoint"])
-        _set_data(subject.config, given)
-        return subject
-    config = default.get_config().unlock()
-    _set_data(config, given)
-    if given["function"]:
-        return of_function(given["function"], config, given["image_size"])
-    options = {name: given[name] for name in ("num_heads", "image_size", "mean", "std")}
-    return of_file(given["weights"], given["model"], config, **options)
-
-
-def _check_sources(given: dict[str, Any]) -> None:
-    """Checks that there is one source, and only options that it takes."""
-    sources = {"WORKDIR": given["source"]} | {f"--{n}": given[n] for n in ("weights", "function")}
-    present = [name for name, value in sources.items() if value]
-    if len(present) > 1:
-        raise UserError(f"{' and '.join(present)} are both given; choose one of them")
-    if not present:
-        raise UserError(
-            "one source is required: WORKDIR, --weights=FILE with --model=NAME, or "
-            "--function=MODULE:NAME"
-        )
-    for option, takers in _TAKERS.items():
-        if given[option] and present[0] not in takers:
-            raise UserError(
-                f"--{option} is given, but only {' and '.join(takers)} take it; leave it out"
-            )
-    if given["weights"] and not given["model"]:
-        raise UserError(
-            "--weights needs --model=NAME, timm's name of the architecture, such as "
-            "--model=deit_small_patch16_224; 'vit-at models' lists them"
-        )
-
-
-def _check_arguments(given: dict[str, Any]) -> None:
-    """Checks types and choices, for calls from Python, and ranges."""
-    for name, parameter in inspect.signature(evaluate).parameters.items():
-        kind, words = _TYPES.get(parameter.annotation, _PATH)
-        fits = isinstance(given[name], kind) and not isinstance(given[name], bool)
-        if isinstance(given[name], (tuple, list)):
-            fits = all(isinstance(number, (int, float)) for number in given[name])
-        if not fits:
-            raise UserError(f"{name} is {given[name]!r}; it must be {words}")
-    if given["checkpoint"] not in CHECKPOINTS:
-        choices = ", ".join(CHECKPOINTS)
-        raise UserError(f"checkpoint is '{given['checkpoint']}'; it must be {choices}")
-    for name in ("num_heads", "image_size"):
-        if given[name] < 0:
-            raise UserError(f"--{name} is {given[name]}; it must be 1 or more, or be left out")
-    restarts, seed = given["restarts"], given["seed"]
-    if restarts < 1:
-        raise UserError(f"--restarts is {restarts}; it must be 1 or more")
-    if restarts > _MOST_RESTARTS:
-        raise UserError(f"--restarts is {restarts}; it must be at most {_MOST_RESTARTS}")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed is {seed}; it must be from 0 to {2**32 - 1}")
-
-
-def _set_data(config: ConfigDict, given: dict[str, Any]) -> None:
-    """Changes the data to those that are asked for; of other data, the whole split is used."""
-    whole = config.data.test_split.partition("[")[0] if given["data"] else ""
-    fields = {
-        "name": given["data"],
-        "dir": given["data_dir"],
-        "transform": given["transform"],
-        "test_split": given["split"] or whole,
-    }
-    config.data.update({field: value for field, value in fields.items() if value})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -312,17 +230,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", default="float32", choices=tuple(PRECISIONS), help=how)
     add("--seed", type=int, default=0, help="of the random starts")
     add("--workdir", default="", metavar="DIR", help="where results are stored")
+    kept = "a new file for images, labels by the model and its confidence"
+    add("--write_labels", default="", metavar="FILE.npz", help=kept)
     others = "whose adversarial images it is given, comma-separated"
     add("--from", dest="from_runs", default="", metavar="WORKDIRS", help=others)
     add_process_arguments(parser)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Evaluates; returns the exit status, 2 for a mistake of the user's."""
     quiet_logging()
     parser = Parser(prog="vit-at evaluate", description=__doc__)
     add_arguments(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     shares = max(1, options.num_processes)
     batch_sizes = [options.batch_size // shares] if options.batch_size else []
     with one_sentence_errors(options.source or options.workdir):

@@ -69,6 +69,8 @@ CASES = {
     "from Python: an unknown precision": _call(
         "--precision is 'half'; use one of float32, bf16x9", "clean", precision="half"
     ),
+    "labels of another suffix": _command("--write_labels=labels.json", says="an .npz file"),
+    "labels nowhere": _command("--write_labels=none/x.npz", says="none is no directory"),
     "half a restart": _command("--restarts=1.5", says="invalid int value: '1.5'"),
     "batch that devices don't divide": _command("--batch_size=6", says="4 devices"),
     "negative batch": _command("--batch_size=-4", says="eval.batch_size is -4"),
