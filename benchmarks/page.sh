@@ -10,11 +10,11 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} results=benchmarks/results
 
 "$python" benchmarks/step.py --objectives at,trades,mart,pgd --dtypes float32,bfloat16 \
-  --repetitions 3 --cold --out $results/step_cpu3.json
-"$python" benchmarks/step.py --objectives at+masked --keep 0.1 --against eager --repetitions 3 \
+  --repetitions 3 --out $results/step_cpu3.json
+"$python" benchmarks/step.py --objectives at+masked --keep 0.1 --against eager --repetitions 3 --cold \
   --out $results/step_cpu3_keep.json
 "$python" benchmarks/official_autoattack.py --images=256 --batch=64 \
-  --out $results/autoattack_cpu3.json
+  --out $results/autoattack_cpu2.json
 "$python" benchmarks/scaling.py --attack_steps 3 --devices 1,2,4 --batches 16,64,128 \
-  --patches 8,2 --depths 3,24 --out $results/scaling_cpu3.json
+  --patches 8,2 --depths 3,24 --out $results/scaling_cpu2.json
 "$python" benchmarks/tables.py
