@@ -111,7 +111,7 @@ def ours(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     )
     with mock.patch.object(autoattack, "run", observed):  # it says more than the evaluation does
         evaluator.run(attack, params, progress=True)
-    (result,) = results
+    result = results[0]  # later ones are the audit's
     work = {}
     for name, done in result.work.items():
         backward = (done["passes"] - 1) // 2  # a backward pass counts as two forward passes
