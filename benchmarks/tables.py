@@ -2,7 +2,8 @@
 
     python benchmarks/tables.py
 
-A table follows a line ``<!-- KIND FILE... -->``; FILE.json is in results/.
+A table follows a line ``<!-- KIND FILE... -->``; FILE.json is in results/. A row of a later file
+replaces that of an earlier one, which was measured again.
 """
 
 import json
@@ -38,7 +39,7 @@ def filled(page: str) -> str:
     def table(found: re.Match) -> str:
         files = [json.loads((RESULTS / f"{name}.json").read_text()) for name in found[2].split()]
         header, *rows = (row for content in files for row in TABLES[found[1]](content))
-        rows = [row for row in rows if row != header]
+        rows = list({row[0]: row for row in rows if row != header}.values())
         lines = [found[0].split("\n")[0], ""]
         lines += [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
         return "\n".join([*lines, "", ""])
