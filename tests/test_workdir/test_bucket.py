@@ -88,8 +88,8 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(storage):
-    """A run in the bucket, killed and resumed while 3 % of all requests fail; its records."""
-    storage.failing = 0.03
+    """A run in the bucket, killed and resumed while 1 % of all requests fail; its records."""
+    storage.failing = 0.01
     with pytest.MonkeyPatch.context() as patch:
         dying_at(5, patch)
         with pytest.raises(RuntimeError, match="killed"):
