@@ -284,10 +284,9 @@ def test_kills_at_any_moment_while_requests_fail_change_nothing(storage, tmp_pat
     storage.failing = 0.05
     for number in itertools.count():
         workdir = f"gs://robots/killed{number}"
-        while killed(workdir, training, 800):
-            kills += 1
-        while killed(workdir, evaluation(workdir), 150):
-            kills += 1
+        for command, times, most in ((training, 6, 800), (evaluation(workdir), 4, 150)):
+            kills += sum(killed(workdir, command, most) for _ in range(times))
+            to_the_end(workdir, command)
         for name, value in runs.arrays_of(epath.Path(workdir), LAST_STEP).items():
             assert value.tobytes() == expected[name].tobytes(), name
         files = [epath.Path(path) / "results.json" for path in (whole, workdir)]
