@@ -34,7 +34,17 @@ def test_the_work_is_cut_for_the_devices_of_the_mesh():
     assert programs.cut_for(sharding.make_mesh()).most_slots == 8
 
 
-def test_narrower_batches_are_halves_on_accelerators_and_change_no_outcome(monkeypatch):
+@pytest.mark.parametrize(
+    ("count", "batch_size", "width"),
+    [(0, 24, 8), (5, 24, 8), (9, 24, 16), (20, 24, 24), (100, 1000, 128), (600, 1000, 1000)],
+)
+def test_a_batch_on_an_accelerator_is_the_smallest_one_doubled(count, batch_size, width):
+    cut, mesh = programs._ON_AN_ACCELERATOR, types.SimpleNamespace(size=1)
+    own = types.SimpleNamespace(_cut=cut, _mesh=mesh, _batch_size=batch_size)
+    assert packing.Packing._width_for(own, count) == width
+
+
+def test_narrower_batches_on_accelerators_change_no_outcome(monkeypatch):
     params, images, labels = problem(24)
     options = {"norm": "l2", "eps": median_eps(params, images, labels, "l2"), "batch_size": 16}
     options |= {"mesh": sharding.make_mesh(jax.devices()[:1]), "budget": Budget(20, 100)}

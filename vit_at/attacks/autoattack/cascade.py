@@ -13,6 +13,7 @@ from vit_at.attacks.autoattack.checks import Classifier, read
 from vit_at.attacks.autoattack.ledger import BROKEN, WITHSTOOD, Ledger, Store
 from vit_at.attacks.autoattack.methods import Method
 from vit_at.attacks.autoattack.packing import Finished, Packing, Source
+from vit_at.attacks.autoattack.programs import cut_for
 from vit_at.attacks.autoattack.settings import Settings
 from vit_at.attacks.losses import is_correct
 from vit_at.attacks.norms import largest_size, sizes
@@ -20,7 +21,6 @@ from vit_at.console import Progress
 from vit_at.distributed import processes
 
 _WRITING_SHARE = 0.05  # share of the time that writing the ledger may take
-_CONFIRM_PER_DEVICE = 8  # images in a batch that confirms successes
 
 
 class Cascade:
@@ -115,9 +115,8 @@ class Cascade:
         draw: a number, or one for each point; fixes the keys of a randomised model.
         """
         settings = self._settings
-        width = min(_CONFIRM_PER_DEVICE * settings.mesh.size, settings.batch_size)
-        if len(places) > width:  # the survey's program
-            width = settings.batch_size
+        of_device = cut_for(settings.mesh).most_slots or settings.batch_size
+        width = min(of_device * settings.mesh.size, settings.batch_size)
         logits = self._classify(points, width, places, draw)
         moved = sizes(points - read(self._source.images, places), settings.norm)
         allowed = largest_size(settings.eps, points[0].size, settings.norm)

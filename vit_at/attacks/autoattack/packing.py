@@ -127,13 +127,11 @@ class Packing:
         return ended
 
     def _width_for(self, count: int) -> int:
-        """The smallest batch that holds ``count`` runs, at most the batch size."""
-        unit, width = self._cut.slots * self._mesh.size, self._batch_size
-        if not self._cut.halved:
-            return min(width, -(-max(count, 1) // unit) * unit)
-        while width // 2 >= count and width // 2 % unit == 0:
-            width //= 2
-        return width
+        """The smallest of the batches that hold ``count`` runs, at most the batch size."""
+        width = unit = self._cut.slots * self._mesh.size
+        while width < count:
+            width = 2 * width if self._cut.doubled else width + unit
+        return min(width, self._batch_size)
 
     def _shrink(self) -> None:
         """Narrows the batch if that saves more than the compilation costs."""

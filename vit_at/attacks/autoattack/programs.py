@@ -26,7 +26,7 @@ class Cut(NamedTuple):
     most_slots: of a device; more activations would not fit into its cache. None: no limit.
     worth_compiling: floating-point operations that a narrower batch must save: those that the
       machine does while it compiles one.
-    halved: narrower batches are the whole one halved, so that there are few.
+    doubled: batches are the smallest one doubled, so that there are few.
     """
 
     forward_steps: int
@@ -34,13 +34,13 @@ class Cut(NamedTuple):
     slots: int
     most_slots: int | None
     worth_compiling: float
-    halved: bool
+    doubled: bool
 
 
 # Assumed: two cores compile for 5 s and do 1.4e11 operations per second; an accelerator's host
 # compiles for 20 s, and the accelerator does 2e13 in float32.
-_ON_A_CPU = Cut(50, 8, slots=1, most_slots=8, worth_compiling=7e11, halved=False)
-_ON_AN_ACCELERATOR = Cut(200, 25, slots=8, most_slots=None, worth_compiling=4e14, halved=True)
+_ON_A_CPU = Cut(50, 8, slots=1, most_slots=8, worth_compiling=7e11, doubled=False)
+_ON_AN_ACCELERATOR = Cut(200, 25, slots=8, most_slots=None, worth_compiling=4e14, doubled=True)
 
 
 def cut_for(mesh: Mesh) -> Cut:
