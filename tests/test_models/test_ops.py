@@ -143,3 +143,27 @@ def test_large_logits_and_a_far_tail_stay_finite():
     x = jnp.array([-1e4, -20.0, 0.0, 20.0, 1e4])
     np.testing.assert_allclose(ops.gelu(x), [0, 0, 0, 20, 1e4])
     np.testing.assert_allclose(jax.vmap(jax.grad(ops.gelu))(x), [0, 0, 0.5, 1, 1])
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_layer_norm_of_each_platform_is_the_same(platform, monkeypatch):
+    """In bfloat16, what a GPU recomputes and a TPU sums up differ from a CPU's by rounding."""
+    x, scale, bias = arguments(3, "float32")
+    x = (x + 20).astype("bfloat16")  # a mean of several deviations, where squares could cancel
+
+    def with_gradients():
+        value, vjp = jax.vjp(lambda *of: ops.layer_norm(*of, 1e-5), x, scale, bias)
+        return value, *vjp(jnp.cos(jnp.arange(value.size)).reshape(value.shape).astype(x.dtype))
+
+    expected = with_gradients()
+    taken = []
+
+    def as_there(*arguments, default, **branches):
+        taken.append(branches.keys() & {platform})
+        return branches.get(platform, default)(*arguments)
+
+    monkeypatch.setattr(ops.lax, "platform_dependent", as_there)
+    for a, b in zip(with_gradients(), expected, strict=True):
+        a, b = a.astype("float32"), b.astype("float32")
+        np.testing.assert_allclose(a, b, atol=0.01 * np.abs(b).max())
+    assert any(taken), f"no branch for {platform}"

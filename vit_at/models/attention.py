@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from vit_at.models import ops
 from vit_at.models.layers import KERNEL_INIT, dense, param_dtype
@@ -30,7 +31,9 @@ class QueryKeyValue(nn.Module):
         bias = self.param("bias", init, (3 * d,), weights) if self.use_bias else None
 
         def linear(x, features):
-            out = ops.linear(x.astype(self.dtype), kernel[:, features].astype(self.dtype))
+            factors = x.astype(self.dtype), kernel[:, features].astype(self.dtype)
+            # Without the barrier, XLA merges the three products again.
+            out = ops.linear(*(lax.optimization_barrier(factors) if separately else factors))
             return out if bias is None else out + bias[features].astype(self.dtype)
 
         if separately:

@@ -18,6 +18,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental import layout
 
 from vit_at.models import layers
 from vit_at.models import stem as stems
@@ -214,6 +215,8 @@ def run_blocks(
         run = jax.checkpoint(run) if model.remat else run
         for i, of_block in enumerate(params.blocks):
             x = run(of_block, x, rows(switches, i))
+            if model.fused_attention:  # whose kernel reads rows; XLA would turn all else round
+                x = layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim))))
         return x
     kind = nn.remat(block.func, prevent_cse=False) if model.remat else block.func
     axes, split = {"params": 0, "intermediates": 0}, {"params": True}

@@ -11,7 +11,7 @@ The products of ``linear`` have the input's dtype and accumulate in float32.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -50,23 +50,21 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
     """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis (Ba et al. 2016).
 
-    scale, bias: [d], float32 at least. The variance is of the centred values, as PyTorch's.
+    scale, bias: [d], float32 at least. The variance is of the centred values, as PyTorch's; that of
+    bfloat16 on a TPU is the mean square less the squared mean, as Flax's.
     """
     return _layer_norm_forward(x, scale, bias, epsilon)[0]
 
 
 def _layer_norm_forward(x, scale, bias, epsilon):
-    wide = _wide(x)
-    mean = wide.mean(-1, keepdims=True)
-    centred = wide - mean
-    inverse = lax.rsqrt((centred**2).mean(-1, keepdims=True) + epsilon)
-    value = centred * (inverse * scale) + bias
+    mean, inverse = _statistics(x, epsilon)
+    value = (_wide(x) - mean) * (inverse * scale) + bias
     return value.astype(x.dtype), (x, mean, inverse, scale)
 
 
 def _layer_norm_backward(epsilon, residuals, cotangent):
-    del epsilon
-    x, mean, inverse, scale = residuals
+    *kept, scale = residuals
+    x, mean, inverse = _recomputed(kept, epsilon) if kept[0].dtype == jnp.bfloat16 else kept
     normalised = (_wide(x) - mean) * inverse
     cotangent = _wide(cotangent)
     scaled = cotangent * scale
@@ -74,6 +72,34 @@ def _layer_norm_backward(epsilon, residuals, cotangent):
     to_x = inverse * (scaled - scaled.mean(-1, keepdims=True) - normalised * along)
     rows = tuple(range(x.ndim - 1))
     return to_x.astype(x.dtype), (cotangent * normalised).sum(rows), cotangent.sum(rows)
+
+
+def _statistics(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """The mean and 1 / sqrt(variance + epsilon) over the last axis, which stays with size 1."""
+    wide = _wide(x)
+    mean = wide.mean(-1, keepdims=True)
+
+    def of_centred(wide, mean):
+        return ((wide - mean) ** 2).mean(-1, keepdims=True)
+
+    def of_squares(wide, mean):  # one pass less; float32 holds the squares of bfloat16 exactly
+        return jnp.maximum((wide**2).mean(-1, keepdims=True) - mean**2, 0)
+
+    if x.dtype == jnp.bfloat16:
+        variance = lax.platform_dependent(wide, mean, tpu=of_squares, default=of_centred)
+    else:
+        variance = of_centred(wide, mean)
+    return mean, lax.rsqrt(variance + epsilon)
+
+
+def _recomputed(kept: Sequence[Array], epsilon: float) -> tuple[Array, Array, Array]:
+    """x and its statistics: on a GPU from x, which is read anyway, so it costs no traffic."""
+
+    def again(x, *_):
+        x = lax.optimization_barrier(x)
+        return x, *_statistics(x, epsilon)
+
+    return lax.platform_dependent(*kept, cuda=again, default=lambda *kept: kept)
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
