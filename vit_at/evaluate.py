@@ -33,7 +33,7 @@ from vit_at.distributed import devices, processes, sharding
 from vit_at.distributed.precision import PRECISIONS, check_precision
 from vit_at.errors import Parser, explained_errors, one_sentence_errors
 from vit_at.evaluation import arguments, curves, pseudo_labels, transfer
-from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store, select
+from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store
 from vit_at.evaluation.protocol import parse_attacks
 from vit_at.evaluation.subject import in_classes_of
 from vit_at.workdir.files import disk_errors, locked
@@ -155,8 +155,9 @@ def evaluate(
         pseudo_labels.check_file(pathlib.Path(write_labels))
     models = transfer.subjects(subject, from_runs, checkpoint, parsed, data) if from_runs else {}
     threads = config.data.threads
-    examples = sources.load(config.data, config.data.test_split, threads=threads, chosen=ids)
-    examples = in_classes_of(select(examples, num_examples), subject)
+    part: dict[str, Any] = {"chosen": ids, "count": num_examples}
+    examples = sources.load(config.data, config.data.test_split, threads=threads, **part)
+    examples = in_classes_of(examples, subject)
     options = {"batch_size": config.eval.batch_size, "seed": seed, "threads": threads}
     directory = epath.Path(workdir).expanduser() if workdir else subject.workdir
     if models:

@@ -125,6 +125,25 @@ def test_only_small_sets_are_cached(monkeypatch):
     assert calls == [3]
 
 
+def test_of_a_part_of_a_large_set_only_the_part_is_decoded(monkeypatch):
+    decoded = []
+    original = sources.cached
+    monkeypatch.setattr(sources, "cached", lambda e, threads: decoded.append(e) or original(e))
+    held = sources.load(data_config(cache_gib=7 * 64 / 2**30), "test", count=7)
+    assert [len(examples) for examples in decoded] == [len(held)] == [7]
+    whole = sources.load(data_config(cache_gib=0), "test")
+    np.testing.assert_array_equal(held.read(np.arange(7))[0], whole.read(np.arange(7))[0])
+
+
+def test_select_takes_the_first_and_refuses_more_than_there_are():
+    whole = sources.load(data_config(), "test[:45]")
+    assert len(sources.select(whole, 7)) == 7
+    assert sources.select(whole, 0) is whole
+    for count in (46, -1):
+        with pytest.raises(UserError, match=f"{count} examples .* has 45"):
+            sources.load(data_config(), "test[:45]", count=count)
+
+
 def test_slices_and_views_keep_the_original_indices():
     whole = sources.load(data_config(), "test")
     part = sources.load(data_config(), "test[40:48]")

@@ -16,7 +16,7 @@ from vit_at.attacks import Threat
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
 from vit_at.evaluate import fraction
-from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store, select
+from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store
 from vit_at.evaluation.protocol import parse_attacks, weights_digest
 from vit_at.reporting import exported
 from vit_at.workdir.results import Results, as_text, in_255ths
@@ -101,14 +101,6 @@ def test_an_images_start_belongs_to_its_place_in_the_split():
     part = outcomes(linear, WEIGHTS, examples=EXAMPLES.take(rows), batch_size=3)
     for name, whole in outcomes(linear, WEIGHTS).items():
         np.testing.assert_array_equal(part[name], whole[rows])
-
-
-def test_select_takes_the_first_and_refuses_more_than_there_are():
-    assert len(select(EXAMPLES, 7)) == 7
-    assert select(EXAMPLES, 0) is EXAMPLES
-    for count in (46, -1):
-        with pytest.raises(UserError, match=f"{count} examples .* has 45"):
-            select(EXAMPLES, count)
 
 
 # --- Names ------------------------------------------------------------------------------------

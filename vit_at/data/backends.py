@@ -5,6 +5,8 @@ data sets are read from array_record files, without TensorFlow. They must be pre
 ``vit-at prepare NAME``. Opening never downloads: a missing data set is an error at once.
 """
 
+import contextlib
+import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,10 +17,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
+from PIL import Image
 
 from vit_at.errors import UserError, in_one_line, nearest
 from vit_at.schema import DatasetInfo, is_remote, read_json
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # of PIL; JPEG includes the MPO files of cameras
 PACKAGED = Path(__file__).parent / "packaged"
 INFO_FILE = "dataset_info.json"
 _FEATURES_FILE = "features.json"
@@ -35,6 +39,21 @@ class Encoded(NamedTuple):
     where: Callable[[int], str]  # row -> the image's name in an error message
     names: Callable[[], list[str]]  # 'CLASS/FILE' of every row
     origin: list[tuple[str, np.ndarray]]  # (split on disk, positions in it) of all rows
+
+
+def headers(encoded: Encoded, count: int = 32) -> list[tuple[int, int, str]]:
+    """(width, height, PIL mode) of up to ``count`` images, evenly spaced over the rows.
+
+    Images that can't be opened are left out: reading them says what is wrong.
+    """
+    n = len(encoded.indices)
+    found = []
+    for row in np.unique(np.linspace(0, n - 1, min(n, count)).astype(int)).tolist():
+        with contextlib.suppress(Exception):  # of the disk, array_record, TFDS and PIL
+            content = encoded.fetch([row])[0][0]
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                found.append((*image.size, image.mode))
+    return found
 
 
 def split_rows(split: str, lengths: dict[str, int], name: str) -> list[tuple[str, np.ndarray]]:

@@ -76,7 +76,7 @@ def _set_test_split(data: ConfigDict) -> None:
 
 def _set_image_size(config: ConfigDict, encoded: backends.Encoded) -> None:
     """The median shorter side, rounded down to a multiple of 16, or of 8 below 16."""
-    found = sources.headers(encoded, count=256)
+    found = backends.headers(encoded, count=256)
     most = config.data.image_size
     side = min(most, int(np.median([min(width, height) for width, height, _ in found] or [most])))
     if side < most:

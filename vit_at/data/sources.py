@@ -5,7 +5,6 @@ to uint8 arrays of one size. Because any image can be read at any time, the orde
 pure function of (seed, step): there is no shuffle buffer, and nothing to restore on resuming.
 """
 
-import contextlib
 import dataclasses
 import io
 import math
@@ -22,9 +21,6 @@ from PIL import Image, UnidentifiedImageError
 
 from vit_at.data import backends, folders, ids, transforms
 from vit_at.errors import UserError, in_one_line
-
-_SAMPLE = 32  # images whose headers say what a data set's images look like
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # JPEG includes the MPO files of cameras
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,7 +82,9 @@ class Examples:
         return dataclasses.replace(self, class_names=tuple(class_names), _read_rows=read_rows)
 
 
-def load(data: ConfigDict, split: str, *, threads: int = 0, chosen: str = "") -> Examples:
+def load(
+    data: ConfigDict, split: str, *, threads: int = 0, chosen: str = "", count: int = 0
+) -> Examples:
     """Opens a split of a data set; keeps it decoded in memory if it is small enough.
 
     Args:
@@ -95,10 +93,12 @@ def load(data: ConfigDict, split: str, *, threads: int = 0, chosen: str = "") ->
       split: in TFDS's notation, also for folders: "train", "train[:90%]", "test[:48]".
       threads: number of threads that fill the cache; 0 means one per core.
       chosen: a list of images, see ``ids``: only these, in its order; '': all.
+      count: the first so many of them; 0: all. Only these are decoded.
 
     Raises:
       UserError: the data set is unknown or not prepared, it has no images or labels, the split is
-        unknown or empty, the transform is unknown, or an image of the list is not there.
+        unknown or empty, the transform is unknown, or an image of the list is not there; with a
+        count, also that there are fewer, or an image twice.
     """
     listed = ids.read(chosen) if chosen else None
     transform = transforms.parse(data.transform, data.image_size)
@@ -119,7 +119,29 @@ def load(data: ConfigDict, split: str, *, threads: int = 0, chosen: str = "") ->
         data.transform,
         listed.about if listed else "",
     )
+    examples = select(examples, count)
     return cached(examples, threads) if examples.nbytes <= data.cache_gib * 2**30 else examples
+
+
+def select(examples: Examples, count: int) -> Examples:
+    """The first ``count`` examples, 0: all.
+
+    Raises:
+      UserError: the count is negative or too large, or the split holds an image twice.
+    """
+    for split in {name for name, _ in examples.origin}:
+        places = np.concatenate([rows for name, rows in examples.origin if name == split])
+        if repeated := len(places) - len(np.unique(places)):
+            raise UserError(
+                f"{examples.name} holds {repeated} images of '{split}' more than once; choose "
+                "parts that do not overlap"
+            )
+    if not 0 <= count <= len(examples):
+        raise UserError(
+            f"{count} examples are asked for, but {examples.name} has {len(examples)}; "
+            "ask for at most these, or for 0 to use all"
+        )
+    return examples.take(np.arange(count)) if count else examples
 
 
 def open_encoded(data: ConfigDict, split: str) -> backends.Encoded:
@@ -135,24 +157,9 @@ def open_encoded(data: ConfigDict, split: str) -> backends.Encoded:
     return encoded
 
 
-def headers(encoded: backends.Encoded, count: int = _SAMPLE) -> list[tuple[int, int, str]]:
-    """(width, height, PIL mode) of up to ``count`` images, evenly spaced over the rows.
-
-    Images that can't be opened are left out: reading them says what is wrong.
-    """
-    n = len(encoded.indices)
-    found = []
-    for row in np.unique(np.linspace(0, n - 1, min(n, count)).astype(int)).tolist():
-        with contextlib.suppress(Exception):  # of the disk, array_record, TFDS and PIL
-            content = encoded.fetch([row])[0][0]
-            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-                found.append((*image.size, image.mode))
-    return found
-
-
 def _warn_of_loss(encoded: backends.Encoded, image_shape: tuple[int, int, int]) -> None:
     """Warns where colour images are read as grey, or images shrunk to a quarter or less."""
-    found, (size, _, channels) = headers(encoded), image_shape
+    found, (size, _, channels) = backends.headers(encoded), image_shape
     colour = sum(not mode.startswith(("1", "L", "I")) for _, _, mode in found)
     if channels == 1 and 2 * colour > len(found):
         logging.warning(
@@ -279,7 +286,7 @@ def decode(
     """
     size, _, channels = image_shape
     try:
-        opened = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+        opened = Image.open(io.BytesIO(encoded), formats=backends.FORMATS)
     except UnidentifiedImageError as error:
         raise ValueError("it is no PNG, JPEG, WebP or BMP image, or its header is cut") from error
     with opened:

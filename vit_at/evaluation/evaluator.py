@@ -28,7 +28,6 @@ from vit_at.console import Progress
 from vit_at.data import augment, pipeline
 from vit_at.data.sources import Examples
 from vit_at.distributed import precision, processes, sharding
-from vit_at.errors import UserError
 from vit_at.evaluation.autoattack import evaluate_autoattack
 from vit_at.evaluation.protocol import Attack, record, weights_digest
 from vit_at.workdir.results import AUTOATTACK, Results
@@ -232,24 +231,3 @@ def evaluate_and_store(
             results.add(entry, correct, examples, answers)
         records.append(entry)
     return records
-
-
-def select(examples: Examples, count: int) -> Examples:
-    """The first ``count`` examples, 0: all.
-
-    Raises:
-      UserError: the count is negative or too large, or the split holds an image twice.
-    """
-    for split in {name for name, _ in examples.origin}:
-        places = np.concatenate([rows for name, rows in examples.origin if name == split])
-        if repeated := len(places) - len(np.unique(places)):
-            raise UserError(
-                f"{examples.name} holds {repeated} images of '{split}' more than once; choose "
-                "parts that do not overlap"
-            )
-    if not 0 <= count <= len(examples):
-        raise UserError(
-            f"{count} examples are asked for, but {examples.name} has {len(examples)}; "
-            "ask for at most these, or for 0 to use all"
-        )
-    return examples.take(np.arange(count)) if count else examples

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from vit_at import models
 from vit_at.data import sources
 from vit_at.errors import UserError
-from vit_at.evaluation.evaluator import select
 from vit_at.workdir.checkpoint import Trained
 
 IMAGES_FILE, STABLEHLO_FILE = "images.safetensors", "model.stablehlo"
@@ -28,7 +27,7 @@ def test_images(config: ConfigDict, count: int, data_dir: str) -> bytes:
     """
     data = config.data.copy_and_resolve_references().unlock()
     data.dir = data_dir or data.dir
-    examples = select(sources.load(data, data.test_split, threads=data.threads), count)
+    examples = sources.load(data, data.test_split, threads=data.threads, count=count)
     images, labels = examples.read(np.arange(count))
     channels_first = np.ascontiguousarray(np.moveaxis(images, -1, 1))
     return safetensors.numpy.save({"images": channels_first, "labels": labels.astype(np.int64)})

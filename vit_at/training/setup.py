@@ -27,7 +27,6 @@ from vit_at.data.sources import Examples
 from vit_at.distributed import sharding
 from vit_at.distributed.precision import check_precision
 from vit_at.errors import UserError
-from vit_at.evaluation.evaluator import select
 from vit_at.evaluation.protocol import parse_attacks
 from vit_at.training import objectives
 from vit_at.training.masking import Masking
@@ -94,8 +93,8 @@ class Setup(NamedTuple):
                 f"epochs is {config.epochs}, or {config.epochs * steps_per_epoch} steps of "
                 f"{config.batch_size} images; at most {MAX_STEPS} can be counted: lower epochs"
             )
-        test_set = sources.load(data, data.test_split, threads=threads)
-        test_set = select(test_set, config.eval.num_examples)
+        count = config.eval.num_examples
+        test_set = sources.load(data, data.test_split, threads=threads, count=count)
         sources.check_splits(data, everything, test_set)
         extra = _extra(config, train_set)
         return cls(config, mesh, train_set, held_out, test_set, model, steps_per_epoch, extra)
