@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.epochs = 40  # passes over the training split
     config.batch_size = 64  # images per update, over all devices
     config.accumulate_steps = 1  # micro-batches per update; the result does not depend on it
+    config.phases = ""  # what changes when: '0 threat.steps=1; 20 threat.steps=2 threat.eps=8/255'
     config.ema_decay = 0.0  # of the averaged weights that are evaluated; 0: no averaging
     config.swa_epochs = 0.0  # the weights of these last epochs are averaged equally; 0: none
     config.log_every_steps = 10  # steps between two lines of metrics.jsonl
@@ -75,9 +76,10 @@ def get_config() -> ConfigDict:
     mixing.cutmix_probability = 0.5  # that a mixed batch uses CutMix, where both are on
 
     config.threat = threat = ConfigDict()  # the training attack
+    threat.method = "pgd"  # pgd, or apgd: keeps the worst point, and chooses the step size itself
     threat.norm = "linf"  # linf, l2 or l1
     threat.eps = 8 / 255  # radius of the ball
-    threat.step_size = 2 / 255  # of one attack step
+    threat.step_size = 2 / 255  # of one step of PGD
     threat.steps = 10  # of the training attack
     threat.start = "random"  # random (TRADES, MART: tiny), zero, or noise (N-FGSM, not projected)
     threat.eps_warmup_epochs = 0.0  # eps and step size grow linearly from 0 over these

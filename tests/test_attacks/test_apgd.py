@@ -162,3 +162,22 @@ def test_stays_in_the_ball_and_the_image_range(norm):
         assert float(state.point.min()) >= 0
         assert float(state.point.max()) <= 1
         assert float(norms.NORMS[norm].size(state.point - images).max()) <= 0.3 + 1e-6
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("steps", [2, 3, 10])
+def test_the_attack_of_training_is_that_of_its_authors(norm, steps):
+    """Singh et al. 2023, their code in float64 on a small network: the points of largest loss."""
+    golden = reference.arrays("apgd_training")
+    with jax.enable_x64(True):
+        images, w1, w2 = (jnp.asarray(golden[name]) for name in ("x", "w1", "w2"))
+        targets = jax.nn.one_hot(golden["y"], 4, dtype=images.dtype)
+
+        def losses_at(images, attn_keep):
+            logits = jnp.tanh(images.reshape(len(images), -1) @ w1) @ w2
+            return losses.cross_entropy(logits, targets)
+
+        threat = Threat(norm, {"linf": 0.1, "l2": 1.0}[norm], steps=steps)
+        start = jnp.zeros_like(images)
+        found = apgd.training_attack(losses_at, images, start, None, threat)
+        np.testing.assert_allclose(found, golden[f"{norm}_{steps}"], atol=1e-9)

@@ -202,6 +202,10 @@ def test_step_flops_count_the_passes(objective, passes):
     assert metrics.step_flops(objective, 1e9, 64, 10) == passes * 64e9
 
 
+def test_auto_pgd_evaluates_its_last_point():
+    assert metrics.step_flops("at", 1.0, 1, 2, method="apgd") == 2 * 2 + 1 + 3
+
+
 def test_adversarial_weight_perturbation_costs_a_second_gradient():
     assert metrics.step_flops("at", 1.0, 1, 10, awp=True) == 2 * 10 + 2 * 3
     assert metrics.step_flops("trades", 1.0, 1, 10, awp=True) == 1 + 2 * 10 + 2 * 6

@@ -9,6 +9,7 @@ import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import runs
 
@@ -118,6 +119,32 @@ def test_n_fgsm_adds_its_step_to_twice_the_ball_of_noise_and_clips_to_the_image_
     np.testing.assert_allclose(adversarial, expected, atol=1e-6)
     assert float(jnp.abs(adversarial - images).max()) > 0.2
     assert reach(threat, "random") is threat
+
+
+def test_auto_pgd_in_training_keeps_the_worst_point_and_heeds_ard():
+    images, slope = jax.random.uniform(jax.random.key(3), (2, *SHAPE))
+    targets, threat = jax.nn.one_hot(jnp.zeros(len(images), int), 2), Threat("linf", 0.1, 0.1, 3)
+
+    def apply(params, images, attn_keep=None):
+        fixed = jax.lax.stop_gradient(images)
+        gated = images if attn_keep is None else jnp.where(attn_keep[0], images, fixed)
+        score = (jnp.sin(9 * params * images) - 2 * jnp.sin(5 * gated)).mean((1, 2, 3))
+        return score[:, None] * jnp.array([1.0, -1.0])
+
+    drawn = draws(threat=threat, masking=Masking(ard=True, keep_max=0.5), num_blocks=1)
+    drawn = drawn._replace(attn_keep=jnp.array([[True], [False], [True]]))
+    options = {"objective": "at", "threat": threat, "method": "apgd"}
+    found = perturb(apply, slope, images, targets, drawn, **options)
+    blind = perturb(apply, slope, images, targets, drawn._replace(attn_keep=None), **options)
+
+    def loss(points):
+        return np.asarray(optax.softmax_cross_entropy(apply(slope, points), targets))
+
+    start = jnp.clip(images + drawn.delta, 0, 1)
+    assert (loss(found) >= loss(start)).all()
+    assert (loss(found) > loss(start)).any()
+    assert float(jnp.abs(found - images).max()) <= 0.1 + 1e-6
+    assert float(jnp.abs(found - blind).max()) > 0.01
 
 
 def test_natural_training_has_no_attack():

@@ -12,15 +12,17 @@ any time. The first call evaluates the start itself.
 The step size of the ``Threat`` is not used.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from vit_at.attacks import losses
 from vit_at.attacks.norms import NORMS, resize_as_official
-from vit_at.attacks.threat import Threat
+from vit_at.attacks.threat import Threat, into_image_range
 
 Array = jax.Array
 Evaluate = Callable[[Array], tuple[Array, Array, Array]]
@@ -164,6 +166,44 @@ def _checkpoint(state: State, threat: Threat, rho: float) -> State:
         since_check=jnp.where(due, 0, state.since_check),
         period=jnp.where(due, jnp.maximum(state.period - decrement, shortest), state.period),
     )
+
+
+def training_attack(
+    losses_at: Callable[[Array, Array | None], Array],
+    images: Array,
+    delta: Array,
+    attn_keep: Array | None,
+    threat: Threat,
+) -> Array:
+    """The points of the largest loss after ``threat.steps`` iterations: APGD-2, APGD-3, ...
+
+    Singh et al. 2023, "Revisiting Adversarial Training for ImageNet", train with 2 or 3 from a zero
+    start. Each iteration costs a pass forward and back; the last point, one more forward.
+
+    Args:
+      losses_at: (images [b, H, W, C], block mask [num_blocks] or None) -> [b].
+      images: in [0, 1].
+      delta: initial perturbation [b, H, W, C]; clipped to the image range first.
+      attn_keep: [steps, num_blocks] bool, ARD; None: off.
+
+    Returns:
+      Adversarial images in [0, 1].
+    """
+    correct = jnp.ones(len(images), bool)  # an attack in training does not stop at a success
+
+    def with_gradient(keep, points):
+        values, pull = jax.vjp(lambda x: losses_at(x, keep), points)
+        return values, losses.finite_or_zero(pull(jnp.ones_like(values))[0]), correct
+
+    def iteration(state, keep):
+        return advance(functools.partial(with_gradient, keep), images, state, threat)[0], None
+
+    def without_gradient(points):
+        return losses_at(points, None), jnp.zeros_like(points), correct
+
+    state = start_at(images + into_image_range(delta, images), threat)
+    state, _ = lax.scan(iteration, state, attn_keep, length=threat.steps)
+    return advance(without_gradient, images, state, threat)[0].best_point
 
 
 def loss_and_gradient(

@@ -12,7 +12,7 @@ multiply_adds     cost of blocks
 import abc
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax
 import flax.linen as nn
@@ -53,6 +53,8 @@ class Transformer(nn.Module, kw_only=True):
     remat: bool = False
     fused_attention: bool = False
     dtype: str = "float32"
+
+    any_size: ClassVar[bool] = True  # takes smaller images than image_size, too
 
     @property
     def num_blocks(self) -> int:

@@ -107,7 +107,7 @@ class ConViT(blocks.Transformer):
         (b, _, d), init, split = x.shape, layers.EMBEDDING_INIT, self.local_blocks
         weights, rest = layers.param_dtype(self.dtype), (self.qk_scale, self.dtype)
         pos_embed = self.param("pos_embed", init, (1, self.num_tokens, d), weights)
-        x = x + pos_embed.astype(x.dtype)
+        x = x + layers.resize_positions(pos_embed, 0, x.shape[1]).astype(x.dtype)
 
         gpsa = functools.partial(GatedPositionalAttention, self.num_heads, *rest)
         attention = functools.partial(Attention, self.num_heads, False, *rest)

@@ -1,6 +1,7 @@
 """The layers of a vision transformer, and the gate through which ARD acts.
 
 dense          a linear layer
+resize_positions  a position embedding for smaller images
 LayerNorm      with float32 statistics
 DepthwiseConv  a convolution channel by channel
 Mlp            the two-layer perceptron of a block
@@ -51,6 +52,19 @@ def dense(features: int, dtype: str, **fields: Any) -> nn.Dense:
     """
     ours = {"param_dtype": param_dtype(dtype), "kernel_init": KERNEL_INIT, "dot_general": _linear}
     return nn.Dense(features, dtype=dtype, **(ours | fields))
+
+
+def resize_positions(positions: jax.Array, extra: int, tokens: int) -> jax.Array:
+    """A position embedding [1, extra + old, d] for images of fewer patches, [1, extra + tokens, d].
+
+    Grids are square; bilinear, averaged over what a patch covers. The extra tokens keep theirs.
+    """
+    old, new = round((positions.shape[1] - extra) ** 0.5), round(tokens**0.5)
+    if old == new:
+        return positions
+    first, grid = positions[:, :extra], positions[:, extra:].reshape(1, old, old, -1)
+    grid = jax.image.resize(grid, (1, new, new, grid.shape[-1]), "linear")
+    return jnp.concatenate([first, grid.reshape(1, tokens, -1)], axis=1)
 
 
 class LayerNorm(nn.Module):

@@ -156,6 +156,7 @@ class SwinTransformer(blocks.Transformer):
     """
 
     window_size: int  # in tokens
+    any_size = False  # windows and biases are of one size
 
     def __post_init__(self):
         if self.depth < 2 * STAGES or self.depth % 2:

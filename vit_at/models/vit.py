@@ -67,7 +67,8 @@ class VisionTransformer(blocks.Transformer):
         first = [self.param(name, init, (1, 1, d), weights) for name in self.TOKENS]
         pos_embed = self.param("pos_embed", init, (1, count + self.num_tokens, d), weights)
         tokens = [jnp.broadcast_to(token, (b, 1, d)).astype(x.dtype) for token in first]
-        x = jnp.concatenate([*tokens, x], axis=1) + pos_embed.astype(x.dtype)
+        positions = layers.resize_positions(pos_embed, count, x.shape[1]).astype(x.dtype)
+        x = jnp.concatenate([*tokens, x], axis=1) + positions
 
         fields = (self.num_heads, self.qkv_bias, self.qk_scale, self.dtype)
         attention = functools.partial(Attention, *fields)

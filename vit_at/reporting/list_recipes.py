@@ -20,7 +20,7 @@ from vit_at.console import with_prefix
 from vit_at.errors import Parser, UserError, one_sentence_errors
 from vit_at.models import build
 from vit_at.reporting.list_models import count_parameters
-from vit_at.training.metrics import step_flops
+from vit_at.training import phases
 
 # Training images and classes of the recipes' data sets.
 _DATASETS = {
@@ -34,7 +34,10 @@ _DATASETS = {
 
 
 class Cost(NamedTuple):
-    """A recipe's parameters, updates, operations of one image's forward pass and of an update."""
+    """A recipe's parameters, updates, operations of one image's forward pass and of an update.
+
+    Of an update: on average over the run.
+    """
 
     parameters: int
     steps: int
@@ -56,8 +59,7 @@ def cost_of(config: ConfigDict) -> Cost:
     model = build(config, classes, "float32")
     forward = model.forward_flops()
     steps = config.epochs * ((examples - config.data.validation_examples) // batch_size)
-    awp = config.awp.gamma > 0
-    step = step_flops(config.objective, forward, batch_size, config.threat.steps, awp=awp)
+    step = phases.mean_step_flops(config, model)
     return Cost(count_parameters(model), steps, forward, step)
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vit_at.attacks import pgd
+from vit_at.attacks import apgd, pgd
 from vit_at.attacks.threat import Threat, random_start
 from vit_at.models import Apply
 from vit_at.training import masking as masks
@@ -100,6 +100,7 @@ def perturb(
     *,
     objective: str,
     threat: Threat,
+    method: str = "pgd",
     clean_logits: Array | None = None,
 ) -> Array:
     """The adversarial images that ``objective`` trains on, in [0, 1].
@@ -109,6 +110,7 @@ def perturb(
     Args:
       images: [b, H, W, C] in [0, 1]; returned unchanged by an objective without attack.
       targets: [b, num_classes] probabilities.
+      method: 'pgd' or 'apgd'.
       clean_logits: of ``images``, if they have been computed before; None: computed here where the
         attack needs them. They do not depend on the perturbation: one pass serves all steps.
     """
@@ -119,8 +121,13 @@ def perturb(
         clean_logits = apply(params, images) if clean_logits is None else clean_logits
         clean_logits = jax.lax.stop_gradient(clean_logits)
 
+    def losses(images, attn_keep):
+        return row.attack(apply(params, images, attn_keep), targets, clean_logits)
+
     def loss(images, attn_keep):
         # The sum, not the mean: examples do not interact, so the batch's size does not matter.
-        return row.attack(apply(params, images, attn_keep), targets, clean_logits).sum()
+        return losses(images, attn_keep).sum()
 
+    if method == "apgd":
+        return apgd.training_attack(losses, images, draws.delta, draws.attn_keep, threat)
     return pgd.training_attack(loss, images, draws.delta, draws.attn_keep, draws.patch_keep, threat)

@@ -24,9 +24,9 @@ from vit_at.data import pipeline
 from vit_at.distributed import processes, sharding
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store
 from vit_at.evaluation.protocol import parse_attacks
-from vit_at.training import metrics, optim
+from vit_at.training import metrics, optim, phases
 from vit_at.training.objectives import OBJECTIVES
-from vit_at.training.setup import Setup, StepFn, compile_step, initial_state
+from vit_at.training.setup import Setup, StepFn, compile_steps, initial_state
 from vit_at.training.signals import Interrupted, Signals
 from vit_at.training.step import TrainState
 from vit_at.workdir.checkpoint import Checkpoints
@@ -89,7 +89,7 @@ def _run(
     write_config(workdir, setup.config)
     _describe(setup, state, workdir)
     if int(state.step) < setup.total_steps and not values.get("stopped"):
-        loop = Loop(setup, compile_step(setup, optimizer), checkpoints, workdir, values["best"])
+        loop = Loop(setup, compile_steps(setup, optimizer), checkpoints, workdir, values["best"])
         state = loop.run(state, wandb)
     if jax.process_count() > 1:  # JAX's preemption service no longer needs SIGTERM
         processes.end_on_sigterm()
@@ -104,13 +104,7 @@ def _describe(setup: Setup, state: TrainState, workdir: epath.Path) -> None:
     if jax.process_index() == 0:
         overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
         write_atomically(workdir / "parameters.txt", overview + "\n")
-    flops = metrics.step_flops(
-        config.objective,
-        setup.model.forward_flops(),
-        config.batch_size,
-        config.threat.steps,
-        awp=config.awp.gamma > 0,
-    )
+    flops = phases.mean_step_flops(config, setup.model)
     parameters = parameter_overview.count_parameters(state.params)
     held_out = len(setup.validation_set or ())
     logging.info("work directory %s", workdir)
@@ -130,14 +124,14 @@ class Loop:
     def __init__(
         self,
         setup: Setup,
-        step_fn: StepFn,
+        steps: list[tuple[int, StepFn]],
         checkpoints: Checkpoints,
         workdir: epath.Path,
         best: dict[str, Any] | None,
     ):
-        """best: {'step', 'robust'} of the best validation so far; None: none yet."""
+        """steps: of ``compile_steps``; best: {'step', 'robust'} of the best validation, or None."""
         self._setup, self._config = setup, setup.config
-        self._step_fn, self._checkpoints, self._workdir = step_fn, checkpoints, workdir
+        self._steps, self._checkpoints, self._workdir = steps, checkpoints, workdir
         self._best = best
         self._unlogged: list[Collection] = []  # the metrics of the steps since the last line
         self._validated = self._stopped = False
@@ -156,7 +150,8 @@ class Loop:
         writer = metrics.Writer(self._workdir, first, wandb, self._config.to_dict())
         with contextlib.closing(writer) as self._writer, Signals() as signals:
             for step, batch in enumerate(self._batches(first), start=first + 1):
-                state, step_metrics = self._step_fn(state, batch)
+                step_fn = next(fn for begin, fn in reversed(self._steps) if begin < step)
+                state, step_metrics = step_fn(state, batch)
                 self._unlogged.append(step_metrics)
                 signals.agree(step)
                 self._after_step(state, step, signals.received is not None)

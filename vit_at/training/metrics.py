@@ -143,16 +143,23 @@ def device_memory(devices: Iterable[jax.Device]) -> dict[str, float]:
 
 
 def step_flops(
-    objective: str, forward: float, batch_size: int, attack_steps: int, *, awp: bool = False
+    objective: str,
+    forward: float,
+    batch_size: int,
+    attack_steps: int,
+    *,
+    method: str = "pgd",
+    awp: bool = False,
 ) -> float:
     """Floating-point operations of one update.
 
     forward: of one image's forward pass. A gradient costs one more forward pass for the inputs and
-    one more for the weights: an attack step is 2 passes, an update 3 for each image it passes over,
-    and twice as many with adversarial weight perturbation.
+    one more for the weights: an attack step is 2 passes, the last point of APGD one, an update 3
+    for each image it passes over, and twice as many with adversarial weight perturbation.
     """
     row = OBJECTIVES[objective]
-    attack = 2 * attack_steps + row.attack_needs_clean if row.attack else 0
+    more = row.attack_needs_clean + (method == "apgd")
+    attack = 2 * attack_steps + more if row.attack else 0
     return (attack + 3 * (1 + awp) * len(row.images)) * forward * batch_size
 
 

@@ -28,7 +28,7 @@ from vit_at.distributed import sharding
 from vit_at.distributed.precision import check_precision
 from vit_at.errors import UserError
 from vit_at.evaluation.protocol import parse_attacks
-from vit_at.training import objectives
+from vit_at.training import objectives, phases
 from vit_at.training.masking import Masking
 from vit_at.training.step import Step, TrainState, init_state, train_step
 from vit_at.workdir import registry
@@ -84,6 +84,7 @@ class Setup(NamedTuple):
         data, threads = config.data, config.data.threads
         everything = sources.load(data, data.train_split, threads=threads)
         model = models.build(config, everything.num_classes, config.dtype)
+        phases.check(config, model)
         train_set, held_out = sources.hold_out(
             everything, data.validation_examples, config.seed, stratified=data.stratified
         )
@@ -182,6 +183,19 @@ def _pretrained(source: str, data: ConfigDict) -> dict[str, np.ndarray]:
     which = "best" if (workdir / "checkpoints" / "best").exists() else "last"
     trained = load_trained(workdir, which)
     return weights.to_timm(trained.params, trained.model)
+
+
+def compile_steps(
+    setup: Setup, optimizer: optax.GradientTransformation
+) -> list[tuple[int, StepFn]]:
+    """(steps done when it begins, the step) of each phase; compiled when first called."""
+    return [
+        (
+            phase.epoch * setup.steps_per_epoch,
+            compile_step(setup._replace(config=phase.config), optimizer),
+        )
+        for phase in phases.of(setup.config)
+    ]
 
 
 def compile_step(setup: Setup, optimizer: optax.GradientTransformation) -> StepFn:

@@ -166,6 +166,9 @@ def _inputs(step, key, batch):
     data = config.data
     options = {"crop_padding": data.crop_padding, "flip": data.flip, "names": data.augment}
     images = augment.augment(augment_key, augment.to_float(batch["image"]), **options)
+    (b, *_, channels), size = images.shape, data.image_size
+    if images.shape[1] != size:  # in a phase of smaller images
+        images = jax.image.resize(images, (b, size, size, channels), "linear")
     targets = augment.one_hot(batch["label"], step.num_classes, config.label_smoothing)
     if config.mixing.probability:
         images, targets = mixing.mix(mix_key, images, targets, **config.mixing)
@@ -211,6 +214,7 @@ def _attacked(step, params, part, masks, threat):
         def of_part(part):
             draws = Draws(part.delta, *masks)
             options = {"objective": step.config.objective, "threat": threat}
+            options |= {"method": step.config.threat.method}
             return perturb(step.apply, params, part.images, part.targets, draws, **options)
 
         return jax.lax.map(of_part, parts).reshape(part.images.shape)
@@ -239,7 +243,8 @@ def loss_and_gradient(
         adversarial = part.adversarial
         if adversarial is None:
             fixed = models.cast_kernels(apply, jax.lax.stop_gradient(params))
-            adversarial = perturb(apply, fixed, images, targets, draws, **options)
+            method = step.config.threat.method
+            adversarial = perturb(apply, fixed, images, targets, draws, method=method, **options)
         rngs = {"drop_path": part.keys}
         options = {"beta": step.config.beta, "rngs": rngs, "clean_logits": clean}
         return training_loss(objective, apply, params, images, adversarial, targets, **options)
