@@ -82,6 +82,8 @@ def get_config() -> ConfigDict:
     threat.step_size = 2 / 255  # of one step of PGD
     threat.steps = 10  # of the training attack
     threat.start = "random"  # random (TRADES, MART: tiny), zero, or noise (N-FGSM, not projected)
+    threat.also = ""  # further balls, as NORM:EPS:STEP_SIZE, such as 'l2:0.5:0.125,l1:12:1'
+    threat.combine = "max"  # of several balls: the worst for each image, or avg: the mean over all
     threat.eps_warmup_epochs = 0.0  # eps and step size grow linearly from 0 over these
 
     config.awp = weights = ConfigDict()  # adversarial weight perturbation (Wu et al. 2020)

@@ -16,6 +16,7 @@ CHOICES = {
     "model.stem": ("patch", "conv"),
     "sharding": ("replicated", "fsdp"),
     "threat.method": ("pgd", "apgd"),
+    "threat.combine": ("max", "avg"),
     "threat.norm": ("linf", "l2", "l1"),
     "eval.threat.norm": ("", "linf", "l2", "l1"),
     "threat.start": ("random", "zero", "noise"),
@@ -75,9 +76,9 @@ _SWITCHES = (
 _TEXTS = (
     "name dtype sharding objective phases model.name model.stem model.pretrained data.name "
     "data.dir data.train_split data.test_split data.from_images data.transform data.augment "
-    "data.extra.name data.extra.split threat.method threat.norm threat.start optimizer.name "
-    "optimizer.schedule eval.validation_attack eval.attacks eval.checkpoint eval.weights "
-    "eval.precision eval.threat.norm"
+    "data.extra.name data.extra.split threat.method threat.norm threat.start threat.also "
+    "threat.combine optimizer.name optimizer.schedule eval.validation_attack eval.attacks "
+    "eval.checkpoint eval.weights eval.precision eval.threat.norm"
 )
 _TUPLES = "data.mean data.std optimizer.drop_before_end"
 _NAME_BYTES = 200  # a file system allows 255, and files beside the directory add a suffix
@@ -90,6 +91,7 @@ ADDED |= {"data.transform": "squash", "data.augment": "", "data.from_images": ""
 ADDED |= {"awp.gamma": 0.0, "awp.warmup_epochs": 0.0, "optimizer.layer_decay": 1.0}
 ADDED |= {"eval.stop_if_overfitted": False, "eval.weights": "", "swa_epochs": 0.0}
 ADDED |= {"eval.precision": "float32", "threat.method": "pgd", "phases": ""}
+ADDED |= {"threat.also": "", "threat.combine": "max"}
 ADDED |= {"data.extra.name": "", "data.extra.split": "train", "data.extra.fraction": 0.0}
 ADDED |= {"eval.threat.norm": "", "eval.threat.eps": 0.0, "eval.threat.step_size": 0.0}
 
@@ -202,14 +204,6 @@ def _validate_threat(config: ConfigDict) -> None:
     for name, threat in (("threat", config.threat), ("eval.threat", evaluation_threat(config))):
         values = len(config.data.mean) * config.data.image_size**2
         _validate_ball(name, threat, values)
-    unsuited = {
-        "threat.norm is 'l1'; use pgd, or linf or l2": config.threat.norm == "l1",
-        "threat.start is 'noise'; use pgd, or random or zero": config.threat.start == "noise",
-        "masking.prm is on; use pgd, or ARD alone": config.masking.prm,
-    }
-    for found in [words for words, clashes in unsuited.items() if clashes]:
-        if config.threat.method == "apgd":
-            raise UserError(f"threat.method is 'apgd', but {found}")
 
 
 def evaluation_threat(config: ConfigDict) -> ConfigDict:

@@ -8,6 +8,7 @@ import types
 
 import jax.numpy as jnp
 import pytest
+import runs
 from clu.metrics import Average, Collection
 from etils import epath
 
@@ -194,21 +195,35 @@ def test_duration(seconds, text):
     assert console.duration(seconds) == text
 
 
+def passes_of(**changes):
+    """Forward passes of an update, for each image of its batch."""
+    config = runs.smoke(**changes)
+    return metrics.step_flops(config, 1e9) / config.batch_size / 1e9
+
+
 @pytest.mark.parametrize(
     ("objective", "passes"),
     [("natural", 3), ("at", 2 * 10 + 3), ("trades", 1 + 2 * 10 + 6), ("mart", 2 * 10 + 6)],
 )
 def test_step_flops_count_the_passes(objective, passes):
-    assert metrics.step_flops(objective, 1e9, 64, 10) == passes * 64e9
+    assert passes_of(objective=objective, threat__steps=10) == passes
 
 
 def test_auto_pgd_evaluates_its_last_point():
-    assert metrics.step_flops("at", 1.0, 1, 2, method="apgd") == 2 * 2 + 1 + 3
+    assert passes_of(threat__method="apgd", threat__steps=2) == 2 * 2 + 1 + 3
+
+
+def test_several_balls_cost_an_attack_each_and_the_choice_or_the_update():
+    options = {"threat__steps": 10, "threat__also": "l2:0.5:0.1"}
+    assert passes_of(**options) == 2 * (2 * 10 + 1) + 3
+    assert passes_of(**options, threat__combine="avg") == 2 * (2 * 10 + 3)
+    assert passes_of(**options, objective="trades") == 1 + 2 * (2 * 10 + 1) + 6
 
 
 def test_adversarial_weight_perturbation_costs_a_second_gradient():
-    assert metrics.step_flops("at", 1.0, 1, 10, awp=True) == 2 * 10 + 2 * 3
-    assert metrics.step_flops("trades", 1.0, 1, 10, awp=True) == 1 + 2 * 10 + 2 * 6
+    options = {"threat__steps": 10, "awp__gamma": 0.01}
+    assert passes_of(**options) == 2 * 10 + 2 * 3
+    assert passes_of(**options, objective="trades") == 1 + 2 * 10 + 2 * 6
 
 
 def test_the_estimate_names_parameters_steps_and_cost():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 
 from vit_at.attacks import Threat
 from vit_at.attacks.losses import cross_entropy
@@ -61,4 +62,5 @@ def test_a_row_is_all_that_an_objective_needs(own):
         for name in ("at", own)
     )
     np.testing.assert_array_equal(adversarial, as_at)
-    assert metrics.step_flops(own, 1.0, 1, 10) == 2 * 10 + 3
+    config = runs.smoke(objective=own, threat__steps=10, batch_size=1)
+    assert metrics.step_flops(config, 1.0) == 2 * 10 + 3

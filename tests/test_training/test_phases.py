@@ -61,9 +61,10 @@ def test_the_cost_is_the_mean_over_the_phases():
     made = config(GROWING)
     model = models.build(made, 10, "float32")
     small = model.clone(image_size=8).forward_flops()
+    sizes = (small, model.forward_flops())
     costs = [
-        metrics.step_flops("at", forward, made.batch_size, steps)
-        for forward, steps in ((small, 1), (model.forward_flops(), 3))
+        metrics.step_flops(phase.config, forward)
+        for phase, forward in zip(phases.of(made), sizes, strict=True)
     ]
     assert phases.mean_step_flops(made, model) == pytest.approx(sum(costs) / 2)
     assert costs[0] < costs[1] / 3

@@ -53,6 +53,34 @@ class Threat:
         """The training threat of ``config.threat``."""
         return cls(options.norm, options.eps, options.step_size, options.steps)
 
+    @classmethod
+    def all_of(cls, options: ConfigDict) -> "list[Threat]":
+        """The training threat, then those of ``also``: NORM:EPS:STEP_SIZE, comma-separated.
+
+        UserError: one can't be read, its norm is unknown or named before, or a number is not
+        allowed.
+        """
+        found = [cls.of(options)]
+        for text in filter(None, map(str.strip, options.also.split(","))):
+            norm, *numbers = text.split(":")
+            try:
+                eps, step_size = map(float, numbers)
+            except ValueError:
+                raise UserError(
+                    f"threat.also has '{text}'; write NORM:EPS:STEP_SIZE, such as 'l2:0.5:0.125'"
+                ) from None
+            if norm in [threat.norm for threat in found]:
+                raise UserError(
+                    f"threat.also has '{text}', but {norm} is named before; name a norm once"
+                )
+            if not (0 < eps < float("inf") and 0 < step_size <= 2 * eps):
+                raise UserError(
+                    f"threat.also has '{text}'; eps must be over 0, and the step size over 0 and "
+                    "at most twice eps"
+                )
+            found.append(cls(norm, eps, step_size, options.steps))
+        return found
+
     def scaled(self, factor: float | Array) -> "Threat":
         """The same threat with eps and step size multiplied by ``factor``."""
         return dataclasses.replace(self, eps=self.eps * factor, step_size=self.step_size * factor)

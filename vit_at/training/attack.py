@@ -1,6 +1,7 @@
 """The attack of a training step: ``draw`` draws all that is random in it, ``perturb`` runs it."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -131,3 +132,22 @@ def perturb(
     if method == "apgd":
         return apgd.training_attack(losses, images, draws.delta, draws.attn_keep, threat)
     return pgd.training_attack(loss, images, draws.delta, draws.attn_keep, draws.patch_keep, threat)
+
+
+def worst(
+    apply: Apply,
+    params: Any,
+    found: Sequence[Array],
+    targets: Array,
+    *,
+    objective: str,
+    clean_logits: Array | None,
+) -> Array:
+    """Of several adversarial images of each image, [b, H, W, C] each, the one of the largest loss.
+
+    MAX of Tramer and Boneh 2019, equation 3, which trains on the worst of several balls.
+    """
+    attack = OBJECTIVES[objective].attack
+    assert attack is not None
+    losses = jnp.stack([attack(apply(params, images), targets, clean_logits) for images in found])
+    return jnp.stack(list(found))[losses.argmax(0), jnp.arange(len(targets))]

@@ -20,7 +20,9 @@ import numpy as np
 import tensorboardX
 from clu.metrics import Collection
 from etils import epath
+from ml_collections import ConfigDict
 
+from vit_at.attacks import Threat
 from vit_at.console import with_prefix
 from vit_at.errors import UserError
 from vit_at.schema import is_remote
@@ -142,25 +144,24 @@ def device_memory(devices: Iterable[jax.Device]) -> dict[str, float]:
     return {"device_memory_gib": max(peaks) / 2**30} if peaks else {}
 
 
-def step_flops(
-    objective: str,
-    forward: float,
-    batch_size: int,
-    attack_steps: int,
-    *,
-    method: str = "pgd",
-    awp: bool = False,
-) -> float:
+def step_flops(config: ConfigDict, forward: float) -> float:
     """Floating-point operations of one update.
 
     forward: of one image's forward pass. A gradient costs one more forward pass for the inputs and
     one more for the weights: an attack step is 2 passes, the last point of APGD one, an update 3
-    for each image it passes over, and twice as many with adversarial weight perturbation.
+    for each image it passes over, and twice as many with adversarial weight perturbation. Of
+    several balls each is attacked; to find the worst is a pass for each.
     """
-    row = OBJECTIVES[objective]
-    more = row.attack_needs_clean + (method == "apgd")
-    attack = 2 * attack_steps + more if row.attack else 0
-    return (attack + 3 * (1 + awp) * len(row.images)) * forward * batch_size
+    row, balls = OBJECTIVES[config.objective], len(Threat.all_of(config.threat))
+    update = 3 * (2 if config.awp.gamma else 1) * len(row.images)
+    if row.attack is None:
+        return update * forward * config.batch_size
+    attack = balls * (2 * config.threat.steps + (config.threat.method == "apgd"))
+    if balls > 1 and config.threat.combine == "max":
+        attack += balls
+    elif balls > 1:
+        update *= balls
+    return (attack + row.attack_needs_clean + update) * forward * config.batch_size
 
 
 def cost_estimate(flops: float, steps: int, parameters: int) -> str:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vit_at import config as configuration
-from vit_at.attacks import losses
+from vit_at.attacks import Threat, losses
 from vit_at.errors import UserError, nearest
 from vit_at.models import Apply
 
@@ -158,6 +158,7 @@ def check(config: ConfigDict) -> None:
             f"(nearest: {nearest(str(name), OBJECTIVES, 1)})"
         )
     row = OBJECTIVES[name]
+    _check_attack(config)
     if config.threat.start == "zero" and not row.zero_start:
         raise UserError(
             f"threat.start is 'zero', where the loss of the {row.label} attack has no gradient; "
@@ -190,3 +191,15 @@ def check(config: ConfigDict) -> None:
                 f"{field} is {epochs:g}, but the run ends after {config.epochs} epochs, before "
                 f"full strength; it must be at most {config.epochs}"
             )
+
+
+def _check_attack(config: ConfigDict) -> None:
+    norms = [threat.norm for threat in Threat.all_of(config.threat)]
+    unsuited = {
+        "a norm is 'l1'; use pgd, or linf and l2": "l1" in norms,
+        "threat.start is 'noise'; use pgd, or random or zero": config.threat.start == "noise",
+        "masking.prm is on; use pgd, or ARD alone": config.masking.prm,
+    }
+    for found in [words for words, clashes in unsuited.items() if clashes]:
+        if config.threat.method == "apgd":
+            raise UserError(f"threat.method is 'apgd', but {found}")

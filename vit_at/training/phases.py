@@ -98,12 +98,5 @@ def mean_step_flops(config: ConfigDict, model: Any) -> float:
     ends = [*(phase.epoch for phase in phases[1:]), config.epochs]
     for (begin, changed), end in zip(phases, ends, strict=True):
         forward = model.clone(image_size=changed.data.image_size).forward_flops()
-        total += (end - begin) * metrics.step_flops(
-            config.objective,
-            forward,
-            config.batch_size,
-            changed.threat.steps,
-            method=config.threat.method,
-            awp=config.awp.gamma > 0,
-        )
+        total += (end - begin) * metrics.step_flops(changed, forward)
     return total / config.epochs

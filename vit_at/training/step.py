@@ -27,7 +27,7 @@ from vit_at.data import augment, mixing
 from vit_at.distributed import sharding
 from vit_at.distributed.sharding import SPLIT, WHOLE
 from vit_at.training import awp
-from vit_at.training.attack import Draws, Start, draw, perturb, reach
+from vit_at.training.attack import Draws, Start, draw, perturb, reach, worst
 from vit_at.training.masking import Masking, keep_probability
 from vit_at.training.objectives import CLEAN, OBJECTIVES, training_loss
 from vit_at.training.optim import learning_rate
@@ -89,18 +89,27 @@ class Step(NamedTuple):
         return row.attack_needs_clean and CLEAN in row.images and deterministic
 
 
+class Ball(NamedTuple):
+    """An attack of a step, the same for all images: its threat, and the masks of its ``Draws``."""
+
+    threat: Threat
+    attn_keep: Array | None
+    patch_keep: Array | None
+
+
 class Part(NamedTuple):
     """Some images of a batch, with what belongs to each.
 
-    images: [b, H, W, C] in [0, 1]; targets: [b, num_classes]; delta: start of the perturbation, as
-    images; keys: [b], of stochastic depth; adversarial: as images, or None: not attacked yet.
+    images: [b, H, W, C] in [0, 1]; targets: [b, num_classes]; deltas: for each ball, the start of
+    the perturbation, as images; keys: [b], of stochastic depth; adversarial: a tuple of arrays as
+    images, see ``attacked``, or None: not attacked yet.
     """
 
     images: Array
     targets: Array
-    delta: Array
+    deltas: tuple[Array, ...]
     keys: Array
-    adversarial: Array | None = None
+    adversarial: tuple[Array, ...] | None = None
 
 
 def train_step(
@@ -122,33 +131,36 @@ def train_step(
     images, targets = _inputs(step, input_key, batch)
     warm_up = config.threat.eps_warmup_epochs
     factor = jnp.minimum(1.0, progress / warm_up) if warm_up else jnp.ones(())
-    threat = Threat.of(config.threat).scaled(factor)
-    draws = draw(
-        draw_key,
+    threats = [threat.scaled(factor) for threat in Threat.all_of(config.threat)]
+    draw_keys = [draw_key, *(jax.random.fold_in(draw_key, i) for i in range(1, len(threats)))]
+    draw_from = functools.partial(
+        draw,
         objective=config.objective,
-        threat=threat,
         masking=masking,
         progress=progress,
         image_shape=images.shape,
         num_blocks=step.num_blocks,
         start=Start(config.threat.start, config.data.std),
     )
+    draws = [draw_from(key, threat=t) for key, t in zip(draw_keys, threats, strict=True)]
     keys = jax.random.split(train_key, len(images))  # one per image, for any split of the batch
 
     params = _laid_out(step, state.params, "replicated")  # gathered once, for all that follows
-    part = Part(images, targets, draws.delta, keys)
-    masks = draws.attn_keep, draws.patch_keep
-    attack_threat = reach(threat, config.threat.start)
+    part = Part(images, targets, tuple(drawn.delta for drawn in draws), keys)
+    balls = tuple(
+        Ball(reach(threat, config.threat.start), drawn.attn_keep, drawn.patch_keep)
+        for threat, drawn in zip(threats, draws, strict=True)
+    )
     if config.awp.gamma:
-        part = part._replace(adversarial=_attacked(step, params, part, masks, attack_threat))
-        gradient, _ = _mean_gradient(step, params, part, masks, attack_threat)
+        part = part._replace(adversarial=_attacked(step, params, part, balls))
+        gradient, _ = _mean_gradient(step, params, part, balls)
         gamma = jnp.where(progress > config.awp.warmup_epochs, config.awp.gamma, 0.0)
         params = awp.perturb_weights(step.apply, params, gradient, gamma)
-    gradient, metrics = _mean_gradient(step, params, part, masks, attack_threat)
+    gradient, metrics = _mean_gradient(step, params, part, balls)
     metrics |= {
         "gradient_norm": optax.tree.norm(gradient),
         "learning_rate": learning_rate(config, step.steps_per_epoch)(state.step),
-        "eps": threat.eps,
+        "eps": threats[0].eps,
     }
     if masking.ard or masking.prm:
         metrics["keep_probability"] = keep_probability(masking, progress)
@@ -182,7 +194,7 @@ def _laid_out(step, tree, kind):
     return jax.lax.with_sharding_constraint(tree, sharding.layout(tree, step.mesh, kind))
 
 
-def _mean_gradient(step, params, part, masks, threat):
+def _mean_gradient(step, params, part, balls):
     """(gradient laid out as the state is, metrics): means over all images of the batch.
 
     Every device attacks and differentiates its own images, part by part; only the mean over them is
@@ -191,66 +203,83 @@ def _mean_gradient(step, params, part, masks, threat):
     layout = sharding.layout(params, step.mesh, step.config.sharding)
     specs = jax.tree.map(lambda x: x.spec, layout)
 
-    def on_device(params, part, masks, threat):
+    def on_device(params, part, balls):
         parts = sharding.in_parts(part, step.mesh, step.config.accumulate_steps)
         params = models.unstack_blocks(step.apply, params)
-        of_part = functools.partial(loss_and_gradient, step, params, masks, threat)
+        of_part = functools.partial(loss_and_gradient, step, params, balls)
         gradient, metrics = _mean_over_parts(of_part, parts)
         means = models.stack_blocks(gradient), metrics
         return sharding.mean_over_devices(means, (specs, WHOLE))
 
-    in_specs = (WHOLE, SPLIT, WHOLE, WHOLE)
+    in_specs = (WHOLE, SPLIT, WHOLE)
     mapped = sharding.map_shards(on_device, step.mesh, in_specs, (specs, WHOLE))
-    return mapped(params, part, masks, threat)
+    return mapped(params, part, balls)
 
 
-def _attacked(step, params, part, masks, threat):
-    """The adversarial images [B, H, W, C] of a batch: every device attacks its own, in parts."""
+def _attacked(step, params, part, balls):
+    """``attacked`` for a batch: every device attacks its own images, in parts."""
 
-    def on_device(params, part, masks, threat):
+    def on_device(params, part, balls):
         parts = sharding.in_parts(part, step.mesh, step.config.accumulate_steps)
         params = models.cast_kernels(step.apply, models.unstack_blocks(step.apply, params))
+        found = jax.lax.map(lambda part: attacked(step, params, balls, part), parts)
+        return jax.tree.map(lambda x: x.reshape(part.images.shape), found)
 
-        def of_part(part):
-            draws = Draws(part.delta, *masks)
-            options = {"objective": step.config.objective, "threat": threat}
-            options |= {"method": step.config.threat.method}
-            return perturb(step.apply, params, part.images, part.targets, draws, **options)
+    return sharding.map_shards(on_device, step.mesh, (WHOLE, SPLIT, WHOLE))(params, part, balls)
 
-        return jax.lax.map(of_part, parts).reshape(part.images.shape)
 
-    return sharding.map_shards(on_device, step.mesh, (WHOLE, SPLIT, WHOLE, WHOLE))(
-        params, part, masks, threat
-    )
+def attacked(
+    step: Step, params: Any, balls: tuple[Ball, ...], part: Part, clean: Array | None = None
+) -> tuple[Array, ...]:
+    """The adversarial images that the update passes over: a plain per-device function.
+
+    Of one ball, or of the worst for each image; with ``threat.combine`` 'avg', of every ball.
+    clean: logits of the images, if they have been computed before.
+    """
+    objective = step.config.objective
+    if len(balls) > 1 and clean is None and OBJECTIVES[objective].attack_needs_clean:
+        clean = jax.lax.stop_gradient(step.apply(params, part.images))
+    options = {"objective": objective, "clean_logits": clean}
+    found = []
+    for ball, delta in zip(balls, part.deltas, strict=True):
+        draws = Draws(delta, ball.attn_keep, ball.patch_keep)
+        how = options | {"threat": ball.threat, "method": step.config.threat.method}
+        found.append(perturb(step.apply, params, part.images, part.targets, draws, **how))
+    if len(found) > 1 and step.config.threat.combine == "max":
+        found = [worst(step.apply, params, found, part.targets, **options)]
+    return tuple(found)
 
 
 def loss_and_gradient(
-    step: Step, params: Any, masks: tuple[Array | None, Array | None], threat: Threat, part: Part
+    step: Step, params: Any, balls: tuple[Ball, ...], part: Part
 ) -> tuple[Any, dict[str, Array]]:
     """Attacks some images and differentiates the loss on them: a plain per-device function.
 
-    masks: (attn_keep, patch_keep) of ``Draws``, which the whole batch shares.
-
     Returns:
-      (gradient by params, {name: scalar}): means over the images.
+      (gradient by params, {name: scalar}): means over the images, and over the balls where each
+      counts.
     """
     apply, objective = step.apply, step.config.objective
-    images, targets, draws = part.images, part.targets, Draws(part.delta, *masks)
 
     def loss(params):
-        clean = apply(params, images) if step.shares_clean else None
-        options = {"objective": objective, "threat": threat, "clean_logits": clean}
+        clean = apply(params, part.images) if step.shares_clean else None
         adversarial = part.adversarial
         if adversarial is None:
             fixed = models.cast_kernels(apply, jax.lax.stop_gradient(params))
-            method = step.config.threat.method
-            adversarial = perturb(apply, fixed, images, targets, draws, method=method, **options)
-        rngs = {"drop_path": part.keys}
-        options = {"beta": step.config.beta, "rngs": rngs, "clean_logits": clean}
-        return training_loss(objective, apply, params, images, adversarial, targets, **options)
+            adversarial = attacked(step, fixed, balls, part, clean)
+        each = part.images, part.targets, part.keys, clean
+        if len(adversarial) > 1:  # as many copies as balls
+            each = jax.tree.map(lambda x: jnp.concatenate([x] * len(adversarial)), each)
+        images, targets, keys, clean = each
+        options = {"beta": step.config.beta, "rngs": {"drop_path": keys}, "clean_logits": clean}
+        all_of_them = adversarial[0] if len(adversarial) == 1 else jnp.concatenate(adversarial)
+        value, aux = training_loss(
+            objective, apply, params, images, all_of_them, targets, **options
+        )
+        return value, _batch_metrics(aux, targets)
 
-    (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-    return gradient, {"loss": value} | _batch_metrics(aux, targets)
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return gradient, {"loss": value} | metrics
 
 
 def _batch_metrics(aux, targets):
