@@ -118,6 +118,9 @@ def _smoke(config: ConfigDict) -> None:
     config.masking.warmup_epochs = config.threat.eps_warmup_epochs = 1.0
     config.optimizer.warmup_epochs = min(config.optimizer.warmup_epochs, 1.0)
     config.threat.steps = 2
+    if config.phases:
+        config.model.patch_size = 2
+        config.phases = "0 data.image_size=8 threat.steps=1; 1 data.image_size=16 threat.steps=2"
     config.eval.every_epochs = 1
     config.eval.validation_attack = "pgd-2"
     config.eval.attacks = "clean,cw-2,pgd-2"
