@@ -3,12 +3,13 @@
     python benchmarks/data.py --data_dir DIR [--step deit_tiny_patch16_224@32/4] [--out FILE]
 
 DIR is a TFDS directory with cifar10 and imagenet2012 in array_record format. Reported are images/s
-of CIFAR-10 from memory, of JPEG decoding and resizing to 224 pixels with one thread and with one
-per core, and the share of the time of some training steps that passed in waiting for a batch.
+of CIFAR-10 from memory, of JPEG decoding and resizing to 224 pixels and of reading a decoded copy
+(``data.decoded_dir``), each with one thread and with one per core, and the share of the time of
+some training steps that passed in waiting for a batch.
 """
 
 import argparse
-import os
+import tempfile
 import time
 from typing import Any
 
@@ -37,12 +38,13 @@ def main() -> None:
     devices.configure(options.batch)
     result: dict[str, Any] = {"machine": machine(), "pipeline": {}}
     rows = []
+    cores = devices.cores()
     for name, measure in {
         "cifar10 from memory": lambda: _cifar(options.data_dir, options.batch),
         "JPEG to 224 px, 1 thread": lambda: _jpeg(options.data_dir, 1),
-        f"JPEG to 224 px, {os.cpu_count()} threads": lambda: _jpeg(
-            options.data_dir, os.cpu_count()
-        ),
+        f"JPEG to 224 px, {cores} threads": lambda: _jpeg(options.data_dir, cores),
+        "decoded copy of 224 px, 1 thread": lambda: _copy(options.data_dir, 1),
+        f"decoded copy of 224 px, {cores} threads": lambda: _copy(options.data_dir, cores),
     }.items():
         try:
             found = measure()
@@ -63,9 +65,10 @@ def main() -> None:
     write_json(options.out, result)
 
 
-def _options(data_dir: str, name: str, size: int, cache_gib: float) -> Any:
+def _options(data_dir: str, name: str, size: int, cache_gib: float, decoded: str = "") -> Any:
     data = default.get_config().unlock().data
     data.dir, data.name, data.image_size, data.cache_gib = data_dir, name, size, cache_gib
+    data.decoded_dir = decoded
     return data
 
 
@@ -80,9 +83,14 @@ def _cifar(data_dir: str, batch: int) -> dict[str, Any]:
     return {"images_per_second": count / (time.perf_counter() - start), "images": count}
 
 
-def _jpeg(data_dir: str, threads: int) -> dict[str, Any]:
-    examples = sources.load(_options(data_dir, "imagenet2012", 224, 0.0), "train")
-    steps, batch = len(examples) // 32, 32
+def _copy(data_dir: str, threads: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        return _jpeg(data_dir, threads, directory, epochs=20)
+
+
+def _jpeg(data_dir: str, threads: int, decoded: str = "", epochs: int = 1) -> dict[str, Any]:
+    examples = sources.load(_options(data_dir, "imagenet2012", 224, 0.0, decoded), "train")
+    steps, batch = epochs * (len(examples) // 32), 32
     options = {"batch_size": batch, "seed": 0, "first_step": 0, "threads": threads}
     batches = pipeline.train_batches(examples, last_step=steps, **options)
     start = time.perf_counter()

@@ -20,8 +20,11 @@ from vit_at.training.setup import Setup, compile_step, initial_state, resolve
 STEPS_PER_EPOCH = 1000
 
 
-def configuration(case: Case) -> Any:
-    """The default recipe with the case's values, from scratch and without augmentation."""
+def configuration(case: Case, changes: dict[str, Any] | None = None) -> Any:
+    """The default recipe with the case's values, from scratch and without augmentation.
+
+    changes: values of further fields.
+    """
     config = default.get_config()
     with config.unlocked():
         config.objective = "at" if case.objective == "pgd" else case.objective
@@ -34,12 +37,13 @@ def configuration(case: Case) -> Any:
         config.threat.steps = case.steps
         config.masking.ard = config.masking.prm = case.masked
         config.masking.keep_max, config.masking.warmup_epochs = case.keep, 1e-9
+        config.update_from_flattened_dict(changes or {})
     return resolve(config, sharding.make_mesh())
 
 
-def make_setup(case: Case) -> Setup:
-    """A setup on random images, on all devices."""
-    config = configuration(case)
+def make_setup(case: Case, changes: dict[str, Any] | None = None) -> Setup:
+    """A setup on random images, on all devices; changes: of the configuration."""
+    config = configuration(case, changes)
     rng = np.random.default_rng(0)
     shape = (case.batch, case.image_size, case.image_size, 3)
     images = rng.integers(0, 256, shape).astype(np.uint8)
@@ -54,17 +58,19 @@ def make_setup(case: Case) -> Setup:
 
 def runner(case: Case) -> Callable[[], None]:
     """What does the case once, and waits for its end, each time it is called."""
-    return _evaluation(case) if case.objective == "pgd" else _training(case)
-
-
-def _training(case: Case):
+    if case.objective == "pgd":
+        return _evaluation(case)
     if case.plain_attention:  # the step asks this function; a run has no such switch
         models.for_device = lambda apply, device: apply
-    setup = make_setup(case)
+    return training(make_setup(case), case.batch)
+
+
+def training(setup: Setup, batch_size: int) -> Callable[[], None]:
+    """What takes one training step, and waits for its end, each time it is called."""
     optimizer = optim.make_optimizer(setup.config, STEPS_PER_EPOCH)
     step = compile_step(setup, optimizer)
     state = initial_state(setup, optimizer)
-    images, labels = setup.train_set.read(np.arange(case.batch))
+    images, labels = setup.train_set.read(np.arange(batch_size))
 
     def run():
         nonlocal state

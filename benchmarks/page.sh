@@ -17,4 +17,5 @@ python=${PYTHON:-python3} results=benchmarks/results
   --out $results/autoattack_cpu2.json
 "$python" benchmarks/scaling.py --attack_steps 3 --devices 1,2,4 --batches 16,64,128 \
   --patches 8,2 --depths 3,24 --out $results/scaling_cpu2.json
+"$python" benchmarks/costs.py --out $results/costs_cpu4.json
 "$python" benchmarks/tables.py

@@ -86,7 +86,13 @@ def _scaling(content: dict[str, Any]) -> Rows:
         yield [f"{kind}: {values}", ", ".join(f"{p['images_per_second']:.3g}" for p in points)]
 
 
-TABLES = {"steps": _steps, "start": _start, "scaling": _scaling}
+def _costs(content: dict[str, Any]) -> Rows:
+    yield ["method", "passes", "on paper", "measured"]
+    for name, one in content["methods"].items():
+        yield [name, f"{one['passes']:g}", f"{one['paper']:.2f}", f"{one['ratio']:.2f}"]
+
+
+TABLES = {"steps": _steps, "start": _start, "scaling": _scaling, "costs": _costs}
 
 if __name__ == "__main__":
     main()

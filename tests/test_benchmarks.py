@@ -5,12 +5,15 @@ import json
 import sys
 
 import common
+import costs
 import limits
 import ours
 import pytest
 import step
 import tables
 import variants
+
+from vit_at.training import metrics
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,15 @@ def test_the_result_is_written_after_each_case(tmp_path, monkeypatch):
     assert ["b4 at-10" in titles[0], "b8 at-10" in titles[1]] == [True, True]
 
 
+def test_each_method_changes_the_step_and_costs_what_its_passes_say():
+    base = common.Case(steps=2, depth=2)
+    made = {name: ours.configuration(base, changes) for name, changes in costs.METHODS.items()}
+    passes = {name: metrics.step_flops(config, 1.0) / 64 for name, config in made.items()}
+    assert passes["none"] == passes["EMA"] == 7
+    assert [passes[name] for name in ("N-FGSM", "APGD-2", "AWP")] == [5, 8, 10]
+    assert len({str(config) for config in made.values()}) == len(made)
+
+
 def test_attention_and_options_of_xla_change_one_thing_each():
     case = common.Case()
     plain = dataclasses.replace(case, plain_attention=True)
@@ -55,4 +67,4 @@ def test_attention_and_options_of_xla_change_one_thing_each():
 def test_the_tables_of_the_page_are_those_of_the_files():
     page = tables.PAGE.read_text()
     assert tables.filled(page) == page
-    assert page.count("<!-- ") == 3
+    assert page.count("<!-- ") == 4

@@ -187,6 +187,7 @@ def folder_config(root, channels=3) -> ConfigDict:
             "stratified": False,
             "mean": (0.5,) * channels,
             "cache_gib": 0.0,
+            "decoded_dir": "",
         }
     )
 

@@ -75,10 +75,10 @@ _SWITCHES = (
 )
 _TEXTS = (
     "name dtype sharding objective phases model.name model.stem model.pretrained data.name "
-    "data.dir data.train_split data.test_split data.from_images data.transform data.augment "
-    "data.extra.name data.extra.split threat.method threat.norm threat.start threat.also "
-    "threat.combine optimizer.name optimizer.schedule eval.validation_attack eval.attacks "
-    "eval.checkpoint eval.weights eval.precision eval.threat.norm"
+    "data.dir data.decoded_dir data.train_split data.test_split data.from_images data.transform "
+    "data.augment data.extra.name data.extra.split threat.method threat.norm threat.start "
+    "threat.also threat.combine optimizer.name optimizer.schedule eval.validation_attack "
+    "eval.attacks eval.checkpoint eval.weights eval.precision eval.threat.norm"
 )
 _TUPLES = "data.mean data.std optimizer.drop_before_end"
 _NAME_BYTES = 200  # a file system allows 255, and files beside the directory add a suffix
@@ -91,7 +91,7 @@ ADDED |= {"data.transform": "squash", "data.augment": "", "data.from_images": ""
 ADDED |= {"awp.gamma": 0.0, "awp.warmup_epochs": 0.0, "optimizer.layer_decay": 1.0}
 ADDED |= {"eval.stop_if_overfitted": False, "eval.weights": "", "swa_epochs": 0.0}
 ADDED |= {"eval.precision": "float32", "threat.method": "pgd", "phases": ""}
-ADDED |= {"threat.also": "", "threat.combine": "max"}
+ADDED |= {"threat.also": "", "threat.combine": "max", "data.decoded_dir": ""}
 ADDED |= {"data.extra.name": "", "data.extra.split": "train", "data.extra.fraction": 0.0}
 ADDED |= {"eval.threat.norm": "", "eval.threat.eps": 0.0, "eval.threat.step_size": 0.0}
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vit_at.data import backends, sources
+from vit_at.data import backends, cache, sources
 from vit_at.errors import UserError
 
 DIGITS = backends.PACKAGED / "digits" / "1.0.0"
@@ -23,7 +23,7 @@ DIGITS_SHA256 = "6c5bf357dcf4e2941347db518b991789d1dc0b1e3181b078659b42c42b04058
 
 
 def data_config(name="digits", **fields) -> ConfigDict:
-    defaults = {"dir": "", "image_size": 8, "mean": (0.5,), "cache_gib": 4.0}
+    defaults = {"dir": "", "image_size": 8, "mean": (0.5,), "cache_gib": 4.0, "decoded_dir": ""}
     defaults |= {"allow_overlap": False, "transform": "squash", "stratified": False}
     return ConfigDict({"name": name, **defaults, **fields})
 
@@ -92,7 +92,7 @@ def test_no_tensorflow_is_imported():
     code = (
         "import sys; from ml_collections import ConfigDict; from vit_at.data import sources;"
         "d = ConfigDict(dict(name='digits', dir='', image_size=8, mean=(0.5,), cache_gib=1.0,"
-        "transform='squash', stratified=False));"
+        "decoded_dir='', transform='squash', stratified=False));"
         "sources.load(d, 'train'); assert 'tensorflow' not in sys.modules"
     )
     done = subprocess.run(
@@ -109,7 +109,7 @@ def test_cached_reads_equal_streamed_reads():
     streamed = sources.load(data_config(image_size=12, mean=(0, 0, 0), cache_gib=0), "train[:600]")
     loaded = sources.load(data_config(image_size=12, mean=(0, 0, 0)), "train[:600]")
     for threads in (1, 3):
-        held = sources.cached(streamed, threads)
+        held = cache.in_memory(streamed, threads)
         rows = np.array([599, 0, 3, 3])
         for a, b, c in zip(streamed.read(rows), held.read(rows), loaded.read(rows), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -118,7 +118,7 @@ def test_cached_reads_equal_streamed_reads():
 
 def test_only_small_sets_are_cached(monkeypatch):
     calls = []
-    monkeypatch.setattr(sources, "cached", lambda examples, threads: calls.append(threads))
+    monkeypatch.setattr(cache, "in_memory", lambda examples, threads: calls.append(threads))
     sources.load(data_config(cache_gib=359 * 64 / 2**30), "test", threads=3)
     assert calls == [3]
     assert sources.load(data_config(cache_gib=358 * 64 / 2**30), "test") is not None
@@ -127,8 +127,8 @@ def test_only_small_sets_are_cached(monkeypatch):
 
 def test_of_a_part_of_a_large_set_only_the_part_is_decoded(monkeypatch):
     decoded = []
-    original = sources.cached
-    monkeypatch.setattr(sources, "cached", lambda e, threads: decoded.append(e) or original(e))
+    original = cache.in_memory
+    monkeypatch.setattr(cache, "in_memory", lambda e, threads: decoded.append(e) or original(e))
     held = sources.load(data_config(cache_gib=7 * 64 / 2**30), "test", count=7)
     assert [len(examples) for examples in decoded] == [len(held)] == [7]
     whole = sources.load(data_config(cache_gib=0), "test")
@@ -273,7 +273,7 @@ def test_folder_errors(folder):
     with pytest.raises(UserError, match=r"test/b/broken\.jpg can't be decoded"):
         examples.read(np.arange(2))
     with pytest.raises(UserError, match=r"broken\.jpg"):  # through the threads too
-        sources.cached(examples, 2)
+        cache.in_memory(examples, 2)
     broken.unlink()
     with pytest.raises(UserError, match=r"can't be read .*broken\.jpg"):
         examples.read(np.arange(2))

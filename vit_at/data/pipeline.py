@@ -8,7 +8,6 @@ every epoch. Evaluation reads every example exactly once, and masks the rows tha
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 
 import grain
@@ -16,6 +15,7 @@ import numpy as np
 
 from vit_at.data.extra import Extra, joined
 from vit_at.data.sources import Examples
+from vit_at.distributed import devices
 from vit_at.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -149,7 +149,7 @@ def _prefetched(
         return _read(examples, np.array_split(index, parts)[part % parts])
 
     ahead = grain.ReadOptions(
-        num_threads=threads or os.cpu_count(), prefetch_buffer_size=PREFETCHED_BATCHES * parts
+        num_threads=threads or devices.cores(), prefetch_buffer_size=PREFETCHED_BATCHES * parts
     )
     numbers = grain.MapDataset.range(steps.start * parts, steps.stop * parts)
     return iter(numbers.map(read).to_iter_dataset(ahead).batch(parts, batch_fn=_concatenate))

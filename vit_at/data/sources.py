@@ -8,9 +8,7 @@ pure function of (seed, step): there is no shuffle buffer, and nothing to restor
 import dataclasses
 import io
 import math
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
-from vit_at.data import backends, folders, ids, transforms
+from vit_at.data import backends, cache, folders, ids, transforms
 from vit_at.errors import UserError, in_one_line
 
 
@@ -88,8 +86,8 @@ def load(
     """Opens a split of a data set; keeps it decoded in memory if it is small enough.
 
     Args:
-      data: config.data; its fields name, dir, image_size, transform, stratified, mean and cache_gib
-        are used. The length of mean is the number of channels.
+      data: config.data; its fields name, dir, image_size, transform, stratified, mean, cache_gib
+        and decoded_dir are used. The length of mean is the number of channels.
       split: in TFDS's notation, also for folders: "train", "train[:90%]", "test[:48]".
       threads: number of threads that fill the cache; 0 means one per core.
       chosen: a list of images, see ``ids``: only these, in its order; '': all.
@@ -97,8 +95,8 @@ def load(
 
     Raises:
       UserError: the data set is unknown or not prepared, it has no images or labels, the split is
-        unknown or empty, the transform is unknown, or an image of the list is not there; with a
-        count, also that there are fewer, or an image twice.
+        unknown or empty, the transform is unknown, decoded_dir can't be used, or an image of the
+        list is not there; with a count, also that there are fewer, or an image twice.
     """
     listed = ids.read(chosen) if chosen else None
     transform = transforms.parse(data.transform, data.image_size)
@@ -120,7 +118,16 @@ def load(
         listed.about if listed else "",
     )
     examples = select(examples, count)
-    return cached(examples, threads) if examples.nbytes <= data.cache_gib * 2**30 else examples
+    if examples.nbytes <= data.cache_gib * 2**30:
+        return cache.in_memory(examples, threads)
+    if not data.decoded_dir:
+        return examples
+    if ":" in data.name:
+        raise UserError(
+            f"data.decoded_dir is '{data.decoded_dir}', which is for TFDS data sets, but data.name "
+            f"is '{data.name}', whose files may change; leave it out"
+        )
+    return cache.on_disk(examples, Path(data.decoded_dir).expanduser(), threads)
 
 
 def select(examples: Examples, count: int) -> Examples:
@@ -207,24 +214,6 @@ def check_splits(data: ConfigDict, train: Examples, test: Examples) -> None:
             f"'{data.test_split}' of {root} has the classes {', '.join(single[:5])}; give both the "
             "same classes"
         )
-
-
-def cached(examples: Examples, threads: int = 0) -> Examples:
-    """The same examples, decoded once and in parallel into one uint8 array in memory."""
-    n = len(examples)
-    logging.info("decoding %d images of %s into memory", n, examples.name)
-    images = np.empty((n, *examples.image_shape), np.uint8)
-    labels = np.empty(n, np.int32)
-
-    def fill(start: int) -> None:
-        rows = np.arange(start, min(start + 256, n))
-        images[rows], labels[rows] = examples.read(rows)
-
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        list(pool.map(fill, range(0, n, 256)))  # raises the first error of a thread
-    return dataclasses.replace(
-        examples, _rows=np.arange(n), _read_rows=lambda rows: (images[rows], labels[rows])
-    )
 
 
 def hold_out(

@@ -33,12 +33,16 @@ def configure(*batch_sizes: int, cache: str = CACHE) -> None:
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if _DEVICE_COUNT_FLAG not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        allowed = getattr(os, "sched_getaffinity", None)  # macOS lacks it
-        cores = len(allowed(0)) if allowed else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", cpu_devices(cores, *batch_sizes))
+        jax.config.update("jax_num_cpu_devices", cpu_devices(cores(), *batch_sizes))
     if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
     jax.monitoring.register_event_duration_secs_listener(_trim_after_compilation)
+
+
+def cores() -> int:
+    """The number of cores that this process may use, which a scheduler can restrict."""
+    allowed = getattr(os, "sched_getaffinity", None)  # macOS lacks it
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def _trim_after_compilation(event: str, duration: float, **_: object) -> None:

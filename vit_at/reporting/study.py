@@ -23,7 +23,7 @@ from vit_at.workdir.results import AUTOATTACK, in_255ths
 
 # Fields that do not change what is trained: names, places, and how often the run is measured.
 _IRRELEVANT = frozenset({"name", "seed", "log_every_steps"})
-_IRRELEVANT |= {"data.dir", "data.cache_gib", "data.threads"}
+_IRRELEVANT |= {"data.dir", "data.cache_gib", "data.decoded_dir", "data.threads"}
 _IRRELEVANT |= {"eval.attacks", "eval.batch_size", "eval.num_examples"}
 _IRRELEVANT |= {"checkpoint.every_minutes", "checkpoint.keep"}
 # Fields that training without masks, and natural training, do not use.

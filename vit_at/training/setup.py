@@ -130,7 +130,7 @@ def _extra(config: ConfigDict, train_set: Examples) -> Extra | None:
         path = pathlib.Path(options.name.removeprefix(PREFIX)).expanduser()
         return Extra(open_npz(path, train_set), count)
     data = config.data.copy_and_resolve_references().unlock()
-    data.name, data.cache_gib = options.name, 0.0
+    data.name, data.cache_gib, data.decoded_dir = options.name, 0.0, ""
     found = sources.load(data, options.split)
     if found.class_names != train_set.class_names:
         raise UserError(

@@ -1,0 +1,82 @@
+"""Decoded copies on disk: the same images, written once and whole, and refusals."""
+
+import collections
+import shutil
+
+import numpy as np
+import pytest
+from test_sources import data_config
+
+from vit_at.data import cache, sources
+from vit_at.errors import UserError
+
+STREAMED = data_config(image_size=12, mean=(0, 0, 0), cache_gib=0)
+
+
+def load(directory, split="test[:300]", **fields):
+    fields = {"image_size": 12, "mean": (0, 0, 0), "cache_gib": 0} | fields
+    return sources.load(data_config(decoded_dir=str(directory), **fields), split, threads=2)
+
+
+def test_a_copy_holds_the_same_images_and_is_written_once(tmp_path, monkeypatch):
+    streamed, rows = sources.load(STREAMED, "test[:300]"), np.array([299, 0, 3, 3])
+    expected, written = streamed.read(rows), load(tmp_path / "copies")
+    monkeypatch.setattr(sources, "decode", None)  # from here on, nothing is decoded
+    for copied in (written, load(tmp_path / "copies")):
+        for a, b in zip(copied.read(rows), expected, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+        assert copied.name == streamed.name
+    assert [path.name[:6] for path in (tmp_path / "copies").iterdir()] == ["digits"]
+
+
+def test_other_images_are_another_copy(tmp_path):
+    load(tmp_path)
+    for other in ({"image_size": 8}, {"split": "test[:299]"}, {"transform": "resize14-crop12"}):
+        before = len(list(tmp_path.iterdir()))
+        load(tmp_path, **other)
+        assert len(list(tmp_path.iterdir())) == before + 1
+
+
+def test_an_interrupted_copy_leaves_nothing(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sources, "decode", fails)
+    with pytest.raises(KeyboardInterrupt):
+        load(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_of_two_processes_wins(tmp_path, monkeypatch):
+    """The other one, which decoded too, reads the first one's copy."""
+    original, decode = load(tmp_path / "elsewhere"), sources.decode
+    (copy,) = (tmp_path / "elsewhere").iterdir()
+
+    def while_another_writes(*arguments):
+        shutil.copytree(copy, tmp_path / "copies" / copy.name, dirs_exist_ok=True)
+        return decode(*arguments)
+
+    monkeypatch.setattr(sources, "decode", while_another_writes)
+    both = load(tmp_path / "copies").read(np.arange(300)), original.read(np.arange(300))
+    np.testing.assert_array_equal(both[0][0], both[1][0])
+    assert [path.name for path in (tmp_path / "copies").iterdir()] == [copy.name]
+
+
+def test_what_cannot_be_copied_is_one_sentence(tmp_path, monkeypatch):
+    load(tmp_path)
+    (copy,) = tmp_path.iterdir()
+    (copy / cache.IMAGES).write_bytes(b"cut short")
+    with pytest.raises(UserError, match=r"can't be read .*; remove the directory"):
+        load(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"can't be written .*; choose another"):
+        load(tmp_path / "file")
+    np.save(tmp_path / "images.npy", np.zeros((4, 12, 12, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.zeros(4, int))
+    with pytest.raises(UserError, match=r"is for TFDS data sets, but data\.name is 'npy:"):
+        load(tmp_path, "test", name=f"npy:{tmp_path}/images.npy")
+    usage = collections.namedtuple("Usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1))
+    with pytest.raises(UserError, match=r"0\.0 GiB free, but the copy of .* needs 0\.0; choose"):
+        load(tmp_path / "small")
