@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures the tables of docs/performance.md on a CPU that does nothing else, in about half an hour.
+# Measures the tables of the documentation on a CPU that does nothing else, in about half an hour.
 #
 #     benchmarks/page.sh
 #

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md from the JSON files of the benchmarks.
+"""Writes the tables of the documentation from the JSON files of the benchmarks.
 
     python benchmarks/tables.py
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from common import ROOT
 
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = [ROOT / "docs" / name for name in ("performance.md", "recipes.md")]
 RESULTS = ROOT / "benchmarks" / "results"
 _MARKED = re.compile(r"^<!-- (\w+) ([\w. ]+) -->\n+(?:\|.*\n)*\n*", re.MULTILINE)
 _OBJECTIVES = {"at": "AT", "trades": "TRADES", "mart": "MART", "pgd": "PGD-20"}
@@ -30,7 +30,8 @@ Rows = Iterator[list[str]]
 
 def main() -> None:
     """The command line."""
-    PAGE.write_text(filled(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
 
 
 def filled(page: str) -> str:

@@ -5,7 +5,8 @@
 #     SBATCH="--array=0-8" launch/slurm.sh [--dry_run] configs/digits_sgd.py [-- FLAGS...]
 #
 # Submits itself. SBATCH: more flags of sbatch, such as "--nodes=4 --ntasks-per-node=8
-# --gpus-per-node=8 --time=8:00:00": one process a GPU, which JAX arranges from Slurm's variables.
+# --gpus-per-node=8 --cpus-per-task=12 --time=8:00:00": one process a GPU, which JAX arranges from
+# Slurm's variables, and cores for each to decode images.
 # An interrupted job (preempted, out of time, a node lost) is queued again and goes on from its last
 # checkpoint.
 #SBATCH --job-name=vit_at
@@ -23,6 +24,8 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
 fi
 
 cd "$SLURM_SUBMIT_DIR"
+# srun no longer takes it from the job by itself (Slurm 22.05).
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 python=${PYTHON:-python3} status=0
 run="srun --kill-on-bad-exit=1 $python -m vit_at.main"
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then

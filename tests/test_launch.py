@@ -162,6 +162,29 @@ def test_a_slurm_job_is_requeued_only_where_it_was_interrupted(tmp_path, status,
     assert ("scontrol requeue 7" in out) == requeued
 
 
+def test_the_processes_of_a_slurm_job_get_its_cores(tmp_path):
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "cores $SRUN_CPUS_PER_TASK"\n')
+    (tmp_path / "srun").chmod(0o755)
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    settings |= {"SLURM_SUBMIT_DIR": str(LAUNCH.parent), "SLURM_CPUS_PER_TASK": "12"}
+    assert said(LAUNCH / "slurm.sh", *RUN, **settings).strip() == "cores 12"
+
+
+@pytest.mark.parametrize("data", ["", "images"])
+def test_a_jobset_has_shared_memory_and_the_bucket(data):
+    words = ["gpu", "--image=image", "--hosts=2", f"--data={data}", "--dry_run", "--", *RUN]
+    manifest = yaml.safe_load(said(sys.executable, LAUNCH / "gke.py", *words))
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    (container,) = job["spec"]["containers"]
+    volumes = {volume.pop("name"): volume for volume in job["spec"]["volumes"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert volumes["shm"] == {"emptyDir": {"medium": "Memory"}}
+    assert mounts == {"shm": "/dev/shm"} | ({"data": "/data"} if data else {})
+    assert bool(job["metadata"]["annotations"]) == bool(data)
+    if data:
+        assert volumes["data"]["csi"]["volumeAttributes"]["bucketName"] == data
+
+
 @pytest.mark.parametrize("kind", ["tpu", "gpu"])
 def test_a_jobset_has_one_process_a_host_and_is_not_restarted_for_mistakes(kind):
     words = [kind, "--image=image", "--hosts=16", "--dry_run", "--", *RUN]
