@@ -29,6 +29,7 @@ import numpy as np
 import reference_autoattack as reference
 
 from vit_at.data import sources
+from vit_at.data.examples import Examples
 from vit_at.distributed import devices, sharding
 from vit_at.evaluation.evaluator import Evaluator
 from vit_at.evaluation.protocol import AUTOATTACK, Attack
@@ -40,7 +41,7 @@ class Subject(NamedTuple):
     model: () -> ours, (apply, params); net: () -> timm's module; mean, std: of its normalisation.
     """
 
-    examples: sources.Examples
+    examples: Examples
     model: Any
     net: Any
     mean: tuple[float, ...]
@@ -64,7 +65,7 @@ def recorded(count: int) -> Subject:
 
     rows, names = np.arange(len(labels)), tuple(map(str, range(10)))
     read = lambda rows: (pixels[rows], labels[rows])  # noqa: E731
-    examples = sources.Examples("recorded", names, pixels.shape[1:], rows, rows, read)
+    examples = Examples("recorded", names, pixels.shape[1:], rows, rows, read)
     model = lambda: (reference.apply(), reference.parameters())  # noqa: E731
     return Subject(examples, model, net, reference.MEAN, reference.STD)
 

@@ -10,7 +10,7 @@ from common import CLASSES, EPS, STEP_SIZE, Case
 from vit_at import models
 from vit_at.attacks import Threat
 from vit_at.configs import default
-from vit_at.data.sources import Examples
+from vit_at.data.examples import Examples
 from vit_at.distributed import sharding
 from vit_at.evaluation.evaluator import make_outcome_fn
 from vit_at.evaluation.protocol import Attack

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vit_at import models
 from vit_at.configs import digits_sgd
-from vit_at.data.sources import Examples
+from vit_at.data.examples import Examples
 from vit_at.distributed.sharding import make_mesh
 from vit_at.training import optim
 from vit_at.training.loop import train

@@ -22,7 +22,7 @@ from vit_at.attacks.autoattack import Budget, audit, cascade, ledger
 from vit_at.attacks.autoattack import settings as autoattack_settings
 from vit_at.attacks.autoattack.ledger import BROKEN, LEDGER_FILE, NOT_ATTACKED
 from vit_at.attacks.norms import largest_size
-from vit_at.data import sources
+from vit_at.data.examples import Examples
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store
@@ -369,7 +369,7 @@ def test_through_the_evaluator(tmp_path, monkeypatch):
     """One record with the cascade and the audit; a ledger in the work directory."""
     params, images, labels = problem(8)
     pixels = np.round(images * 255).astype(np.uint8)
-    examples = sources.Examples(
+    examples = Examples(
         "digits",
         tuple("abcde"),
         SHAPE,

@@ -6,8 +6,8 @@ import runs
 from PIL import Image
 
 from vit_at.data import pipeline
+from vit_at.data.examples import Examples
 from vit_at.data.extra import Extra, joined, open_npz
-from vit_at.data.sources import Examples
 from vit_at.errors import UserError
 from vit_at.training.setup import Setup
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vit_at.data import pipeline, sources
+from vit_at.data import pipeline
+from vit_at.data.examples import Examples
 from vit_at.errors import UserError
 
 
@@ -19,7 +20,7 @@ def make_examples(n, read=None):
         return images.astype(np.uint8), rows.astype(np.int32)
 
     rows = np.arange(n)
-    return sources.Examples("made", ("a",), (2, 2, 1), rows, rows, read or read_rows)
+    return Examples("made", ("a",), (2, 2, 1), rows, rows, read or read_rows)
 
 
 def train_labels(n, batch_size, first, last, *, seed=0, threads=2, processes=1):

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vit_at.data import backends, cache, sources
+from vit_at.data.examples import Examples
 from vit_at.errors import UserError
 
 DIGITS = backends.PACKAGED / "digits" / "1.0.0"
@@ -177,7 +178,7 @@ def make_examples(n):
         images = np.broadcast_to(rows[:, None, None, None], (len(rows), 2, 2, 1))
         return images.astype(np.uint8), rows.astype(np.int32)
 
-    return sources.Examples("made", ("a",), (2, 2, 1), np.arange(n), np.arange(n), read)
+    return Examples("made", ("a",), (2, 2, 1), np.arange(n), np.arange(n), read)
 
 
 def test_hold_out_depends_on_the_seed_and_takes_the_right_images():

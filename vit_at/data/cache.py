@@ -14,21 +14,18 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import logging
 
+from vit_at.data.examples import Examples
 from vit_at.distributed import devices
 from vit_at.errors import UserError, in_one_line
-
-if TYPE_CHECKING:
-    from vit_at.data.sources import Examples
 
 IMAGES, LABELS = "images.npy", "labels.npy"
 
 
-def in_memory(examples: "Examples", threads: int = 0) -> "Examples":
+def in_memory(examples: Examples, threads: int = 0) -> Examples:
     """The same examples, decoded once and in parallel into one uint8 array in memory."""
     logging.info("decoding %d images of %s into memory", len(examples), examples.name)
     images = np.empty((len(examples), *examples.image_shape), np.uint8)
@@ -37,7 +34,7 @@ def in_memory(examples: "Examples", threads: int = 0) -> "Examples":
     return _of_arrays(examples, images, labels)
 
 
-def on_disk(examples: "Examples", root: Path, threads: int = 0) -> "Examples":
+def on_disk(examples: Examples, root: Path, threads: int = 0) -> Examples:
     """The same examples, read from a decoded copy in ``root``, which the first run writes.
 
     Raises:
@@ -50,9 +47,7 @@ def on_disk(examples: "Examples", root: Path, threads: int = 0) -> "Examples":
     return _of_arrays(examples, *_read(directory))
 
 
-def _decode_into(
-    images: np.ndarray, labels: np.ndarray, examples: "Examples", threads: int
-) -> None:
+def _decode_into(images: np.ndarray, labels: np.ndarray, examples: Examples, threads: int) -> None:
     def fill(start: int) -> None:
         rows = np.arange(start, min(start + 256, len(examples)))
         images[rows], labels[rows] = examples.read(rows)
@@ -61,14 +56,14 @@ def _decode_into(
         list(pool.map(fill, range(0, len(examples), 256)))  # raises the first error of a thread
 
 
-def _of_arrays(examples: "Examples", images: np.ndarray, labels: np.ndarray) -> "Examples":
+def _of_arrays(examples: Examples, images: np.ndarray, labels: np.ndarray) -> Examples:
     rows = np.arange(len(examples))
     return dataclasses.replace(
         examples, _rows=rows, _read_rows=lambda rows: (images[rows], labels[rows])
     )
 
 
-def _name(examples: "Examples") -> str:
+def _name(examples: Examples) -> str:
     """Readable, and with a digest of all that decides what the copy holds."""
     about = f"{examples.name} {examples.image_shape} {examples.transform} {examples.ids}"
     digest = hashlib.sha256(about.encode())
@@ -89,7 +84,7 @@ def _read(directory: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _written(directory: Path, examples: "Examples") -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _written(directory: Path, examples: Examples) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields images and labels to fill; the copy appears as a whole, or not at all.
 
     Of several processes that write the same copy, the first one's stays.

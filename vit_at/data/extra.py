@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from vit_at.data.sources import Examples
+from vit_at.data.examples import Examples
 from vit_at.errors import UserError, in_one_line
 
 PREFIX = "npz:"

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 
+from vit_at.data.examples import Examples
 from vit_at.data.extra import Extra, joined
-from vit_at.data.sources import Examples
 from vit_at.distributed import devices
 from vit_at.errors import UserError
 

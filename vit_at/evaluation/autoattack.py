@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from vit_at import models
 from vit_at.attacks import autoattack
 from vit_at.attacks.autoattack import audit
-from vit_at.data.sources import Examples
+from vit_at.data.examples import Examples
 from vit_at.distributed import precision
 from vit_at.evaluation.protocol import Attack
 

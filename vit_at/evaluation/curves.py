@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from vit_at.attacks import Threat
 from vit_at.config import evaluation_threat, validate
-from vit_at.data.sources import Examples
+from vit_at.data.examples import Examples
 from vit_at.errors import UserError
 from vit_at.evaluation.protocol import Attack, parse_attacks, union_record
 from vit_at.workdir.outcomes import union

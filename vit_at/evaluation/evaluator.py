@@ -26,7 +26,7 @@ from vit_at.attacks.losses import is_correct
 from vit_at.attacks.threat import Threat, random_start
 from vit_at.console import Progress
 from vit_at.data import augment, pipeline
-from vit_at.data.sources import Examples
+from vit_at.data.examples import Examples
 from vit_at.distributed import precision, processes, sharding
 from vit_at.evaluation.autoattack import evaluate_autoattack
 from vit_at.evaluation.protocol import Attack, record, weights_digest

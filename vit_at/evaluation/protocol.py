@@ -18,7 +18,7 @@ import numpy as np
 import vit_at
 from vit_at.attacks.autoattack import settings
 from vit_at.attacks.threat import Threat
-from vit_at.data.sources import Examples
+from vit_at.data.examples import Examples
 from vit_at.errors import UserError
 from vit_at.workdir.results import AUTOATTACK
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from numpy.lib import format as npy
 
 from vit_at.data import augment
-from vit_at.data.sources import Examples
+from vit_at.data.examples import Examples
 from vit_at.distributed import processes, sharding
 from vit_at.errors import UserError
 from vit_at.evaluation.evaluator import by_parts, global_batches

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from vit_at import models, weights
 from vit_at.configs import common, default
-from vit_at.data.sources import Examples
+from vit_at.data.examples import Examples
 from vit_at.errors import UserError, in_one_line
 from vit_at.evaluation.protocol import weights_digest
 from vit_at.weights.architecture import arguments_for

@@ -22,8 +22,8 @@ from vit_at import models, weights
 from vit_at.attacks import Threat
 from vit_at.config import MAX_STEPS, evaluation_threat
 from vit_at.data import augment, own, pipeline, sources
+from vit_at.data.examples import Examples
 from vit_at.data.extra import PREFIX, Extra, open_npz
-from vit_at.data.sources import Examples
 from vit_at.distributed import sharding
 from vit_at.distributed.precision import check_precision
 from vit_at.errors import UserError

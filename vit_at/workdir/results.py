@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from vit_at import schema
-from vit_at.data.sources import Examples
+from vit_at.data.examples import Examples
 from vit_at.errors import UserError, in_one_line
 from vit_at.workdir.files import write_atomically
 from vit_at.workdir.outcomes import ARRAYS, Measured, in_255ths, table, threats

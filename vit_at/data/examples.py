@@ -1,0 +1,66 @@
+"""``Examples``: labelled images that are read by position, whatever they come from."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """Labelled images of one size, read by position.
+
+    Attributes:
+      name: data set, version and split, such as "cifar10/3.0.2 train[:90%]".
+      class_names: by label.
+      image_shape: (S, S, C).
+      indices: [n] position of each example in its split on disk. Slices, `take` and `hold_out`
+        keep these numbers; results name an image by its number.
+      origin: (split on disk, positions in it) of everything that was opened.
+      transform: name of what made the images square, see ``transforms``.
+      ids: name and digest of the list that chose the images; '': all of the split.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    indices: np.ndarray
+    _rows: np.ndarray  # [n] arguments of _read_rows
+    _read_rows: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    origin: Sequence[tuple[str, np.ndarray]] = ()
+    transform: str = "squash"
+    ids: str = ""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all decoded images in bytes."""
+        return len(self) * math.prod(self.image_shape)
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images [n, S, S, C] uint8 and labels [n] int32 of these positions.
+
+        A UserError names an image that can't be decoded or has no label.
+        """
+        return self._read_rows(self._rows[indices])
+
+    def take(self, indices: np.ndarray) -> "Examples":
+        """The examples at these positions, in this order; copies no images."""
+        return dataclasses.replace(self, indices=self.indices[indices], _rows=self._rows[indices])
+
+    def relabelled(self, class_names: Sequence[str]) -> "Examples":
+        """The same images with labels that number ``class_names``, which hold all of their own."""
+        number = np.array([list(class_names).index(name) for name in self.class_names], np.int32)
+
+        def read_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            images, labels = self._read_rows(rows)
+            return images, number[labels]
+
+        return dataclasses.replace(self, class_names=tuple(class_names), _read_rows=read_rows)
