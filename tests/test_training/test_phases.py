@@ -38,6 +38,7 @@ def test_a_phase_keeps_what_the_phases_before_it_have_set():
         ("threat.steps=2", "phases has 'threat.steps=2'; a phase is an epoch and FIELD=VALUE"),
         ("1", "phases has '1'; a phase is an epoch"),
         ("2 threat.steps=1; 1 threat.steps=2", "from epoch 1; epochs must increase"),
+        ("0 threat.steps=1; 0 threat.steps=2", "from epoch 0; epochs must increase"),
         ("4 threat.steps=1", r"less than epochs \(4\)"),
         ("1 beta=3", "phases has 'beta=3'; it may set threat.eps, "),
         ("1 threat.steps", "phases has 'threat.steps'"),

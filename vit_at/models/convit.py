@@ -73,7 +73,8 @@ class GatedPositionalAttention(nn.Module):
         position = jnp.moveaxis(to_heads(relative_positions(n, weights)), -1, 0)  # [h, n, n]
         gate = self.param("gating_param", nn.initializers.ones, (heads,), weights)
         gate = jax.nn.sigmoid(gate)[:, None, None]
-        attention = (1 - gate) * ops.softmax(content) + gate * ops.softmax(position)
+        by_content = ops.softmax(content, self.dtype)
+        attention = (1 - gate) * by_content + gate * ops.softmax(position, weights)
         out = jnp.einsum("bhqk,bkhc->bqhc", attention.astype(self.dtype), v)
         return layers.dense(d, self.dtype, name="proj")(out.reshape(b, n, d))
 

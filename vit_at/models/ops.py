@@ -5,13 +5,15 @@ the backward pass. Written out, GELU keeps only its input, LayerNorm its input a
 token, a softmax its result. Values and gradients equal the textbook formulas up to rounding;
 docs/performance.md says how much time each saves.
 
-Everything is computed in float32 (float64 for float64 inputs) and returned in the input's dtype.
-The products of ``linear`` have the input's dtype and accumulate in float32.
+Everything is computed in float32 (float64 for float64 inputs) and returned in the input's dtype, or
+the one that is asked for. The products of ``linear`` have the input's dtype and accumulate in
+float32.
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,19 +107,33 @@ def _recomputed(kept: Sequence[Array], epsilon: float) -> tuple[Array, Array, Ar
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-@jax.custom_vjp
-def softmax(logits: Array) -> Array:
-    """Softmax over the last axis, computed after subtracting the largest logit."""
-    return jax.nn.softmax(_wide(logits)).astype(logits.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def softmax(logits: Array, dtype: Any) -> Array:
+    """Softmax over the last axis, computed after subtracting the largest logit.
+
+    Computed in float32 at least; returned, and kept for the gradient, in ``dtype``.
+    """
+    return jax.nn.softmax(_wide(logits)).astype(dtype)
 
 
-def _softmax_backward(value, cotangent):
-    value, cotangent, dtype = _wide(value), _wide(cotangent), value.dtype
-    centred = cotangent - (value * cotangent).sum(-1, keepdims=True)
-    return ((value * centred).astype(dtype),)
+def _softmax_forward(logits, dtype):
+    value = softmax(logits, dtype)
+    return value, (value, jnp.zeros(0, logits.dtype))
 
 
-softmax.defvjp(lambda logits: (softmax(logits),) * 2, _softmax_backward)
+def _softmax_backward(dtype, residuals, cotangent):
+    del dtype
+    value, like_logits = residuals
+    return (_to_logits(value, cotangent).astype(like_logits.dtype),)
+
+
+def _to_logits(value: Array, cotangent: Array) -> Array:
+    """The gradient of a softmax by its logits, float32 at least."""
+    value, cotangent = _wide(value), _wide(cotangent)
+    return value * (cotangent - (value * cotangent).sum(-1, keepdims=True))
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -139,8 +155,7 @@ def _attention_weights_forward(q, k, scale):
 
 def _attention_weights_backward(scale, residuals, cotangent):
     q, k, weights = residuals
-    (to_logits,) = _softmax_backward(_wide(weights), cotangent)
-    to_product = (to_logits * scale).astype(q.dtype)
+    to_product = (_to_logits(weights, cotangent) * scale).astype(q.dtype)
     to_q = _by_platform(functools.partial(jnp.einsum, "...qk,...kc->...qc"), to_product, k)
     to_k = _by_platform(functools.partial(jnp.einsum, "...qk,...qc->...kc"), to_product, q)
     return to_q, to_k

@@ -104,7 +104,7 @@ class WindowAttention(nn.Module):
             bias = bias + jnp.asarray(mask, weights)[:, None]
         scale = self.qk_scale or (d // heads) ** -0.5
         logits = jnp.einsum("bwqhc,bwkhc->bwhqk", q, k, preferred_element_type=weights)
-        attention = ops.softmax(logits * scale + bias).astype(self.dtype)
+        attention = ops.softmax(logits * scale + bias, self.dtype)
         return jnp.einsum("bwhqk,bwkhc->bwqhc", attention, v).reshape(b, w, n, d)
 
 

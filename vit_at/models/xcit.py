@@ -71,8 +71,8 @@ class CrossCovarianceAttention(nn.Module):
         q, k = (y.astype(wide) for y in (q, k))
         q, k = (y * jax.lax.rsqrt(jnp.maximum((y**2).sum(1, keepdims=True), 1e-24)) for y in (q, k))
         temperature = self.param("temperature", nn.initializers.ones, (h, 1, 1), wide)
-        attention = ops.softmax(jnp.einsum("bnhc,bnhe->bhce", q, k) * temperature)
-        out = jnp.einsum("bhce,bnhe->bnhc", attention.astype(self.dtype), v)
+        attention = ops.softmax(jnp.einsum("bnhc,bnhe->bhce", q, k) * temperature, self.dtype)
+        out = jnp.einsum("bhce,bnhe->bnhc", attention, v)
         return layers.dense(d, self.dtype, name="proj")(out.reshape(b, n, d))
 
 
@@ -104,7 +104,7 @@ class ClassAttention(nn.Module):
         q = linear(name="q")(x[:, 0]).reshape(b, h, d // h)
         k, v = (linear(name=name)(x).reshape(b, -1, h, d // h) for name in ("k", "v"))
         logits = jnp.einsum("bhc,bnhc->bhn", q, k, preferred_element_type=wide) * (d // h) ** -0.5
-        out = jnp.einsum("bhn,bnhc->bhc", ops.softmax(logits).astype(v.dtype), v)
+        out = jnp.einsum("bhn,bnhc->bhc", ops.softmax(logits, v.dtype), v)
         return linear(name="proj")(out.reshape(b, 1, d))
 
 

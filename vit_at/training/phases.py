@@ -39,20 +39,21 @@ def of(config: ConfigDict) -> list[Phase]:
       UserError: a text that can't be read, an epoch out of order, or a field or value that is not
         allowed.
     """
-    found = [Phase(0, config)]
+    found, before = [Phase(0, config)], -1
     for text in filter(None, map(str.strip, config.phases.split(";"))):
         epoch, *changes = text.split()
         if not re.fullmatch(r"\d{1,7}", epoch) or not changes:
             raise UserError(
                 f"phases has '{text}'; a phase is an epoch and FIELD=VALUE, such as {_EXAMPLE}"
             )
-        last = found[-1]
-        if not int(epoch) + (len(found) == 1) > last.epoch or int(epoch) >= config.epochs:
+        if not before < int(epoch) < config.epochs:
             raise UserError(
                 f"phases has a phase from epoch {epoch}; epochs must increase and be less than "
                 f"epochs ({config.epochs})"
             )
-        found = [*(found if int(epoch) else []), Phase(int(epoch), _changed(last.config, changes))]
+        before = int(epoch)
+        changed = Phase(before, _changed(found[-1].config, changes))
+        found = [*found, changed] if before else [changed]
     return found
 
 

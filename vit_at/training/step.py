@@ -268,13 +268,12 @@ def loss_and_gradient(
             fixed = models.cast_kernels(apply, jax.lax.stop_gradient(params))
             adversarial = attacked(step, fixed, balls, part, clean)
         each = part.images, part.targets, part.keys, clean
-        if len(adversarial) > 1:  # as many copies as balls
-            each = jax.tree.map(lambda x: jnp.concatenate([x] * len(adversarial)), each)
-        images, targets, keys, clean = each
+        copies = jax.tree.map(lambda x: jnp.concatenate([x] * len(adversarial)), each)
+        images, targets, keys, clean = copies
         options = {"beta": step.config.beta, "rngs": {"drop_path": keys}, "clean_logits": clean}
-        all_of_them = adversarial[0] if len(adversarial) == 1 else jnp.concatenate(adversarial)
+        attacked_images = jnp.concatenate(adversarial)
         value, aux = training_loss(
-            objective, apply, params, images, all_of_them, targets, **options
+            objective, apply, params, images, attacked_images, targets, **options
         )
         return value, _batch_metrics(aux, targets)
 
