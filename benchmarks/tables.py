@@ -71,14 +71,6 @@ def _steps(content: dict[str, Any]) -> Rows:
         yield [*row, "{:.0f}, {:.0f}".format(*memory)]
 
 
-def _start(content: dict[str, Any]) -> Rows:
-    heads = ["process", "imports done, s", "first step done, s", "of which compilation, s"]
-    yield [*heads, "peak memory, MiB"]
-    for name, found in content["cold"]["processes"].items():
-        seconds = [f"{found[key]:.1f}" for key in ("imported", "first_step", "compile_s")]
-        yield [name, *seconds, f"{found['peak_memory'] / 2**20:.0f}"]
-
-
 def _scaling(content: dict[str, Any]) -> Rows:
     yield ["what varies", "images/s"]
     for kind in dict.fromkeys(point["kind"] for point in content["points"]):
@@ -93,7 +85,7 @@ def _costs(content: dict[str, Any]) -> Rows:
         yield [name, f"{one['passes']:g}", f"{one['paper']:.2f}", f"{one['ratio']:.2f}"]
 
 
-TABLES = {"steps": _steps, "start": _start, "scaling": _scaling, "costs": _costs}
+TABLES = {"steps": _steps, "scaling": _scaling, "costs": _costs}
 
 if __name__ == "__main__":
     main()

@@ -67,4 +67,4 @@ def test_attention_and_options_of_xla_change_one_thing_each():
 def test_the_tables_of_the_pages_are_those_of_the_files():
     pages = [page.read_text() for page in tables.PAGES]
     assert [tables.filled(page) for page in pages] == pages
-    assert [page.count("<!-- ") for page in pages] == [3, 1]
+    assert [page.count("<!-- ") for page in pages] == [2, 1]

@@ -256,7 +256,7 @@ def rows_of(table: str, columns: tuple[int, ...]) -> set[tuple[str, ...]]:
          (1, 3, 2), "digits_sgd", (2, 3, 4)),
         ("docs/index.md", "| training | clean % | PGD-20 % | PGD-100 % | CW-20 % |",
          (1, 4, 2, 3), "digits_sgd", (2, 3, 4, 5)),
-        ("docs/performance.md", "| training in | clean % | PGD-20 % | PGD-100 % | CW-20 % |",
+        ("docs/study.md", "| training in | clean % | PGD-20 % | PGD-100 % | CW-20 % |",
          (1, 4, 2, 3), "dtype_digits", (2, 3, 4, 5)),
     ],
 )  # fmt: skip
