@@ -62,7 +62,7 @@ def test_cascade(version):
     assert "square" in result.summary()
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 1000),
     norm=st.sampled_from(["linf", "l2", "l1"]),
