@@ -11,6 +11,7 @@ from typing import Any
 
 import ours
 from common import Case, interleaved, machine, parse_model, print_table, write_json
+from tables import TABLES
 
 from vit_at.training import metrics
 
@@ -60,11 +61,8 @@ def main() -> None:
         paper = passes[name] / passes["none"]
         costs = {"passes": passes[name], "paper": paper, "ratio": ratio}
         result["methods"][name] = found[name] | costs
-    rows = [
-        [name, f"{one['passes']:g}", f"{one['paper']:.2f}", f"{one['ratio']:.2f}"]
-        for name, one in result["methods"].items()
-    ]
-    print_table(["method", "passes", "on paper", "measured"], rows)
+    header, *rows = TABLES["costs"](result)
+    print_table(header, rows)
     write_json(options.out, result)
 
 

@@ -17,7 +17,7 @@ from vit_at.configs import digits_sgd
 from vit_at.data.examples import Examples
 from vit_at.distributed.sharding import make_mesh
 from vit_at.training import optim
-from vit_at.training.loop import train
+from vit_at.training.loop import Loop, train
 from vit_at.training.setup import Setup, compile_step, resolve
 
 CLASSES = ("zero", "one", "two")
@@ -145,3 +145,31 @@ def trained(workdir) -> epath.Path:
     """A work directory in which the smoke recipe has been trained."""
     train(smoke(**QUICK), epath.Path(workdir))
     return epath.Path(workdir)
+
+
+def assert_same_arrays(a, b):
+    assert a.keys() == b.keys()
+    assert a
+    for name, value in a.items():
+        assert value.tobytes() == b[name].tobytes(), name
+
+
+def assert_resumes_bit_exactly(config, directory, monkeypatch, *, dies_at: int, last_step: int):
+    """A run that dies in a step, before a save, and goes on, ends as one that does not die."""
+    train(config, directory / "whole")
+    after_step = Loop._after_step
+
+    def dies(loop, state, step, ending):
+        if step == dies_at:
+            raise RuntimeError("killed")
+        after_step(loop, state, step, ending)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_after_step", dies)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config, directory / "killed")
+    train(config, directory / "killed")
+    whole, killed = (
+        arrays_of(epath.Path(directory / name), last_step) for name in ("whole", "killed")
+    )
+    assert_same_arrays(whole, killed)

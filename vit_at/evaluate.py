@@ -155,8 +155,9 @@ def evaluate(
         pseudo_labels.check_file(pathlib.Path(write_labels))
     models = transfer.subjects(subject, from_runs, checkpoint, parsed, data) if from_runs else {}
     threads = config.data.threads
-    part: dict[str, Any] = {"chosen": ids, "count": num_examples}
-    examples = sources.load(config.data, config.data.test_split, threads=threads, **part)
+    examples = sources.load(
+        config.data, config.data.test_split, threads=threads, chosen=ids, count=num_examples
+    )
     examples = in_classes_of(examples, subject)
     options = {"batch_size": config.eval.batch_size, "seed": seed, "threads": threads}
     directory = epath.Path(workdir).expanduser() if workdir else subject.workdir

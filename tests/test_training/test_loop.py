@@ -22,7 +22,7 @@ from vit_at.config import CHECKPOINTS
 from vit_at.errors import UserError
 from vit_at.evaluation.protocol import weights_digest
 from vit_at.training import metrics
-from vit_at.training.loop import Loop, train
+from vit_at.training.loop import train
 from vit_at.training.signals import Interrupted, Signals
 from vit_at.workdir.checkpoint import load_trained
 
@@ -51,13 +51,6 @@ def lines_of(workdir):
     path = pathlib.Path(workdir) / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def assert_same_arrays(a, b):
-    assert a.keys() == b.keys()
-    assert a
-    for name, value in a.items():
-        assert value.tobytes() == b[name].tobytes(), name
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +123,7 @@ def test_an_interrupted_run_goes_on_to_the_same_parameters(undisturbed, tmp_path
     assert 0 < stopped < LAST_STEP
     assert runs.arrays_of(workdir, stopped)
     records = train(config, workdir)
-    assert_same_arrays(
+    runs.assert_same_arrays(
         runs.arrays_of(workdir, LAST_STEP), runs.arrays_of(undisturbed[0], LAST_STEP)
     )
     assert [r["accuracy"] for r in records] == [r["accuracy"] for r in undisturbed[1]]
@@ -180,7 +173,7 @@ def test_a_process_that_is_ended_by_a_signal_resumes_bit_for_bit(
     resumed = run(tmp_path, **LONG)
     assert resumed.returncode == 0
     assert "resuming at step " in resumed.stderr
-    assert_same_arrays(
+    runs.assert_same_arrays(
         runs.arrays_of(epath.Path(tmp_path), LONG_STEPS),
         runs.arrays_of(undisturbed_long, LONG_STEPS),
     )
@@ -354,23 +347,7 @@ def test_what_goes_beyond_the_paper_resumes_bit_exactly(row, tmp_path, monkeypat
         "eval__attacks": "clean",
     }
     config = runs.smoke(**options)
-    train(config, str(tmp_path / "whole"))
-    after_step = Loop._after_step
-
-    def dies_at_step_5(loop, state, step, ending):
-        if step == 5:
-            raise RuntimeError("killed")
-        after_step(loop, state, step, ending)
-
-    monkeypatch.setattr(Loop, "_after_step", dies_at_step_5)
-    with pytest.raises(RuntimeError, match="killed"):
-        train(config, str(tmp_path / "killed"))
-    monkeypatch.undo()
-    train(config, str(tmp_path / "killed"))
-    whole, killed = (
-        runs.arrays_of(epath.Path(tmp_path / n), LAST_STEP) for n in ("whole", "killed")
-    )
-    assert_same_arrays(whole, killed)
+    runs.assert_resumes_bit_exactly(config, tmp_path, monkeypatch, dies_at=5, last_step=LAST_STEP)
 
 
 def test_the_rows_above_hold_every_pair():

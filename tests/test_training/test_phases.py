@@ -5,13 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from etils import epath
 
 from vit_at import models
 from vit_at.errors import UserError
 from vit_at.models import layers
 from vit_at.training import metrics, phases
-from vit_at.training.loop import Loop, train
 from vit_at.training.setup import compile_steps, initial_state
 
 GROWING = "0 data.image_size=8 threat.steps=1; 2 data.image_size=16 threat.steps=3 threat.eps=1/10"
@@ -112,22 +110,4 @@ def test_each_phase_has_its_own_step():
 def test_a_run_resumes_bit_exactly_across_a_change(tmp_path, monkeypatch):
     changes = {"phases": "1 threat.steps=2 threat.eps=0.05", "eval__attacks": "clean"}
     made = runs.smoke(**(runs.QUICK | changes | {"eval__every_epochs": 1}))
-    train(made, str(tmp_path / "whole"))
-    after_step, steps = Loop._after_step, []
-
-    def dies_early(loop, state, step, ending):
-        after_step(loop, state, step, ending)
-        steps.append(loop._setup.total_steps)
-        if step == loop._setup.steps_per_epoch + 1:
-            raise RuntimeError("killed")
-
-    monkeypatch.setattr(Loop, "_after_step", dies_early)
-    with pytest.raises(RuntimeError, match="killed"):
-        train(made, str(tmp_path / "killed"))
-    monkeypatch.undo()
-    train(made, str(tmp_path / "killed"))
-    whole, killed = (
-        runs.arrays_of(epath.Path(tmp_path / name), steps[0]) for name in ("whole", "killed")
-    )
-    for key, value in whole.items():
-        np.testing.assert_array_equal(killed[key], value)
+    runs.assert_resumes_bit_exactly(made, tmp_path, monkeypatch, dies_at=5, last_step=8)

@@ -12,15 +12,12 @@ import numpy as np
 import optax
 import pytest
 import runs
-from ml_collections import FrozenConfigDict
 
 from vit_at import models
 from vit_at.attacks import Threat
-from vit_at.attacks.norms import NORMS
 from vit_at.config import evaluated_weights
 from vit_at.data import augment
 from vit_at.distributed import sharding
-from vit_at.errors import UserError
 from vit_at.models import training_dtype
 from vit_at.models.blocks import Unstacked
 from vit_at.training import step
@@ -428,82 +425,3 @@ def test_nothing_asks_which_backend_the_process_has():
     sources = {path: path.read_text() for path in package.rglob("*.py")}
     assert len(sources) > 50
     assert [str(path) for path, text in sources.items() if "default_backend" in text] == []
-
-
-# --- Several balls ----------------------------------------------------------------------------
-
-
-def balls_of(setup, **changes):
-    """(step, the arguments of ``attacked`` after it) for the first batch of a tiny setup."""
-    config = FrozenConfigDict(setup.config)
-    apply = models.classifier(setup.model, config.data.mean, config.data.std)
-    fields = (config, apply, None, setup.mesh, Masking(), 4, setup.model.num_blocks, 3)
-    params = models.init_params(setup.model, jax.random.key(0))
-    images = jax.random.uniform(jax.random.key(1), (6, 8, 8, 1))
-    targets = jax.nn.one_hot(jnp.arange(6) % 3, 3)
-    threats = Threat.all_of(config.threat)
-    deltas = tuple(jnp.zeros_like(images) + 0.01 for _ in threats)
-    keys = jax.random.split(jax.random.key(2), 6)
-    balls = tuple(step.Ball(threat, None, None) for threat in threats)
-    return step.Step(*fields), params, balls, step.Part(images, targets, deltas, keys)
-
-
-def test_of_several_balls_the_worst_image_is_trained_on_or_all_of_them():
-    """Tramer and Boneh 2019, equations 3 and 4: a maximum of losses, or their mean."""
-    also = {"threat__also": "l2:0.4:0.1", "mixing__probability": 0.0}
-    several, params, balls, part = balls_of(runs.tiny_setup(**also))
-    mean = several._replace(
-        config=FrozenConfigDict(runs.tiny_setup(**also, threat__combine="avg").config)
-    )
-    (worst,) = step.attacked(several, params, balls, part)
-    each = step.attacked(mean, params, balls, part)
-    assert len(each) == 2
-    for ball, images in zip(balls, each, strict=True):
-        size = NORMS[ball.threat.norm].size(images - part.images)
-        assert float(size.max()) <= float(ball.threat.eps) * (1 + 1e-5)
-
-    def losses(images):
-        return optax.softmax_cross_entropy(several.apply(params, images), part.targets)
-
-    np.testing.assert_allclose(losses(worst), jnp.stack([*map(losses, each)]).max(0), rtol=1e-5)
-    _, metrics = step.loss_and_gradient(several, params, balls, part)
-    np.testing.assert_allclose(metrics["loss"], losses(worst).mean(), rtol=1e-5)
-    _, metrics = step.loss_and_gradient(mean, params, balls, part)
-    expected = jnp.stack([*map(losses, each)]).mean()
-    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("objective", ["trades", "mart"])
-def test_all_objectives_take_several_balls(objective):
-    changes = {"objective": objective, "threat__also": "l2:0.4:0.1", "threat__combine": "avg"}
-    few = runs.tiny_setup(**changes, mixing__probability=0.0, threat__steps=1)
-    _, metrics = step.loss_and_gradient(*balls_of(few))
-    assert np.isfinite(float(metrics["loss"]))
-
-
-@pytest.mark.parametrize(
-    ("also", "sentence"),
-    [
-        ("l2", "threat.also has 'l2'; write NORM:EPS:STEP_SIZE"),
-        ("l2:half:0.1", "write NORM:EPS:STEP_SIZE"),
-        ("linf:0.1:0.1", "linf is named before; name a norm once"),
-        ("l2:0.5:1.1", "at most twice eps"),
-        ("l3:0.5:0.1", "norm is 'l3', which is unknown"),
-    ],
-)
-def test_a_ball_that_cannot_be_is_one_sentence(also, sentence):
-    with pytest.raises(UserError, match=sentence):
-        runs.resolved(threat__also=also)
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"threat__also": "l1:12:1"}, "a norm is 'l1'"),
-        ({"threat__start": "noise"}, "threat.start is 'noise'; use pgd"),
-        ({"masking__prm": True, "masking__warmup_epochs": 0.0}, "masking.prm is on"),
-    ],
-)
-def test_what_auto_pgd_cannot_do_is_one_sentence(changes, sentence):
-    with pytest.raises(UserError, match=sentence):
-        runs.resolved(threat__method="apgd", **changes)

@@ -89,9 +89,7 @@ def _set_image_size(config: ConfigDict, encoded: backends.Encoded) -> None:
 
 def _moments(data: ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of the training images, in pixel units."""
-    streamed = data.copy_and_resolve_references().unlock()
-    streamed.cache_gib, streamed.decoded_dir = 0.0, ""
-    examples = sources.load(streamed, data.train_split)
+    examples = sources.load(sources.streamed(data), data.train_split)
     count = min(len(examples), _MOST_READ)
     rows = np.linspace(0, len(examples) - 1, count).astype(int)
     total = np.zeros((2, len(data.mean)))

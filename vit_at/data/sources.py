@@ -69,6 +69,13 @@ def load(
     return cache.on_disk(examples, Path(data.decoded_dir).expanduser(), threads)
 
 
+def streamed(data: ConfigDict) -> ConfigDict:
+    """An unlocked copy of config.data by which ``load`` decodes images only when they are read."""
+    data = data.copy_and_resolve_references().unlock()
+    data.cache_gib, data.decoded_dir = 0.0, ""
+    return data
+
+
 def select(examples: Examples, count: int) -> Examples:
     """The first ``count`` examples, 0: all.
 

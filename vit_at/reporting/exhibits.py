@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from vit_at import models
 from vit_at.attacks import Threat, curves, pgd_attack
@@ -59,8 +58,7 @@ class Exhibits:
 
     def __init__(self, trained: Trained):
         self._trained, config = trained, trained.config
-        data = ConfigDict(config.data).unlock()
-        data.cache_gib, data.decoded_dir = 0.0, ""  # decode only what is shown
+        data = sources.streamed(config.data)  # decode only what is shown
         self._examples = sources.load(data, data.test_split, threads=data.threads)
         self.class_names = self._examples.class_names
         self._params = jax.device_put(trained.params, jax.devices()[0])  # one is enough

@@ -78,18 +78,11 @@ def check(config: ConfigDict, model: Any) -> None:
             of_phase = models.build(phase.config, model.num_classes, model.dtype)
         except UserError as error:
             raise UserError(f"in the phase from epoch {phase.epoch}: {error}") from error
-        size, prm_patch = phase.config.data.image_size, config.masking.patch_size
-        if size == largest:
-            continue
-        if size > largest or not of_phase.any_size:
+        size = phase.config.data.image_size
+        if size > largest or (size < largest and not of_phase.any_size):
             raise UserError(
                 f"phases sets data.image_size to {size}, but it must be at most that of the "
                 f"configuration, {largest}, which is evaluated, and stay the same for Swin"
-            )
-        if config.masking.prm and size % (prm_patch or model.patch_size):
-            raise UserError(
-                f"phases sets data.image_size to {size}, which PRM's patches of "
-                f"{prm_patch or model.patch_size} pixels do not divide; choose a multiple"
             )
 
 

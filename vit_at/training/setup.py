@@ -129,8 +129,8 @@ def _extra(config: ConfigDict, train_set: Examples) -> Extra | None:
     if options.name.startswith(PREFIX):
         path = pathlib.Path(options.name.removeprefix(PREFIX)).expanduser()
         return Extra(open_npz(path, train_set), count)
-    data = config.data.copy_and_resolve_references().unlock()
-    data.name, data.cache_gib, data.decoded_dir = options.name, 0.0, ""
+    data = sources.streamed(config.data)
+    data.name = options.name
     found = sources.load(data, options.split)
     if found.class_names != train_set.class_names:
         raise UserError(
