@@ -79,6 +79,11 @@ def test_a_ball_that_cannot_be_is_one_sentence(also, sentence):
         runs.resolved(threat__also=also)
 
 
+def test_natural_training_refuses_further_balls():
+    with pytest.raises(UserError, match=r"threat\.also is 'l2:0\.5:0\.1', but .* has no attack"):
+        runs.resolved(objective="natural", threat__also="l2:0.5:0.1", mixing__probability=0.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

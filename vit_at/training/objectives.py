@@ -174,6 +174,11 @@ def check(config: ConfigDict) -> None:
             f"awp.gamma is {config.awp.gamma:g}, but objective '{name}' has no attack; set it to 0 "
             "or choose another objective"
         )
+    if row.attack is None and config.threat.also:
+        raise UserError(
+            f"threat.also is '{config.threat.also}', but objective '{name}' has no attack; set it "
+            "to '' or choose another objective"
+        )
     masked = config.masking.ard or config.masking.prm
     if masked and row.attack is None:
         raise UserError(
