@@ -91,10 +91,9 @@ def tiny_setup(num_devices: int = 1, **changes) -> Setup:
     return Setup(config, mesh, examples(64), None, examples(21, seed=1), model, steps_per_epoch=4)
 
 
-def quick_step(setup: Setup, state, batch):
-    """The compiled training step; with less optimisation than in a run, as tests take few steps."""
-    lowered = compile_step(setup, optimizer_of(setup)).lower(state, batch)
-    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+def compiled_step(setup: Setup, state, batch):
+    """The compiled training step."""
+    return compile_step(setup, optimizer_of(setup)).lower(state, batch).compile()
 
 
 def optimizer_of(setup: Setup):

@@ -108,15 +108,21 @@ def losses_of(points, labels):
 
 def first_points(threat, schedule, evaluate, images, count):
     """The evaluated points: ``state.point`` may be the best point again after a checkpoint."""
-    visited, state = [], apgd_l1.start(images, jnp.asarray(UNITS["apgd_t"]), threat, schedule)
 
-    def recording(points):
-        visited.append(points)
-        return evaluate(points)
+    def step(state, _):
+        evaluated = []
 
-    for _ in range(count):
+        def recording(points):
+            evaluated.append(points)
+            return evaluate(points)
+
         state, _ = apgd_l1.advance(recording, images, state, threat, schedule)
-    return jnp.stack(visited)
+        (points,) = evaluated
+        return state, points
+
+    # Outside of the program: the start rounds as the official one.
+    start = apgd_l1.start(images, jnp.asarray(UNITS["apgd_t"]), threat, schedule)
+    return np.asarray(jax.lax.scan(step, start, length=count)[1])
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 6])
@@ -129,20 +135,26 @@ def test_square_evaluates_the_official_points(row):
     images, label = jnp.asarray(UNITS["apgd_x"][row : row + 1]), UNITS["apgd_y"][row : row + 1]
     uniforms, expected = UNITS[f"square_u_{row}"], UNITS[f"square_points_{row}"]
     threat, tiles = Threat("l1", EPS), 36
-    visited = []
 
-    def margin_fn(points):
-        visited.append(points[0])
-        logits = network(points)
-        wrong = losses.best_wrong_class(logits, label)
-        return losses.pick(logits, label) - losses.pick(logits, wrong)
+    @jax.jit
+    def step(state, proposal):
+        evaluated = []
+
+        def margin_fn(points):
+            evaluated.append(points[0])
+            logits = network(points)
+            wrong = losses.best_wrong_class(logits, label)
+            return losses.pick(logits, label) - losses.pick(logits, wrong)
+
+        state = square.advance(margin_fn, images, state, proposal[None], threat)
+        (point,) = evaluated
+        return state, point
 
     first = jnp.asarray(uniforms[: 4 * tiles].reshape(1, tiles, 4))
     state = square.start(images, first, threat)
-    proposals = [np.zeros(8, np.float32), *uniforms[4 * tiles :].reshape(-1, 8)]
-    for proposal in proposals[: len(expected)]:
-        state = square.advance(margin_fn, images, state, jnp.asarray(proposal)[None], threat)
-    np.testing.assert_allclose(np.stack(visited), expected, rtol=0, atol=1e-5)
+    proposals = np.stack([np.zeros(8, np.float32), *uniforms[4 * tiles :].reshape(-1, 8)])
+    _, visited = jax.lax.scan(step, state, proposals[: len(expected)])
+    np.testing.assert_allclose(visited, expected, rtol=0, atol=1e-5)
 
 
 @functools.cache

@@ -17,7 +17,6 @@ from vit_at.reporting.exported import timm_arguments
 from vit_at.training.setup import initial_state
 
 WIDTHS = {"patch": 8, "conv": 12}  # of the golden file of each stem
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
@@ -47,7 +46,7 @@ def test_reference(stem, dtype):
         if not wide:
             apply = models.classifier(model, (0.0,) * 3, (1.0,) * 3)
             params = models.unstack_blocks(apply, params)
-        step = quick_jit(jax.grad(functools.partial(loss_and_logits, model), has_aux=True))
+        step = jax.jit(jax.grad(functools.partial(loss_and_logits, model), has_aux=True))
         g, logits = step(images.astype(dtype), params)
     assert error(logits, expected["logits"]) < (1e-6 if wide else 1e-5)
     assert error(g, expected["g"]) < (1e-6 if wide else 5e-5)
@@ -122,11 +121,11 @@ def test_bfloat16_and_stochastic_depth():
     apply = models.classifier(model, (0.0,) * 3, (1.0,) * 3)
     images = jnp.repeat(images[:1].astype(jnp.float32), 8, 0)
     keys = jax.random.split(jax.random.key(0), 8)
-    train = quick_jit(lambda keys: apply(params, images, train=True, rngs={"drop_path": keys}))
+    train = jax.jit(lambda keys: apply(params, images, train=True, rngs={"drop_path": keys}))
     logits = train(keys)
     np.testing.assert_array_equal(logits, train(keys[::-1])[::-1])
     assert len(np.unique(logits, axis=0)) > 1
-    plain = quick_jit(apply)(params, images)
+    plain = jax.jit(apply)(params, images)
     assert plain.dtype == jnp.float32
     assert error(plain[0], golden.arrays("convnext_patch")["logits"][0]) < 0.1
 
@@ -160,7 +159,7 @@ def test_gradients_of_the_depthwise_convolution():
         kernel = jax.random.normal(keys[1], (size, size, 1, 3), "float64")
         weight = jax.random.normal(keys[2], x.shape, "float64")
 
-        @functools.partial(quick_jit, static_argnums=0)
+        @functools.partial(jax.jit, static_argnums=0)
         def results(function, x, kernel):
             value, vjp = jax.vjp(function, x, kernel)
             return value, *vjp(weight)
@@ -180,7 +179,7 @@ def test_training_masks_the_perturbation_by_pixels():
     state = initial_state(setup, runs.optimizer_of(setup))
     before = jax.device_get(state.params)
     (batch,) = (sharding.split_batch(b, setup.mesh) for b in runs.batches(setup, 1))
-    state, metrics = runs.quick_step(setup, state, batch)(state, batch)
+    state, metrics = runs.compiled_step(setup, state, batch)(state, batch)
     values = metrics.compute()
     assert np.isfinite(values["loss"])
     assert values["keep_probability"] == pytest.approx(1 / 12)

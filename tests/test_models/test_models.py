@@ -101,9 +101,6 @@ CASES = [
     for dtype in ("float32", "float64")
 ]
 
-# Compiles in about half the time; what is computed is the same.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 @functools.cache
 def small(name, dtype="float32", **overrides):
@@ -113,7 +110,7 @@ def small(name, dtype="float32", **overrides):
     return model, golden.params(model)
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def forward(model, params, images):
     return model.apply({"params": params}, images)
 
@@ -139,7 +136,7 @@ def test_reference(tag, dtype):
         assert sum(x.size for x in jax.tree.leaves(params)) == facts["num_parameters"]
         images = jnp.asarray(golden.images(facts["image_size"], facts["normalisation"]), dtype)
         objective = functools.partial(loss_and_logits, model)
-        step = quick_jit(jax.value_and_grad(objective, has_aux=True))
+        step = jax.jit(jax.value_and_grad(objective, has_aux=True))
         everywhere = jnp.ones(model.num_blocks, bool)
         (loss, logits), gradient = step(images, params, everywhere)
         _, masked = step(images, params, jnp.asarray(expected["keep"]))
@@ -182,7 +179,7 @@ def small_gradients(name):
     """Gradients of a small model for the images and the weights, with and without masked blocks."""
     model, params = small(name)
     images = jnp.asarray(golden.images(32, "cifar"), jnp.float32)
-    step = quick_jit(jax.grad(functools.partial(loss_and_logits, model), (0, 1), has_aux=True))
+    step = jax.jit(jax.grad(functools.partial(loss_and_logits, model), (0, 1), has_aux=True))
     some = jnp.arange(model.num_blocks) % 3 != 1
     return [jax.tree.map(np.asarray, step(images, params, k)) for k in (some, some | True)]
 
@@ -259,7 +256,7 @@ def test_stochastic_depth_drops_the_attention_branch_alone(name, monkeypatch):
     model, params = small(name, drop_path=0.5)
     images = jnp.asarray(golden.images(32, "cifar"), jnp.float32)
 
-    @quick_jit
+    @jax.jit
     def train(params, key):
         return model.apply({"params": params}, images, train=True, rngs={"drop_path": key})
 
@@ -280,7 +277,7 @@ def test_stochastic_depth_drops_the_attention_branch_alone(name, monkeypatch):
 @pytest.mark.parametrize("name", SMALL)
 def test_a_key_for_each_image_makes_its_depth_independent_of_the_others(name):
     model, params = small(name, drop_path=0.5)
-    apply = quick_jit(models.classifier(model, (0.5,) * 3, (0.5,) * 3), static_argnames="train")
+    apply = jax.jit(models.classifier(model, (0.5,) * 3, (0.5,) * 3), static_argnames="train")
     images = jnp.asarray(golden.images(32, "cifar"), jnp.float32)
     keys = jax.random.split(jax.random.key(0), len(images))
 
@@ -311,7 +308,7 @@ def test_blocks_one_by_one_are_those_of_the_scan(name, remat):
     laid_out = models.unstack_blocks(apply, params)
     kinds = {type(tree) for tree in laid_out.values()}
     assert kinds == {blocks.Unstacked, *(type(tree) for tree in params.values())}
-    step = quick_jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     expected, (expected_to_params, expected_to_images) = step(params, images)
     value, (to_params, to_images) = step(laid_out, images)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -342,7 +339,7 @@ def test_fused_attention_is_attention(name, monkeypatch):
         logits = apply(params, images, jnp.arange(model.num_blocks) != 1)
         return (logits**2).sum(), logits
 
-    step = quick_jit(jax.grad(loss, (0, 1), has_aux=True), static_argnums=2)
+    step = jax.jit(jax.grad(loss, (0, 1), has_aux=True), static_argnums=2)
     (expected_to_params, expected), expected_logits = step(params, images, apply)
     (to_params, to_images), logits = step(params, images, fused)
     assert set(calls) == {("cudnn", "distilled" not in name)}

@@ -44,9 +44,8 @@ def test_tokens_are_those_of_the_formula(patch, widths):
         (after, before, 3, 3) for before, after in zip([3, *widths], widths, strict=False)
     ]
     images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
-    tokens = stem.create("conv", patch, 16, "float32").apply(
-        {"params": params["patch_embed"]}, images
-    )
+    embed = jax.jit(stem.create("conv", patch, 16, "float32").apply)
+    tokens = embed({"params": params["patch_embed"]}, images)
     np.testing.assert_allclose(tokens, by_hand(state, images), atol=2e-5)
 
 
@@ -68,9 +67,9 @@ def test_ards_gate_and_bfloat16_know_no_difference():
 
     def gradient(keep):
         loss = lambda x: model.apply({"params": params}, x, jnp.full(2, keep)).sum()  # noqa: E731
-        return np.asarray(jax.grad(loss)(images))
+        return np.asarray(jax.jit(jax.grad(loss))(images))
 
-    assert model.apply({"params": params}, images).dtype == jnp.float32
+    assert jax.eval_shape(model.apply, {"params": params}, images).dtype == jnp.float32
     assert np.isfinite(gradient(False)).all()
     assert not np.allclose(gradient(False), gradient(True))
 

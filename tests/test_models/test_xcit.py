@@ -33,7 +33,6 @@ MODELS = {
         {"depth": 3, "embed_dim": 32, "patch_size": 4},
     ),
 }
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
@@ -56,7 +55,7 @@ def error(value, expected):
 
 def gradients(apply, images, params, expected):
     """(logits, input gradient, gated input gradient)."""
-    step = quick_jit(jax.grad(functools.partial(loss_and_logits, apply), has_aux=True))
+    step = jax.jit(jax.grad(functools.partial(loss_and_logits, apply), has_aux=True))
     keep = jnp.asarray(expected["keep"])
     (g, logits), (gm, _) = (step(images, params, k) for k in (keep | True, keep))
     return logits, g, gm
@@ -116,12 +115,12 @@ def test_bfloat16_and_stochastic_depth():
     apply = models.classifier(model, (0.0,) * 3, (1.0,) * 3)
     images = jnp.repeat(images[:1].astype(jnp.float32), 8, 0)
     keys = jax.random.split(jax.random.key(0), 8)
-    train = quick_jit(lambda keys: apply(params, images, train=True, rngs={"drop_path": keys}))
+    train = jax.jit(lambda keys: apply(params, images, train=True, rngs={"drop_path": keys}))
     logits, backwards = train(keys), train(keys[::-1])
     assert logits.dtype == jnp.float32
     np.testing.assert_array_equal(logits, backwards[::-1])
     assert len(np.unique(logits, axis=0)) > 1
-    plain = quick_jit(apply)(params, images)
+    plain = jax.jit(apply)(params, images)
     assert error(plain[0], golden.arrays("xcit_p4")["logits"][0]) < 0.1
 
 
@@ -129,7 +128,7 @@ def test_drops_scale_all_three_branches():
     """All branches dropped: each block passes its input on."""
     model, params, images = create("xcit_p8", drop_path=0.999999)
     with_none = params | {"blocks": jax.tree.map(jnp.zeros_like, params["blocks"])}
-    apply = quick_jit(model.apply, static_argnames="train")
+    apply = jax.jit(model.apply, static_argnames="train")
     rngs = {"drop_path": jax.random.key(0)}
     dropped = apply({"params": params}, images, train=True, rngs=rngs)
     np.testing.assert_allclose(dropped, apply({"params": with_none}, images), atol=1e-6)
@@ -162,7 +161,7 @@ def test_weights_load_into_timm():
     images = np.asarray(images, np.float32)
     with torch.no_grad():
         expected = theirs(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
-    ours = quick_jit(model.apply)({"params": params}, images)
+    ours = jax.jit(model.apply)({"params": params}, images)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
@@ -194,7 +193,7 @@ def trained(devices):
     )
     state = initial_state(setup, runs.optimizer_of(setup))
     batches = [sharding.split_batch(b, setup.mesh) for b in runs.batches(setup, 2)]
-    step = runs.quick_step(setup, state, batches[0])
+    step = runs.compiled_step(setup, state, batches[0])
     for batch in batches:
         state, metrics = step(state, batch)
     return jax.device_get(state.params), float(metrics.compute()["loss"])

@@ -54,7 +54,7 @@ def stepped(devices=1, **changes):
     state = initial_state(setup, runs.optimizer_of(setup))
     batch = sharding.split_batch(next(runs.batches(setup, 1)), setup.mesh)
     before = jax.device_get(state.params)
-    state, metrics = runs.quick_step(setup, state, batch)(state, batch)
+    state, metrics = runs.compiled_step(setup, state, batch)(state, batch)
     return before, jax.device_get(state.params), metrics.compute()
 
 
@@ -77,7 +77,8 @@ def test_the_update_is_the_gradient_at_the_perturbed_weights(objective):
     with jax.default_matmul_precision("highest"):
         gradient = jax.jit(jax.value_and_grad(loss))
         first, slope = gradient(before)
-        value, slope = gradient(perturb_weights(apply, before, slope, GAMMA))
+        moved = jax.jit(lambda params, slope: perturb_weights(apply, params, slope, GAMMA))
+        value, slope = gradient(moved(before, slope))
     rate = setup.config.optimizer.learning_rate
     expected = jax.tree.map(lambda w, g: w - rate * (g + 0.01 * w), before, slope)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6)

@@ -16,7 +16,7 @@ from vit_at.training import step
 from vit_at.training.masking import Masking
 
 
-def balls_of(setup, **changes):
+def balls_of(setup):
     """(step, the arguments of ``attacked`` after it) for the first batch of a tiny setup."""
     config = FrozenConfigDict(setup.config)
     apply = models.classifier(setup.model, config.data.mean, config.data.std)
@@ -31,6 +31,11 @@ def balls_of(setup, **changes):
     return step.Step(*fields), params, balls, step.Part(images, targets, deltas, keys)
 
 
+def compiled(function, setup, params, balls, part):
+    """A function of the step, of such arguments, in one program."""
+    return jax.jit(lambda params, part: function(setup, params, balls, part))(params, part)
+
+
 def test_of_several_balls_the_worst_image_is_trained_on_or_all_of_them():
     """Tramer and Boneh 2019, equations 3 and 4: a maximum of losses, or their mean."""
     also = {"threat__also": "l2:0.4:0.1", "mixing__probability": 0.0}
@@ -38,20 +43,21 @@ def test_of_several_balls_the_worst_image_is_trained_on_or_all_of_them():
     mean = several._replace(
         config=FrozenConfigDict(runs.tiny_setup(**also, threat__combine="avg").config)
     )
-    (worst,) = step.attacked(several, params, balls, part)
-    each = step.attacked(mean, params, balls, part)
+    (worst,) = compiled(step.attacked, several, params, balls, part)
+    each = compiled(step.attacked, mean, params, balls, part)
     assert len(each) == 2
     for ball, images in zip(balls, each, strict=True):
         size = NORMS[ball.threat.norm].size(images - part.images)
         assert float(size.max()) <= float(ball.threat.eps) * (1 + 1e-5)
 
+    @jax.jit
     def losses(images):
         return optax.softmax_cross_entropy(several.apply(params, images), part.targets)
 
     np.testing.assert_allclose(losses(worst), jnp.stack([*map(losses, each)]).max(0), rtol=1e-5)
-    _, metrics = step.loss_and_gradient(several, params, balls, part)
+    _, metrics = compiled(step.loss_and_gradient, several, params, balls, part)
     np.testing.assert_allclose(metrics["loss"], losses(worst).mean(), rtol=1e-5)
-    _, metrics = step.loss_and_gradient(mean, params, balls, part)
+    _, metrics = compiled(step.loss_and_gradient, mean, params, balls, part)
     expected = jnp.stack([*map(losses, each)]).mean()
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
 
@@ -60,7 +66,7 @@ def test_of_several_balls_the_worst_image_is_trained_on_or_all_of_them():
 def test_all_objectives_take_several_balls(objective):
     changes = {"objective": objective, "threat__also": "l2:0.4:0.1", "threat__combine": "avg"}
     few = runs.tiny_setup(**changes, mixing__probability=0.0, threat__steps=1)
-    _, metrics = step.loss_and_gradient(*balls_of(few))
+    _, metrics = compiled(step.loss_and_gradient, *balls_of(few))
     assert np.isfinite(float(metrics["loss"]))
 
 

@@ -28,7 +28,7 @@ from etils import epath
 ROOT = pathlib.Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
+    "XLA_FLAGS": "",  # no virtual devices
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_COMPILATION_CACHE_DIR": str(conftest.CACHE),
 }

@@ -62,7 +62,7 @@ def test_two_updates_in_float64(case):
         images, targets = ref.batch(case, "float64")
         initial = params = ref.parameters("float64")
         chain = optimizer()
-        opt_state = chain.init(params)
+        update, opt_state = jax.jit(chain.update), chain.init(params)
         for step in range(2):
             adversarial = attack(params, images, targets, ref.draws(case, step, "float64"))
             final = {0: data.get("delta_steps", [None])[-1], 1: data.get("delta_final_step2")}[step]
@@ -89,11 +89,11 @@ def test_two_updates_in_float64(case):
             prints = ref.fingerprint(ref.named(gradient))
             np.testing.assert_allclose(prints, data["fp_grad"][step], rtol=1e-9, atol=1e-9 * norm)
 
-            updates, opt_state = chain.update(gradient, opt_state, params)
-            params = optax.apply_updates(params, updates)
+            updates, opt_state = update(gradient, opt_state, params)
+            params = jax.tree.map(np.add, params, updates)
             prints = ref.fingerprint(ref.named(params))
             np.testing.assert_allclose(prints, data["fp_params_after"][step], rtol=1e-9, atol=1e-9)
-        moved = ref.named(jax.tree.map(jnp.subtract, params, initial))
+        moved = ref.named(jax.tree.map(np.subtract, params, initial))
     for name, expected in data.items():
         if name.startswith("update2/"):
             error = np.linalg.norm(moved[name[8:]] - expected) / np.linalg.norm(expected)

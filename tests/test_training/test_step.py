@@ -182,7 +182,7 @@ def take_steps(count, num_devices=1, **changes):
     """(metrics of each step, final state), on the host."""
     setup, state, batches = start(num_devices, **changes)
     batch = next(batches)
-    step = runs.quick_step(setup, state, batch)
+    step = runs.compiled_step(setup, state, batch)
     history = []
     for _ in range(count):
         state, metrics = step(state, batch)
@@ -226,7 +226,7 @@ def test_stochastic_depth_does_not_depend_on_devices_or_micro_batches():
         setup = setup._replace(model=setup.model.clone(drop_path=drop_path))
         state = initial_state(setup, runs.optimizer_of(setup))
         batch = sharding.split_batch(next(runs.batches(setup, 1)), setup.mesh)
-        _, metrics = runs.quick_step(setup, state, batch)(state, batch)
+        _, metrics = runs.compiled_step(setup, state, batch)(state, batch)
         return values(metrics)
 
     one = step(1, 0.5)
@@ -257,7 +257,7 @@ def test_eps_and_keep_probability_grow_with_the_epochs_done():
 def test_the_natural_step_reports_clean_accuracy_and_the_smoothed_loss():
     setup, state, batches = start(**NATURAL)
     batch = next(batches)
-    apply = models.classifier(setup.model, setup.config.data.mean, setup.config.data.std)
+    apply = jax.jit(models.classifier(setup.model, setup.config.data.mean, setup.config.data.std))
     logits = np.asarray(apply(state.params, augment.to_float(batch["image"])), np.float64)
     smooth = 0.7 * np.eye(3)[batch["label"]] + 0.1
     log_sum = np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -271,7 +271,7 @@ def test_the_natural_step_reports_clean_accuracy_and_the_smoothed_loss():
 
 def test_averaged_weights_are_the_exponential_mean_of_the_weights():
     setup, state, batches = start(**NATURAL)
-    step = runs.quick_step(setup, state, next(batches))
+    step = runs.compiled_step(setup, state, next(batches))
     expected = jax.device_get(state.params)
     for _ in range(3):
         state, _ = step(state, next(batches))
@@ -284,7 +284,7 @@ def test_averaged_weights_are_the_exponential_mean_of_the_weights():
 def test_stochastic_averaging_is_the_equal_mean_of_the_last_epochs():
     """SWA over the last 1.5 of 3 epochs of four steps: the weights after steps 7 to 12."""
     setup, state, batches = start(objective="natural", epochs=3, swa_epochs=1.5)
-    step = runs.quick_step(setup, state, next(batches))
+    step = runs.compiled_step(setup, state, next(batches))
     seen = []
     for count in range(1, 13):
         state, _ = step(state, next(batches))
@@ -310,7 +310,7 @@ def test_the_averaged_weights_are_evaluated_where_there_are_any():
 def test_the_state_is_donated():
     setup, state, batches = start(**NATURAL)
     batch = next(batches)
-    new_state, _ = runs.quick_step(setup, state, batch)(state, batch)
+    new_state, _ = runs.compiled_step(setup, state, batch)(state, batch)
     assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.opt_state, state.ema)))
     assert not any(x.is_deleted() for x in jax.tree.leaves(new_state))
 
@@ -357,7 +357,7 @@ def test_the_mapped_attack_has_no_collective(objective):
 def test_in_the_whole_step_the_attacks_loop_holds_no_collective():
     """The gradient's reduction does hold some, so the pattern would find one."""
     setup, state, batches = start(4, **MASKED)
-    program = runs.quick_step(setup, state, next(batches)).as_text()
+    program = runs.compiled_step(setup, state, next(batches)).as_text()
     inside = hlo.reachable(program, hlo.loop_body(program, "/shard_map/jvp()/while"))
     assert "transpose(jvp(VisionTransformer))" in inside
     assert not re.findall(hlo.COLLECTIVES, inside)
