@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
     data.flip = True  # random horizontal flip
     data.augment = ""  # comma-separated, after crop and flip: randaugment-2-9, random-erasing, ...
     data.cache_gib = 4.0  # decoded sets up to this size stay in memory, larger ones are streamed
-    data.decoded_dir = ""  # where larger TFDS sets are decoded to, once; '': decoded in each epoch
+    data.decoded_dir = ""  # where larger sets are decoded to, once; '': decoded in each epoch
     data.threads = 0  # that read and decode; 0: one per core
 
     data.extra = extra = ConfigDict()  # a second source that every batch holds images of

@@ -339,7 +339,11 @@ LEDGERS = {
     "work that is no object": (ledger(work=np.array("null")), "expected `object`, got `null`"),
     "work in words": (ledger(work=np.array('{"a": {"steps": "3"}}')), "expected `int`, got `str`"),
     "more files than there are": (ledger(files=np.array(2)), "adversarial_00001.npz is missing"),
-    "half a run in progress": (ledger(**{"progress/image": INDEX}), "no array 'progress/"),
+    "half a run in progress": (
+        ledger(**{"progress/image": INDEX, "slots": np.array([0, 1])}),
+        "no array 'progress/run'",
+    ),
+    "no word of its slots": (ledger(slots=MISSING), "no array 'slots'"),
     "an adversarial image of no image": (ledger(index=np.array([9])), "out of range"),
     "adversarial images without places": (ledger(index=MISSING), "no array 'index'"),
     "flat adversarial images": (ledger(image=np.zeros((1, 4), np.float32)), r"float32\[1, 4\]"),

@@ -1,5 +1,6 @@
 """AutoAttack as a whole, on classifiers whose exact robustness is known, and on disk."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -160,8 +161,8 @@ def test_an_unconfirmed_success_continues_with_the_next_run(monkeypatch):
     undisturbed = attack(params, images, labels, **options)
     refused = []
 
-    def flaws_once(self, places, points, draw):
-        found = true_flaws(self, places, points, draw)
+    def flaws_once(self, places, points, outside, draw):
+        found = true_flaws(self, places, points, outside, draw)
         fresh = [int(place) for place in places if np.ndim(draw) == 0 and int(place) not in refused]
         refused.extend(fresh)
         return found | dict.fromkeys(fresh, "refused by the test")
@@ -334,12 +335,18 @@ class Killed(Exception):
     pass
 
 
-def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch):
-    """Killed again and again right after a save, a few saves further each time."""
+@functools.cache
+def whole_run():
+    """(``attack`` with its arguments, its undisturbed result)"""
     params, images, labels = problem(24)
     eps = median_eps(params, images, labels, "linf")
     run = functools.partial(attack, params, images, labels, eps=eps)
-    whole = run(workdir=tmp_path / "whole")
+    return run, run()
+
+
+@pytest.fixture
+def run_killed(monkeypatch, tmp_path):
+    """``run_killed(saves)``: the run, or None if it was killed after so many saves."""
     monkeypatch.setattr(cascade, "_WRITING_SHARE", 1e9)  # after every round
     save, left = ledger.Store.save, [0]
 
@@ -349,20 +356,47 @@ def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch):
         if left[0] < 0:
             raise Killed
 
+    def run(saves):
+        left[0] = saves
+        with contextlib.suppress(Killed):
+            return whole_run()[0](workdir=tmp_path)
+
     monkeypatch.setattr(ledger.Store, "save", save_and_die)
-    kills = 0
-    while True:
-        left[0] = 6  # saves until it is killed
-        try:
-            resumed = run(workdir=tmp_path / "killed")
-            break
-        except Killed:
-            kills += 1
-    assert kills > 2
-    np.testing.assert_array_equal(whole.adversarial, resumed.adversarial)
+    return run
+
+
+def assert_same_result(result, whole):
+    np.testing.assert_array_equal(result.adversarial, whole.adversarial)
     for name, column in whole.columns.items():
-        np.testing.assert_array_equal(column, resumed.columns[name])
+        np.testing.assert_array_equal(result.columns[name], column)
+
+
+def test_interrupted_anywhere_it_ends_the_same(run_killed, tmp_path):
+    """Killed again and again right after a save, a few saves further each time."""
+    kills = 0
+    while (resumed := run_killed(6)) is None:
+        assert {path.name for path in tmp_path.glob("slots_*")} <= SLOTS
+        kills += 1
+    assert kills > 2
+    _, whole = whole_run()
+    assert_same_result(resumed, whole)
     assert whole.work == resumed.work
+    assert not list(tmp_path.glob("slots_*"))
+
+
+SLOTS = {f"slots_{name}_0-of-1.npz" for name in (0, 1)}
+
+
+def test_without_the_state_of_its_runs_they_begin_again_and_end_the_same(run_killed, tmp_path):
+    """As after another number of processes, each of which keeps the state of its own runs."""
+    assert run_killed(4) is None
+    (saved,) = (np.load(tmp_path / "ledger.npz")["slots"].tolist(),)
+    assert saved[1] == 1
+    for path in tmp_path.glob("slots_*"):
+        path.rename(str(path).replace("0-of-1", "1-of-2"))
+    resumed, (_, whole) = run_killed(100), whole_run()
+    assert_same_result(resumed, whole)
+    assert resumed.work != whole.work
 
 
 def test_through_the_evaluator(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_sources import data_config
+from test_sources import data_config, write_image
 
 from vit_at.data import cache, sources
 from vit_at.errors import UserError
@@ -36,6 +36,19 @@ def test_other_images_are_another_copy(tmp_path):
         before = len(list(tmp_path.iterdir()))
         load(tmp_path, **other)
         assert len(list(tmp_path.iterdir())) == before + 1
+
+
+def test_of_a_folder_whose_files_change_another_copy_is_made(tmp_path):
+    for number in range(4):
+        write_image(tmp_path / f"images/test/a/{number}.png", color=number)
+    names = {"name": f"folder:{tmp_path}/images", "split": "test"}
+    same = [load(tmp_path / "copies", **names).read(np.arange(4)) for _ in range(2)]
+    np.testing.assert_array_equal(*(images for images, _ in same))
+    assert len(list((tmp_path / "copies").iterdir())) == 1
+    write_image(tmp_path / "images/test/a/2.png", color=77)
+    changed, _ = load(tmp_path / "copies", **names).read(np.arange(4))
+    assert sorted(changed[:, 0, 0, 0]) == [0, 1, 3, 77]
+    assert len(list((tmp_path / "copies").iterdir())) == 2
 
 
 def test_an_interrupted_copy_leaves_nothing(tmp_path, monkeypatch):
@@ -72,10 +85,6 @@ def test_what_cannot_be_copied_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"can't be written .*; choose another"):
         load(tmp_path / "file")
-    np.save(tmp_path / "images.npy", np.zeros((4, 12, 12, 3), np.uint8))
-    np.save(tmp_path / "labels.npy", np.zeros(4, int))
-    with pytest.raises(UserError, match=r"is for TFDS data sets, but data\.name is 'npy:"):
-        load(tmp_path, "test", name=f"npy:{tmp_path}/images.npy")
     usage = collections.namedtuple("Usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1))
     with pytest.raises(UserError, match=r"0\.0 GiB free, but the copy of .* needs 0\.0; choose"):

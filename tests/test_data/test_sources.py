@@ -136,6 +136,17 @@ def test_of_a_part_of_a_large_set_only_the_part_is_decoded(monkeypatch):
     np.testing.assert_array_equal(held.read(np.arange(7))[0], whole.read(np.arange(7))[0])
 
 
+def test_labels_are_read_without_decoding(monkeypatch):
+    streamed, held = (sources.load(data_config(cache_gib=gib), "test[:300]") for gib in (0, 1))
+    expected = held.read(np.arange(300))[1]
+    monkeypatch.setattr(sources, "decode", None)
+    backwards = streamed.relabelled(streamed.class_names[::-1])
+    for examples in (streamed, held):
+        np.testing.assert_array_equal(examples.labels(), expected)
+    np.testing.assert_array_equal(backwards.labels(), 9 - expected)
+    np.testing.assert_array_equal(streamed.take(np.array([7, 3])).labels(), expected[[7, 3]])
+
+
 def test_select_takes_the_first_and_refuses_more_than_there_are():
     whole = sources.load(data_config(), "test[:45]")
     assert len(sources.select(whole, 7)) == 7

@@ -4,7 +4,9 @@ import asyncio
 import itertools
 import json
 import os
+import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -112,11 +114,9 @@ def test_its_files_are_there_and_no_lease_is_left(resumed, storage):
     names = {name.removeprefix("resumed/") for name in storage.objects if "resumed/" in name}
     assert {"config.json", "metrics.jsonl", "results.json", "per_example.npz"} <= names
     assert not [name for name in names if "lease" in name or "corrupt" in name]
-    steps = [
-        json.loads(x)["step"]
-        for x in epath.Path("gs://robots/resumed/metrics.jsonl").read_text().splitlines()
-    ]
-    assert steps == sorted(steps)
+    lines = epath.Path("gs://robots/resumed/metrics.jsonl").read_text().splitlines()
+    steps = [line["step"] for line in map(json.loads, lines) if "loss" in line]
+    assert steps == list(range(1, LAST_STEP + 1))
 
 
 def test_it_is_evaluated_in_the_bucket(resumed):
@@ -295,6 +295,67 @@ def test_kills_at_any_moment_while_requests_fail_change_nothing(storage, tmp_pat
         if kills >= 20:
             break
     print(f"{kills} kills in {number + 1} runs, {storage.requests} requests")
+
+
+@pytest.mark.slow
+def test_four_then_one_then_two_processes_go_on_in_the_bucket(storage, tmp_path):
+    """All killed in training, then in AutoAttack: 2, then 1."""
+    workdir, options = "gs://robots/elastic", OPTIONS | {"epochs": 8}
+    fields = [f"--config.{name.replace('__', '.')}={value}" for name, value in options.items()]
+    cache = f"--compilation_cache={conftest.CACHE}"
+    training = ["--config=configs/digits_sgd.py:smoke", *fields, f"--workdir={workdir}", cache]
+    attack = [workdir, "--attacks=autoattack", "--num_examples=40", "--batch_size=8", cache]
+    environment = os.environ | {"FSSPEC_GS_TOKEN": "anon", "FSSPEC_GCS_TOKEN": "anon"}
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+    def start(count, module, words):
+        command = [sys.executable, "launch/local.py", f"-n{count}", "--devices=1"]
+        command += [f"--module={module}", "--", *words]
+        pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=conftest.ROOT, env=environment, **pipe)
+
+    def killed_once(process, ready):
+        while process.poll() is None and not ready():
+            time.sleep(0.02)
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        for child in children.split():
+            os.kill(int(child), signal.SIGKILL)
+        said = process.communicate()[1]
+        assert "corrupt" not in said
+        assert process.returncode != 0, said
+
+    def to_the_end(process):
+        said = process.communicate()[1]
+        assert process.returncode == 0, said
+
+    def saved():
+        found = [re.match(r"elastic/checkpoints/last/(\d+)/", name) for name in [*storage.objects]]
+        return max((int(match[1]) for match in found if match), default=0)
+
+    killed_once(start(4, "vit_at.main", training), saved)
+    first = saved()
+    killed_once(start(1, "vit_at.main", training), lambda: saved() > first)
+    assert saved() < 8 * 4
+    to_the_end(start(2, "vit_at.main", training))
+    reference = tmp_path / "reference"
+    train(runs.smoke(**options), str(reference))
+    files = (epath.Path(folder) / "metrics.jsonl" for folder in (workdir, reference))
+    lines = [file.read_text().splitlines() for file in files]
+    entries = ([json.loads(line) for line in found] for found in lines)
+    ours, theirs = ([x["loss"] for x in found if "loss" in x] for found in entries)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+    def slots(count):
+        return [name for name in storage.objects if "slots_" in name and f"of-{count}" in name]
+
+    killed_once(start(2, "vit_at.evaluate", attack), lambda: len(slots(2)) >= 2)
+    to_the_end(start(1, "vit_at.evaluate", attack))
+    assert not [name for name in storage.objects if "slots_" in name]
+    interrupted = json.loads(epath.Path(f"{workdir}/results.json").read_text())[-1]
+    epath.Path(f"{workdir}/autoattack").rmtree()
+    epath.Path(f"{workdir}/results.json").unlink()
+    to_the_end(start(1, "vit_at.evaluate", attack))
+    assert json.loads(epath.Path(f"{workdir}/results.json").read_text())[-1] == interrupted
 
 
 # --- Refusals ---------------------------------------------------------------------------------

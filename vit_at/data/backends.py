@@ -39,6 +39,8 @@ class Encoded(NamedTuple):
     where: Callable[[int], str]  # row -> the image's name in an error message
     names: Callable[[], list[str]]  # 'CLASS/FILE' of every row
     origin: list[tuple[str, np.ndarray]]  # (split on disk, positions in it) of all rows
+    # Of all files that are read, to recognise a change; '' where they never change.
+    fingerprint: Callable[[], str] = str
 
 
 def headers(encoded: Encoded, count: int = 32) -> list[tuple[int, int, str]]:

@@ -34,13 +34,16 @@ def in_memory(examples: Examples, threads: int = 0) -> Examples:
     return _of_arrays(examples, images, labels)
 
 
-def on_disk(examples: Examples, root: Path, threads: int = 0) -> Examples:
+def on_disk(examples: Examples, fingerprint: str, root: Path, threads: int = 0) -> Examples:
     """The same examples, read from a decoded copy in ``root``, which the first run writes.
+
+    fingerprint: of the files that they are decoded from, see ``backends.Encoded``; a change makes
+      another copy.
 
     Raises:
       UserError: the copy is damaged, or can't be written.
     """
-    directory = root / _name(examples)
+    directory = root / _name(examples, fingerprint)
     if not directory.exists():
         with _written(directory, examples) as arrays:
             _decode_into(*arrays, examples, threads)
@@ -59,14 +62,17 @@ def _decode_into(images: np.ndarray, labels: np.ndarray, examples: Examples, thr
 def _of_arrays(examples: Examples, images: np.ndarray, labels: np.ndarray) -> Examples:
     rows = np.arange(len(examples))
     return dataclasses.replace(
-        examples, _rows=rows, _read_rows=lambda rows: (images[rows], labels[rows])
+        examples,
+        _rows=rows,
+        _read_rows=lambda rows: (images[rows], labels[rows]),
+        _labels_of=labels.__getitem__,
     )
 
 
-def _name(examples: Examples) -> str:
+def _name(examples: Examples, fingerprint: str) -> str:
     """Readable, and with a digest of all that decides what the copy holds."""
     about = f"{examples.name} {examples.image_shape} {examples.transform} {examples.ids}"
-    digest = hashlib.sha256(about.encode())
+    digest = hashlib.sha256(f"{about} {fingerprint}".encode())
     digest.update(np.ascontiguousarray(examples.indices, np.int64).tobytes())
     readable = re.sub(r"[^\w.]+", "-", examples.name).strip("-")
     return f"{readable}-{examples.image_shape[0]}px-{digest.hexdigest()[:12]}"

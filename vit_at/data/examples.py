@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+_READ_AT_ONCE = 256  # images
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
@@ -19,6 +21,7 @@ class Examples:
         keep these numbers; results name an image by its number.
       origin: (split on disk, positions in it) of everything that was opened.
       transform: name of what made the images square, see ``transforms``.
+      _labels_of: rows -> their labels, without decoding an image; None: as `_read_rows` gives them.
       ids: name and digest of the list that chose the images; '': all of the split.
     """
 
@@ -31,6 +34,7 @@ class Examples:
     origin: Sequence[tuple[str, np.ndarray]] = ()
     transform: str = "squash"
     ids: str = ""
+    _labels_of: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -51,6 +55,12 @@ class Examples:
         """
         return self._read_rows(self._rows[indices])
 
+    def labels(self) -> np.ndarray:
+        """All labels [n] int32, where possible without decoding an image."""
+        parts = np.array_split(self._rows, -(-len(self) // _READ_AT_ONCE))
+        of_part = self._labels_of or (lambda rows: self._read_rows(rows)[1])
+        return np.concatenate([of_part(part) for part in parts])
+
     def take(self, indices: np.ndarray) -> "Examples":
         """The examples at these positions, in this order; copies no images."""
         return dataclasses.replace(self, indices=self.indices[indices], _rows=self._rows[indices])
@@ -63,4 +73,6 @@ class Examples:
             images, labels = self._read_rows(rows)
             return images, number[labels]
 
-        return dataclasses.replace(self, class_names=tuple(class_names), _read_rows=read_rows)
+        labels_of = self._labels_of and (lambda rows: number[self._labels_of(rows)])
+        changes = {"_read_rows": read_rows, "_labels_of": labels_of}
+        return dataclasses.replace(self, class_names=tuple(class_names), **changes)

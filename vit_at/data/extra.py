@@ -110,4 +110,5 @@ def joined(first: Examples, second: Examples) -> Examples:
 
     rows = np.arange(len(first) + len(second))
     name = f"{first.name} and {second.name}"
-    return dataclasses.replace(first, name=name, indices=rows, _rows=rows, _read_rows=read)
+    changes = {"indices": rows, "_rows": rows, "_read_rows": read, "_labels_of": None}
+    return dataclasses.replace(first, name=name, **changes)

@@ -53,6 +53,7 @@ def open_folder(root: Path, split: str, *, stratified: bool = False) -> Encoded:
         where=lambda row: str(paths[row]),
         names=lambda: [f"{path.parent.name}/{path.name}" for path in paths],
         origin=[(name, rows) for (name, _), rows in zip(parts, indices, strict=True)],
+        fingerprint=lambda: _fingerprint(paths),
     )
 
 
@@ -104,7 +105,17 @@ def open_npy(path: Path, split: str) -> Encoded:
         where=lambda row: f"image {indices[row]} of {path}",
         names=lambda: [f"{labels[i]}/{i}" for i in indices],
         origin=[("test", splits[name][rows]) for name, rows in parts],
+        fingerprint=lambda: _fingerprint([path, beside]),
     )
+
+
+def _fingerprint(paths: Sequence[Path]) -> str:
+    """A digest of names, sizes and times of modification."""
+    found = hashlib.sha256()
+    for path in paths:
+        about = path.stat()
+        found.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return found.hexdigest()
 
 
 def _read_npy(path: Path, dtype: str, dimensions: tuple[int, ...]) -> np.ndarray:

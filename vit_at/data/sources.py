@@ -55,18 +55,15 @@ def load(
         encoded.origin,
         data.transform,
         listed.about if listed else "",
+        partial(_labels_of, encoded),
     )
     examples = select(examples, count)
     if examples.nbytes <= data.cache_gib * 2**30:
         return cache.in_memory(examples, threads)
     if not data.decoded_dir:
         return examples
-    if ":" in data.name:
-        raise UserError(
-            f"data.decoded_dir is '{data.decoded_dir}', which is for TFDS data sets, but data.name "
-            f"is '{data.name}', whose files may change; leave it out"
-        )
-    return cache.on_disk(examples, Path(data.decoded_dir).expanduser(), threads)
+    root = Path(data.decoded_dir).expanduser()
+    return cache.on_disk(examples, encoded.fingerprint(), root, threads)
 
 
 def streamed(data: ConfigDict) -> ConfigDict:
@@ -189,15 +186,8 @@ def _decode_rows(
     rows: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     images = np.empty((len(rows), *image_shape), np.uint8)
-    labels = np.empty(len(rows), np.int32)
-    try:
-        fetched = encoded.fetch(rows.tolist())
-    except Exception as error:  # of the disk, array_record and TFDS
-        reason = in_one_line(error, 300)
-        raise UserError(f"{encoded.name} can't be read ({reason}); restore the file") from error
-    for i, (row, (content, label)) in enumerate(zip(rows, fetched, strict=True)):
-        if not 0 <= label < len(encoded.class_names):
-            raise UserError(f"{encoded.where(row)} has no label ({label}); choose another split")
+    contents, labels = _fetch(encoded, rows)
+    for i, (row, content) in enumerate(zip(rows, contents, strict=True)):
         try:
             images[i] = decode(content, image_shape, transform)
         except Exception as error:  # PIL raises many, such as SyntaxError and struct.error
@@ -205,8 +195,25 @@ def _decode_rows(
             raise UserError(
                 f"{encoded.where(row)} can't be decoded ({reason}); repair or remove it"
             ) from error
-        labels[i] = label
     return images, labels
+
+
+def _labels_of(encoded: backends.Encoded, rows: np.ndarray) -> np.ndarray:
+    return _fetch(encoded, rows)[1]
+
+
+def _fetch(encoded: backends.Encoded, rows: np.ndarray) -> tuple[list[bytes], np.ndarray]:
+    """Encoded images and labels [n] int32 of these rows."""
+    try:
+        fetched = encoded.fetch(rows.tolist())
+    except Exception as error:  # of the disk, array_record and TFDS
+        reason = in_one_line(error, 300)
+        raise UserError(f"{encoded.name} can't be read ({reason}); restore the file") from error
+    for row, (_, label) in zip(rows, fetched, strict=True):
+        if not 0 <= label < len(encoded.class_names):
+            raise UserError(f"{encoded.where(row)} has no label ({label}); choose another split")
+    contents = [content for content, _ in fetched]
+    return contents, np.array([label for _, label in fetched], np.int32)
 
 
 def decode(

@@ -96,6 +96,14 @@ def split_whole(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: place(x, NamedSharding(mesh, SPLIT)), batch)
 
 
+def my_part(count: int, mesh: Mesh) -> slice:
+    """This process's rows of ``count`` that are split over the devices."""
+    owners = [device.process_index for device in mesh.devices.flat]  # side by side
+    of_device, first = count // mesh.size, owners.index(jax.process_index())
+    own = owners.count(jax.process_index())
+    return slice(first * of_device, (first + own) * of_device)
+
+
 def my_rows(array: jax.Array) -> np.ndarray:
     """This process's rows of an array that is split over the devices; undoes ``split_batch``."""
     shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
@@ -105,6 +113,22 @@ def my_rows(array: jax.Array) -> np.ndarray:
 def gather(tree: Any) -> Any:
     """All rows of split arrays, on the host of every process; all processes must call it."""
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def gather_rows(array: jax.Array, rows: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """Some rows [n], in ascending order, of a split array; as ``gather``, which sends them all.
+
+    Every process has equally many of the array's rows.
+    """
+    mine = my_part(len(array), mesh)
+    own = my_rows(array)[rows[(rows >= mine.start) & (rows < mine.stop)] - mine.start]
+    if jax.process_count() == 1:
+        return own
+    of_process = np.bincount(rows // (mine.stop - mine.start), minlength=jax.process_count())
+    missing = of_process.max(initial=0) - len(own)
+    sent = np.pad(own, ((0, missing), *[(0, 0)] * (own.ndim - 1)))
+    every = multihost_utils.process_allgather(sent)
+    return np.concatenate([part[:n] for part, n in zip(every, of_process, strict=True)])
 
 
 def map_shards(

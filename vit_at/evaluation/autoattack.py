@@ -21,7 +21,6 @@ from vit_at.evaluation.protocol import Attack
 
 LEDGERS = "autoattack"  # in a work directory
 _AUDITED = 128  # images at most
-_READ_AT_ONCE = 256  # images
 
 
 class Pixels:
@@ -34,12 +33,6 @@ class Pixels:
 
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
         return self._examples.read(places)[0].astype(np.float32) / 255
-
-
-def labels_of(examples: Examples) -> np.ndarray:
-    """All labels [N]; the images read with them are not kept."""
-    parts = np.array_split(np.arange(len(examples)), -(-len(examples) // _READ_AT_ONCE))
-    return np.concatenate([examples.read(part)[1] for part in parts])
 
 
 def evaluate_autoattack(
@@ -63,7 +56,7 @@ def evaluate_autoattack(
       Correct [N] bool after the last attack, and further entries of the record: the accuracy after
       each attack, and the audit's flags and curves.
     """
-    threat, labels, images = attack.threat, labels_of(examples), Pixels(examples)
+    threat, labels, images = attack.threat, examples.labels(), Pixels(examples)
     progress = progress and jax.process_index() == 0
     if jax.process_count() > 1:  # in the audit, each process calls the model on its own
         params = jax.device_get(params)

@@ -190,6 +190,7 @@ class Loop:
             if epoch % every == 0 or epoch == config.epochs:
                 self._validate(self._evaluator, state, step)
         if save:
+            self._writer.settle()
             self._checkpoints.last.save(step, state.trees, self._values(step))
             self._saved = time.monotonic()
         self._progress.update(text)

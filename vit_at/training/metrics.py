@@ -71,6 +71,13 @@ class Writer:
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
+    def settle(self) -> None:
+        """Writes the lines that a bucket lacks: before a checkpoint of their steps is written, as
+        a resumed run does not write them again.
+        """
+        if self._active and isinstance(self._file, RemoteFile):
+            self._file.close()
+
     def close(self) -> None:
         """Flushes all."""
         if self._active:

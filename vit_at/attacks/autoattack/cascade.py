@@ -7,6 +7,7 @@ time.
 
 import time
 
+import jax
 import numpy as np
 
 from vit_at.attacks.autoattack.checks import Classifier, read
@@ -49,7 +50,6 @@ class Cascade:
             method = self._methods[ledger.stage]
             self._attack(method)
             ledger.stage += 1
-            ledger.progress = {}
             self._save()
             robust = ledger.robust_after()[method.name]
             self._progress.say(f"{method.name}: {robust.mean():.2%} robust ({robust.sum()} images)")
@@ -58,7 +58,7 @@ class Cascade:
         ledger = self._ledger
         model, flop = self._classify.model, self._classify.flop
         packing = Packing(method, model, flop, self._source, self._settings)
-        if ledger.progress:
+        if ledger.progress is not None:
             packing.restore(ledger.progress)
         else:
             packing.begin(np.flatnonzero(ledger.attacked))
@@ -76,10 +76,13 @@ class Cascade:
         """
         ledger, column = self._ledger, self._ledger.stage
         successes = [f for f in finished if f.adversarial is not None]
-        flaws = {}
+        flaws, norms = {}, {}
         if successes:
+            places = np.array([f.image for f in successes])
             points = np.stack([f.adversarial for f in successes])
-            flaws = self._flaws(np.array([f.image for f in successes]), points, draw=1 + column)
+            moved, outside = self._moved(places, points)
+            flaws = self._flaws(places, points, outside, draw=1 + column)
+            norms = dict(zip(places, moved, strict=True))
         for end in finished:
             if end.image in flaws and packing.continue_with_next_run(end):
                 continue
@@ -87,10 +90,9 @@ class Cascade:
             first = broken and ledger.robust_at(end.image)
             ledger.outcome[end.image, column] = BROKEN if broken else WITHSTOOD
             if first:
-                delta = end.adversarial - read(self._source.images, np.array([end.image]))
                 ledger.found[end.image] = end.adversarial
                 ledger.run[end.image], ledger.step[end.image] = end.run, end.step
-                ledger.norm[end.image] = sizes(delta, self._settings.norm)[0]
+                ledger.norm[end.image] = norms[end.image]
         return len(flaws)
 
     def verify(self) -> dict[int, str]:
@@ -104,25 +106,43 @@ class Cascade:
         for places, points in self._store.parts():
             for begin in range(0, len(places), size):
                 some = slice(begin, begin + size)
-                flaws |= self._flaws(places[some], points[some], draws[places[some]])
+                batch = places[some], points[some]
+                _, outside = self._moved(*batch)
+                flaws |= self._flaws(*batch, outside, draws[places[some]])
         return dict(sorted(flaws.items()))
 
+    def _moved(self, places: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sizes [n] of the perturbations of the points [n, H, W, C], and whether they are outside
+        the ball. Each process reads the images of its share.
+        """
+        moved, outside = np.zeros(len(places), np.float32), np.zeros(len(places), bool)
+        mine = np.arange(jax.process_index(), len(places), jax.process_count())
+        if len(mine):
+            delta = points[mine] - read(self._source.images, places[mine])
+            found = sizes(delta, self._settings.norm)
+            allowed = largest_size(self._settings.eps, delta[0].size, self._settings.norm)
+            moved[mine], outside[mine] = found, ~(found <= allowed)
+        return processes.sum_of(moved), processes.any_of(outside)
+
     def _flaws(
-        self, places: np.ndarray, points: np.ndarray, draw: int | np.ndarray
+        self,
+        places: np.ndarray,
+        points: np.ndarray,
+        outside: np.ndarray,
+        draw: int | np.ndarray,
     ) -> dict[int, str]:
         """{image: reason} for the points [n, H, W, C] that are not adversarial for their image.
 
-        draw: a number, or one for each point; fixes the keys of a randomised model.
+        outside: of ``_moved``; draw: a number, or one for each point; fixes the keys of a
+          randomised model.
         """
         settings = self._settings
         of_device = cut_for(settings.mesh).most_slots or settings.batch_size
         width = min(of_device * settings.mesh.size, settings.batch_size)
         logits = self._classify(points, width, places, draw)
-        moved = sizes(points - read(self._source.images, places), settings.norm)
-        allowed = largest_size(settings.eps, points[0].size, settings.norm)
         reasons = {
             "outside [0, 1]": (points.min((1, 2, 3)) < 0) | (points.max((1, 2, 3)) > 1),
-            "outside the ball": ~(moved <= allowed),
+            "outside the ball": outside,
             "classified correctly": is_correct(logits, self._source.labels[places], np),
         }
         return {
@@ -131,9 +151,12 @@ class Cascade:
             for place in places[wrong]
         }
 
-    def _save(self) -> None:
+    def _save(self, packing: Packing | None = None) -> None:
+        """Saves the outcomes, and the runs in progress if there are some."""
         began = time.monotonic()
+        self._ledger.progress = packing.snapshot() if packing else None
         self._store.save(self._ledger)
+        self._ledger.progress = None
         self._last_save = time.monotonic()
         self._save_seconds = self._last_save - began
 
@@ -142,9 +165,7 @@ class Cascade:
         since = time.monotonic() - self._last_save
         due = since >= self._save_seconds / _WRITING_SHARE
         if self._store.keeps and processes.agree(due):
-            self._ledger.progress = packing.snapshot()
-            self._save()
-            self._ledger.progress = {}
+            self._save(packing)
 
     def _show(self, method: Method, packing: Packing) -> None:
         """Progress in forward passes; their total falls with every image that breaks."""

@@ -21,7 +21,7 @@ from vit_at.attacks.autoattack import cost
 from vit_at.attacks.autoattack.settings import Settings
 from vit_at.attacks.inputs import check_classes, check_range, check_threat
 from vit_at.attacks.threat import Threat
-from vit_at.distributed import sharding
+from vit_at.distributed import processes, sharding
 from vit_at.errors import UserError
 
 _BATCH_TOLERANCE = 1e-3  # relative to the largest logit
@@ -84,7 +84,7 @@ class Classifier:
 
     def __init__(self, model: Any, settings: Settings, shape: tuple[int, ...]):
         self.model, self.randomised = model, settings.randomised
-        self._mesh, self._seed = settings.mesh, np.uint32(settings.seed)
+        self._mesh, self._seed, self._shape = settings.mesh, np.uint32(settings.seed), tuple(shape)
         self._check_signature(shape)
         self._logits = _logits_program(self._mesh, self.randomised)
 
@@ -129,16 +129,35 @@ class Classifier:
         index: [n], the images' places in the data; draw: a number, or one for each image [n]. Both
           fix the key of each image, for a randomised model.
         """
-        rows, draws = [], np.broadcast_to(draw, len(images))
+        logits, draws = [], np.broadcast_to(draw, len(images))
         for begin in range(0, len(images), width):
             some = slice(begin, begin + width)
-            missing = width - len(images[some])
-            batch = np.pad(images[some], ((0, missing), (0, 0), (0, 0), (0, 0)))
-            keys = (np.pad(x[some], (0, missing)).astype(np.uint32) for x in (index, draws))
-            batch, places, of_each = sharding.split_whole((batch, *keys), self._mesh)
-            out = self._logits(self.model, self._seed, batch, places, of_each)
-            rows.append(sharding.gather(out)[: width - missing])
-        return np.concatenate(rows)
+            batch = images[some]
+            logits.append(self.of_batch(batch.__getitem__, width, index[some], draws[some]))
+        return np.concatenate(logits)
+
+    def of_batch(
+        self,
+        images: Callable[[np.ndarray], np.ndarray],
+        width: int,
+        index: np.ndarray,
+        draw: np.ndarray,
+    ) -> np.ndarray:
+        """Logits [n, K] of a batch of n images, at most ``width``.
+
+        images: rows [m] of the batch -> images [m, H, W, C]; called for this process's rows.
+        index, draw: [n], see ``__call__``.
+        """
+        mine = sharding.my_part(width, self._mesh)
+        rows = np.arange(mine.start, min(mine.stop, len(index)))
+        batch = np.zeros((mine.stop - mine.start, *self._shape), np.float32)
+        if len(rows):
+            batch[: len(rows)] = images(rows)
+        missing = width - len(index)
+        keys = (np.pad(x, (0, missing)).astype(np.uint32)[mine] for x in (index, draw))
+        batch, places, draws = sharding.split_batch((batch, *keys), self._mesh)
+        out = self._logits(self.model, self._seed, batch, places, draws)
+        return sharding.gather(out)[: len(index)]
 
 
 class Survey(NamedTuple):
@@ -146,7 +165,7 @@ class Survey(NamedTuple):
 
     ranking: [N, k], the classes with the highest logits, highest first; probe: [n, K], logits of
     the first images, at most 64, by which a ledger knows its model; digest: 16 hex digits of the
-    SHA-256 over labels and images.
+    SHA-256 over labels and each image's own.
     """
 
     ranking: np.ndarray
@@ -157,25 +176,36 @@ class Survey(NamedTuple):
 def survey(
     classify: Classifier, images: Any, labels: np.ndarray, batch_size: int, ranks: int
 ) -> Survey:
-    """Reads all clean images once, in batches.
+    """Reads all clean images once, in batches; each process its part of each batch.
 
     Raises:
       UserError: images are outside [0, 1], labels are no classes of the model, or logits are not
         finite or depend on the rest of the batch.
     """
-    digest = hashlib.sha256(labels.astype(np.int32).tobytes())
+    digests = np.zeros((len(labels), 2), np.uint32)
     ranking, heads, not_finite = [], [], 0
-    for begin in range(0, len(labels), batch_size):
-        places = np.arange(begin, min(begin + batch_size, len(labels)))
+
+    def checked(places: np.ndarray) -> np.ndarray:
         batch = read(images, places)
         check_range(batch)
-        digest.update(np.ascontiguousarray(batch).tobytes())
-        logits = classify(batch, batch_size, places)
+        for place, image in zip(places, batch, strict=True):
+            found = hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()
+            digests[place] = np.frombuffer(found[:8], "<u4")
+        return batch
+
+    def logits_at(places: np.ndarray) -> np.ndarray:
+        still = np.zeros(len(places), int)
+        return classify.of_batch(lambda rows: checked(places[rows]), batch_size, places, still)
+
+    for begin in range(0, len(labels), batch_size):
+        places = np.arange(begin, min(begin + batch_size, len(labels)))
+        logits = logits_at(places)
         not_finite += int((~np.isfinite(logits)).any(1).sum())
         ranking.append(np.argsort(-logits, axis=1, kind="stable")[:, :ranks])
         heads.append(logits[: max(_PROBED - begin, 0)])
         if not begin:
-            first, of_first = batch, logits
+            of_first = logits
+    digests = processes.sum_of(digests)  # each is of one process
     probe = np.concatenate(heads)
     if not_finite:
         raise UserError(
@@ -184,17 +214,19 @@ def survey(
         )
     check_classes(labels, probe.shape[1])
     if not classify.randomised:
-        _check_independence(classify, first, of_first, batch_size)
+        _check_independence(logits_at, of_first)
+    digest = hashlib.sha256(labels.astype(np.int32).tobytes() + digests.tobytes())
     return Survey(np.concatenate(ranking), probe, digest.hexdigest()[:16])
 
 
-def _check_independence(
-    classify: Classifier, images: np.ndarray, logits: np.ndarray, batch_size: int
-) -> None:
-    """Checks that an image's logits do not depend on the other images of the batch."""
-    places, half = np.arange(len(images)), -(-len(images) // 2)
-    moved = np.roll(classify(np.roll(images, 1, axis=0), batch_size, places), -1, axis=0)
-    halved = classify(images[:half], batch_size, places[:half])
+def _check_independence(logits_at: Callable[[np.ndarray], np.ndarray], logits: np.ndarray) -> None:
+    """Checks that an image's logits do not depend on the other images of the batch.
+
+    logits_at: places [n] -> logits [n, K] of these images; logits: those of the first batch.
+    """
+    places, half = np.arange(len(logits)), -(-len(logits) // 2)
+    moved = np.roll(logits_at(np.roll(places, 1)), -1, axis=0)
+    halved = logits_at(places[:half])
     allowed = _BATCH_TOLERANCE * max(np.abs(logits).max(), 1e-6)
     changes = [np.abs(other - logits[: len(other)]).max() for other in (moved, halved)]
     if max(changes) > allowed:

@@ -1,11 +1,15 @@
 """The outcome of every image on disk, from which a killed evaluation resumes.
 
 DIRECTORY/ledger.npz             the protocol, the outcomes so far, and the runs in progress
+DIRECTORY/slots_0_0-of-1.npz     the state of these runs, of process 0 of 1
 DIRECTORY/adversarial_00000.npz  adversarial images, some in each file: index, image
 DIRECTORY/per_example.npz        at the end: image x attack, and the worst case
 
-Files are written atomically. The ledger holds the number of adversarial files that belong to it: a
-later one, whose process was killed before it wrote the ledger, is ignored and overwritten.
+Each process writes the state of its own runs, which is by far the largest; process 0 the others.
+Files are written atomically, the ledger last. It holds the number of adversarial files that belong
+to it: a later one, whose process was killed before it wrote the ledger, is ignored and overwritten.
+The states have two names in turn, so that those of the ledger on disk stay. Where some can't be
+found, as after another number of processes, the runs in progress begin again.
 """
 
 import io
@@ -17,6 +21,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from vit_at.attacks.autoattack.packing import Snapshot
 from vit_at.config import differences
 from vit_at.distributed import processes
 from vit_at.errors import UserError
@@ -24,15 +29,15 @@ from vit_at.schema import Count, check_array, parse_json, read_arrays
 from vit_at.workdir.files import write_atomically
 
 LEDGER_FILE, PER_EXAMPLE_FILE = "ledger.npz", "per_example.npz"
-_PART_FILE = "adversarial_{:05d}.npz"
+_PART_FILE, _SLOTS_FILE = "adversarial_{:05d}.npz", "slots_{}_{}-of-{}.npz"
+_NO_SLOTS = -1
 NOT_ATTACKED, WITHSTOOD, BROKEN = 0, 1, 2
 # Of a ``Ledger``, as they are: the kinds of their numbers.
 _SAVED = {"clean": "bool", "outcome": "integers", "run": "integers", "step": "integers"}
 _SAVED |= {"norm": "floats"}
-# Of ``Packing.snapshot``: kind and shape.
+# Of a snapshot's runs: kind and shape.
 _RUNNING = dict.fromkeys(("image", "run", "steps"), ("integers", (-1,)))
-_RUNNING |= {"active": ("bool", (-1,)), "waiting": ("integers", (-1, 2))}
-_RUNNING |= {"work": ("integers", (2,))}
+_RUNNING |= {"waiting": ("integers", (-1, 2)), "work": ("integers", (2,))}
 _SAME_LOGITS = 1e-3  # allowed difference, relative to the largest: devices round differently
 
 
@@ -44,7 +49,7 @@ class Ledger:
     found: {image: adversarial image [H, W, C] float32} since the last ``Store.save``.
     individually: whether each attack runs on all correct images; run, step, norm and the
     adversarial image are then of the first attack that broke an image.
-    stage: number of finished attacks; progress: ``Packing.snapshot`` of the current one.
+    stage: number of finished attacks; progress: of the current one, None: at its beginning.
     """
 
     def __init__(self, attacks: tuple[str, ...], count: int, individually: bool = False):
@@ -55,7 +60,7 @@ class Ledger:
         self.norm = np.full(count, np.nan, np.float32)
         self.found: dict[int, np.ndarray] = {}
         self.stage = 0
-        self.progress: dict[str, np.ndarray] = {}
+        self.progress: Snapshot | None = None
         self.work: dict[str, dict[str, int]] = {}
 
     @property
@@ -114,7 +119,7 @@ class Store:
 
     def __init__(self, directory: epath.Path | None, protocol: dict[str, Any], logits: np.ndarray):
         self._directory, self._protocol, self._logits = directory, protocol, logits
-        self._parts = 0
+        self._parts, self._slots = 0, _NO_SLOTS
         self._in_memory: list[tuple[np.ndarray, np.ndarray]] = []
 
     @property
@@ -141,10 +146,13 @@ class Store:
             setattr(ledger, name, self._array(saved, name, _SAVED[name], shape))
         ledger.stage = int(self._array(saved, "stage", "integers", ()))
         ledger.work = self._json(saved, "work", dict[str, dict[str, Count]])
-        running = [name for name in saved if name.startswith("progress/")]
-        ledger.progress = {name.removeprefix("progress/"): saved[name] for name in running}
-        for name in _RUNNING if running else ():
-            self._array(saved, f"progress/{name}", *_RUNNING[name])
+        self._slots, count = self._array(saved, "slots", "integers", (2,)).tolist()
+        if self._slots != _NO_SLOTS:
+            running = {
+                name: self._array(saved, f"progress/{name}", *expected)
+                for name, expected in _RUNNING.items()
+            }
+            ledger.progress = Snapshot(running, self._read_slots(count))
         self._parts = int(self._array(saved, "files", "integers", ()))
         count = len(ledger.clean)
         places = [places for places, _ in self.parts()]  # fail now if a file can't be read
@@ -173,15 +181,26 @@ class Store:
             ledger.found = {}
         if self._directory is None:
             return
+        self._slots = _NO_SLOTS if ledger.progress is None else int(self._slots == 0)
+        count, running = jax.process_count(), {}
+        if ledger.progress is not None:
+            running = {f"progress/{name}": x for name, x in ledger.progress.runs.items()}
+            own = _SLOTS_FILE.format(self._slots, jax.process_index(), count)
+            self._write(own, ledger.progress.slots, by_each=True)
+            processes.barrier("slots written")
         arrays = {
             "protocol": np.array(json.dumps(self._protocol)),
             "logits": self._logits,
             "stage": np.array(ledger.stage),
             "files": np.array(self._parts),
+            "slots": np.array([self._slots, count]),
             "work": np.array(json.dumps(ledger.work)),
         }
         arrays |= {name: getattr(ledger, name) for name in _SAVED}
-        self._write(LEDGER_FILE, arrays | {f"progress/{k}": v for k, v in ledger.progress.items()})
+        self._write(LEDGER_FILE, arrays | running)
+        if ledger.progress is None and not jax.process_index():
+            for path in self._directory.glob(_SLOTS_FILE.format("*", "*", "*")):
+                path.unlink(missing_ok=True)
 
     def parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The adversarial images in parts: places [n] and images [n, H, W, C]."""
@@ -218,6 +237,12 @@ class Store:
     def _read(self, name: str) -> dict[str, np.ndarray]:
         return read_arrays(self._directory / name, self._remedy)
 
+    def _read_slots(self, count: int) -> dict[str, np.ndarray]:
+        """The state of this process's slots; {} if that of any process is not there."""
+        name = _SLOTS_FILE.format(self._slots, jax.process_index(), count)
+        there = count == jax.process_count() and (self._directory / name).exists()
+        return self._read(name) if processes.all_of(there) else {}
+
     def _array(
         self,
         arrays: dict[str, np.ndarray],
@@ -232,8 +257,8 @@ class Store:
         text = str(self._array(arrays, name, "text", ())).encode()
         return parse_json(text, kind, self._directory / LEDGER_FILE, self._remedy, nan=False)
 
-    def _write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        if jax.process_index():
+    def _write(self, name: str, arrays: dict[str, np.ndarray], *, by_each: bool = False) -> None:
+        if jax.process_index() and not by_each:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()

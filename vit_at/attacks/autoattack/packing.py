@@ -50,6 +50,17 @@ class Source(NamedTuple):
     ranking: np.ndarray
 
 
+class Snapshot(NamedTuple):
+    """An attack between two rounds.
+
+    runs: which run is in which slot, its steps, the waiting runs and the work so far, the same on
+    every process; slots: the state of this process's slots.
+    """
+
+    runs: dict[str, np.ndarray]
+    slots: dict[str, np.ndarray]
+
+
 class Packing:
     """One attack on some images; see the module's docstring.
 
@@ -107,22 +118,23 @@ class Packing:
         limit = self._cut.forward_steps if forward_only else self._cut.gradient_steps
         slots, outcome, counts = self._program.advance(self._context, self._slots, np.int32(limit))
         self._slots = slots
-        running, steps, success = sharding.gather((slots.active, outcome.steps, outcome.success))
+        found = (slots.active, outcome.steps, outcome.success, counts)
+        running, steps, success, counts = sharding.gather(found)
         taken = self._image != EMPTY
         self.work["steps"] += int((steps - self._steps)[taken].sum())
-        steps_of_devices = int(np.sum(sharding.gather(counts)))
-        self.work["computed"] += steps_of_devices * len(taken) // self._mesh.size
+        self.work["computed"] += int(counts.sum()) * len(taken) // self._mesh.size
         self._steps = np.where(taken, steps, 0)
-        broken = taken & success
-        adversarial = sharding.gather(outcome.adversarial) if broken.any() else None
+        broken, points = np.flatnonzero(taken & success), {}
+        if len(broken):
+            rows = sharding.gather_rows(outcome.adversarial, broken, self._mesh)
+            points = dict(zip(broken, rows, strict=True))
         ended = []
         for slot in np.flatnonzero(taken & ~running):
             image, run = int(self._image[slot]), int(self._run[slot])
             if not success[slot] and run + 1 < self.method.runs:
                 self.waiting.insert(0, Waiting(image, run + 1))
             else:
-                row = adversarial[slot].copy() if success[slot] else None
-                ended.append(Finished(image, run, int(steps[slot]), row))
+                ended.append(Finished(image, run, int(steps[slot]), points.get(slot)))
             self._image[slot] = EMPTY
         return ended
 
@@ -152,10 +164,11 @@ class Packing:
         """Empty slots."""
         self._image, self._run = np.full(width, EMPTY), np.zeros(width, int)
         self._steps = np.zeros(width, int)
-        shapes = jax.eval_shape(self.method.start, self._context, self._problem())
+        problem = self._problem()
+        shapes = jax.eval_shape(self.method.start, self._context, problem)
         state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-        slots = Slots(self._problem(), state, np.zeros(width, bool))
-        self._slots = sharding.split_whole(slots, self._mesh)
+        slots = Slots(problem, state, np.zeros(len(problem.labels), bool))
+        self._slots = sharding.split_batch(slots, self._mesh)
 
     def _fill(self) -> None:
         """Starts waiting runs in empty slots."""
@@ -168,53 +181,57 @@ class Packing:
         self._image[empty] = [w.image for w in entering]
         self._run[empty] = [w.run for w in entering]
         self._steps[empty] = 0
-        entering, taken = sharding.split_whole((self._problem(taken), taken), self._mesh)
+        mine = sharding.my_part(len(taken), self._mesh)
+        entering, taken = sharding.split_batch((self._problem(taken), taken[mine]), self._mesh)
         self._slots = self._program.admit(self._context, self._slots, entering, taken)
 
     def _problem(self, wanted: np.ndarray | None = None) -> Problem:
-        """The runs of the slots, with images, labels and targets of the wanted ones (None: all)."""
-        width, shape = len(self._image), self._source.images.shape[1:]
-        images = np.zeros((width, *shape), np.float32)
-        labels, targets = np.zeros(width, np.int32), np.zeros(width, np.int32)
-        rows = np.flatnonzero(self._image != EMPTY if wanted is None else wanted)
+        """The runs of this process's slots, with images, labels and targets of the wanted ones
+        [width] (None: all). Other images are not read.
+        """
+        mine = sharding.my_part(len(self._image), self._mesh)
+        image, run, count = self._image[mine], self._run[mine], mine.stop - mine.start
+        images = np.zeros((count, *self._source.images.shape[1:]), np.float32)
+        labels, targets = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        rows = np.flatnonzero(image != EMPTY if wanted is None else wanted[mine])
         if len(rows):
-            places = self._image[rows]
+            places = image[rows]
             images[rows] = read(self._source.images, places)
             labels[rows] = self._source.labels[places]
             if self.method.targeted:  # column 0 is the predicted class
-                targets[rows] = self._source.ranking[places, 1 + self.method.rank(self._run[rows])]
-        index = np.maximum(self._image, 0).astype(np.uint32)
-        return Problem(images, labels, targets, index, self._run.astype(np.int32))
+                targets[rows] = self._source.ranking[places, 1 + self.method.rank(run[rows])]
+        index = np.maximum(image, 0).astype(np.uint32)
+        return Problem(images, labels, targets, index, run.astype(np.int32))
 
-    def snapshot(self) -> dict[str, np.ndarray]:
+    def snapshot(self) -> Snapshot:
         """All that ``restore`` needs to resume with the same numbers."""
-        state, active = sharding.gather((self._slots.state, self._slots.active))
-        leaves = {f"state/{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
-        return leaves | {
-            "active": np.asarray(active),
+        leaves = jax.tree.leaves((self._slots.active, self._slots.state))
+        runs = {
             "image": self._image.copy(),
             "run": self._run.copy(),
             "steps": self._steps.copy(),
             "waiting": np.array(self.waiting, int).reshape(-1, 2),
             "work": np.array([self.work["steps"], self.work["computed"]]),
         }
+        return Snapshot(runs, {str(i): sharding.my_rows(x) for i, x in enumerate(leaves)})
 
-    def restore(self, saved: dict[str, np.ndarray]) -> None:
-        """Resumes from a snapshot. If the batch size or the number of devices does not fit its
-        width, the runs that were in a slot restart.
+    def restore(self, snapshot: Snapshot) -> None:
+        """Resumes from a snapshot. If it lacks the slots' state, or the batch size or the number of
+        devices does not fit its width, the runs that were in a slot restart.
         """
+        saved = snapshot.runs
         self.waiting = [Waiting(int(i), int(r)) for i, r in saved["waiting"]]
         self.work = dict(zip(("steps", "computed"), map(int, saved["work"]), strict=True))
         taken = saved["image"] != EMPTY
         width = len(taken)
-        if width % self._mesh.size or width > self._batch_size:
+        if not snapshot.slots or width % self._mesh.size or width > self._batch_size:
             again = zip(saved["image"][taken], saved["run"][taken], strict=True)
             self.waiting = [Waiting(int(i), int(r)) for i, r in again] + self.waiting
             self._open(self._width_for(len(self.waiting)))
             return
         self._open(width)
-        treedef = jax.tree.structure(self._slots.state)
-        leaves = [saved[f"state/{i}"] for i in range(treedef.num_leaves)]
+        treedef = jax.tree.structure((self._slots.active, self._slots.state))
+        leaves = [snapshot.slots[str(i)] for i in range(treedef.num_leaves)]
+        active, state = jax.tree.unflatten(treedef, leaves)
         self._image, self._run, self._steps = (saved[n].copy() for n in ("image", "run", "steps"))
-        slots = Slots(self._problem(), jax.tree.unflatten(treedef, leaves), saved["active"])
-        self._slots = sharding.split_whole(slots, self._mesh)
+        self._slots = sharding.split_batch(Slots(self._problem(), state, active), self._mesh)

@@ -24,7 +24,7 @@ from vit_at.distributed import sharding
 from vit_at.distributed.precision import check_precision, products
 
 Array = jax.Array
-_FORMAT = 1
+_FORMAT = 2
 _CHECKED = 64  # images on which the model itself is checked
 
 
