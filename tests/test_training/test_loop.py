@@ -315,22 +315,27 @@ def test_only_a_model_that_was_robust_can_lose_it():
     assert not metrics.overfitted(0.01, 0.12, 10)
 
 
-# Every pair of values of two fields is in one of the rows.
+# objective, awp.gamma, data.extra.name, accumulate_steps, sharding, attack, threat.combine ('': one
+# ball), whether a second phase changes the attack. Every pair of values is in one of the rows.
 COMBINED = [
-    ("at", 0.0, "digits", 2, "fsdp", "random"),
-    ("at", 0.01, "", 1, "fsdp", "noise"),
-    ("at", 0.01, "", 2, "replicated", "random"),
-    ("mart", 0.0, "digits", 1, "replicated", "noise"),
-    ("mart", 0.01, "", 2, "fsdp", "random"),
-    ("trades", 0.0, "", 1, "replicated", "random"),
-    ("trades", 0.01, "digits", 2, "fsdp", "noise"),
+    ("at", 0.0, "", 2, "fsdp", "apgd", "max", True),
+    ("at", 0.0, "", 2, "fsdp", "random", "", False),
+    ("at", 0.01, "digits", 1, "replicated", "apgd", "", False),
+    ("at", 0.01, "digits", 2, "replicated", "noise", "avg", False),
+    ("mart", 0.0, "", 1, "replicated", "noise", "", True),
+    ("mart", 0.0, "", 2, "fsdp", "random", "avg", False),
+    ("mart", 0.01, "digits", 1, "fsdp", "apgd", "max", True),
+    ("trades", 0.0, "digits", 1, "fsdp", "apgd", "avg", True),
+    ("trades", 0.01, "", 1, "replicated", "random", "max", False),
+    ("trades", 0.01, "digits", 2, "fsdp", "noise", "max", True),
+    ("trades", 0.01, "digits", 2, "fsdp", "random", "", True),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", COMBINED, ids=lambda row: "-".join(map(str, row)))
 def test_what_goes_beyond_the_paper_resumes_bit_exactly(row, tmp_path, monkeypatch):
-    objective, gamma, extra, parts, sharding, start = row
+    objective, gamma, extra, parts, sharding, attack, combine, grows = row
     options = runs.QUICK | {
         "objective": objective,
         "mixing__probability": 0.0,
@@ -340,12 +345,15 @@ def test_what_goes_beyond_the_paper_resumes_bit_exactly(row, tmp_path, monkeypat
         "data__extra__fraction": 0.5,
         "accumulate_steps": parts,
         "sharding": sharding,
-        "threat__start": start,
+        "phases": "1 threat.steps=1 threat.eps=1/20" if grows else "",
         "ema_decay": 0.9,
         "optimizer__layer_decay": 0.8,
         "checkpoint__every_steps": 2,
         "eval__attacks": "clean",
     }
+    options["threat__method" if attack == "apgd" else "threat__start"] = attack
+    if combine:
+        options |= {"threat__also": "l2:0.4:0.1", "threat__combine": combine}
     config = runs.smoke(**options)
     runs.assert_resumes_bit_exactly(config, tmp_path, monkeypatch, dies_at=5, last_step=LAST_STEP)
 
