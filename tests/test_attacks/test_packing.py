@@ -17,13 +17,12 @@ def test_same_outcome_on_any_number_of_devices_and_any_batch_size():
     params, images, labels = problem()
     eps = median_eps(params, images, labels, "l2")
     outcomes = []
-    for devices, batch_size in ((1, 24), (2, 16), (4, 32)):
+    for devices, batch_size in ((1, 24), (4, 16)):
         mesh = sharding.make_mesh(jax.devices()[:devices])
         options = {"norm": "l2", "eps": eps, "batch_size": batch_size, "mesh": mesh}
         outcomes.append(attack(params, images, labels, **options).columns)
     for name in ("outcome", "run", "step"):
-        for other in outcomes[1:]:
-            np.testing.assert_array_equal(outcomes[0][name], other[name])
+        np.testing.assert_array_equal(*(columns[name] for columns in outcomes))
 
 
 def test_the_work_is_cut_for_the_devices_of_the_mesh():

@@ -291,8 +291,15 @@ def test_a_key_for_each_image_makes_its_depth_independent_of_the_others(name):
     assert len(np.unique(np.round(of_same, 4), axis=0)) > 1
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    # Each family with one of both; the others are slow.
+    [
+        pytest.param(name, remat, marks=[pytest.mark.slow] if (i + remat) % 2 else [])
+        for i, name in enumerate(SMALL)
+        for remat in (False, True)
+    ],
+)
 def test_blocks_one_by_one_are_those_of_the_scan(name, remat):
     """Logits and all gradients, with masked blocks and stochastic depth."""
     model, params = small(name, drop_path=0.5, remat=remat)

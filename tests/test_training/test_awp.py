@@ -58,7 +58,9 @@ def stepped(devices=1, **changes):
     return before, jax.device_get(state.params), metrics.compute()
 
 
-@pytest.mark.parametrize("objective", ["at", "trades", "mart"])
+@pytest.mark.parametrize(
+    "objective", ["at", pytest.param("trades", marks=pytest.mark.slow), "mart"]
+)
 def test_the_update_is_the_gradient_at_the_perturbed_weights(objective):
     """With an attack too small to matter, the whole step is a few lines of JAX."""
     plain = {"data__crop_padding": 0, "data__flip": False, "mixing__probability": 0.0}

@@ -192,7 +192,8 @@ def take_steps(count, num_devices=1, **changes):
 
 
 @pytest.mark.parametrize(
-    ("objective", "devices"), [("at", 2), ("at", 4), ("trades", 4), ("mart", 4)]
+    ("objective", "devices"),
+    [pytest.param("at", 2, marks=pytest.mark.slow), ("at", 4), ("trades", 4), ("mart", 4)],
 )
 def test_results_do_not_depend_on_the_number_of_devices(objective, devices):
     """In l2, where rounding stays small: a sign near 0 would turn it into two steps of a pixel."""

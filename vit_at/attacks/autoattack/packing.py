@@ -19,7 +19,7 @@ from vit_at.attacks.autoattack.checks import read
 from vit_at.attacks.autoattack.methods import Context, Method, Problem
 from vit_at.attacks.autoattack.programs import Program, Slots, cut_for
 from vit_at.attacks.autoattack.settings import Settings
-from vit_at.distributed import sharding
+from vit_at.distributed import processes, sharding
 
 EMPTY = -1
 
@@ -216,22 +216,30 @@ class Packing:
         return Snapshot(runs, {str(i): sharding.my_rows(x) for i, x in enumerate(leaves)})
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Resumes from a snapshot. If it lacks the slots' state, or the batch size or the number of
-        devices does not fit its width, the runs that were in a slot restart.
+        """Resumes from a snapshot. The runs that were in a slot restart if the batch size or the
+        number of devices does not fit its width, or the slots' state on a process is not that of
+        this program.
         """
         saved = snapshot.runs
         self.waiting = [Waiting(int(i), int(r)) for i, r in saved["waiting"]]
         self.work = dict(zip(("steps", "computed"), map(int, saved["work"]), strict=True))
+        width = len(saved["image"])
+        if width % self._mesh.size == 0 and width <= self._batch_size:
+            self._open(width)
+            leaves, treedef = jax.tree.flatten((self._slots.active, self._slots.state))
+            kinds = {str(i): _kind(sharding.my_rows(x)) for i, x in enumerate(leaves)}
+            if processes.all_of({i: _kind(x) for i, x in snapshot.slots.items()} == kinds):
+                active, state = jax.tree.unflatten(treedef, [snapshot.slots[i] for i in kinds])
+                self._image, self._run = saved["image"].copy(), saved["run"].copy()
+                self._steps = saved["steps"].copy()
+                slots = Slots(self._problem(), state, active)
+                self._slots = sharding.split_batch(slots, self._mesh)
+                return
         taken = saved["image"] != EMPTY
-        width = len(taken)
-        if not snapshot.slots or width % self._mesh.size or width > self._batch_size:
-            again = zip(saved["image"][taken], saved["run"][taken], strict=True)
-            self.waiting = [Waiting(int(i), int(r)) for i, r in again] + self.waiting
-            self._open(self._width_for(len(self.waiting)))
-            return
-        self._open(width)
-        treedef = jax.tree.structure((self._slots.active, self._slots.state))
-        leaves = [snapshot.slots[str(i)] for i in range(treedef.num_leaves)]
-        active, state = jax.tree.unflatten(treedef, leaves)
-        self._image, self._run, self._steps = (saved[n].copy() for n in ("image", "run", "steps"))
-        self._slots = sharding.split_batch(Slots(self._problem(), state, active), self._mesh)
+        again = zip(saved["image"][taken], saved["run"][taken], strict=True)
+        self.waiting = [Waiting(int(i), int(r)) for i, r in again] + self.waiting
+        self._open(self._width_for(len(self.waiting)))
+
+
+def _kind(x: np.ndarray) -> tuple[tuple[int, ...], np.dtype]:
+    return x.shape, x.dtype
