@@ -8,8 +8,8 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", f"{tempfile.gettempdir()}/vit_at_hypothesis")
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-# Tests compile for most of their time, and this costs a third less. With 0, they test the programs
-# that users run.
+# Tests compile for most of their time, and this costs a quarter less. With 0, they test the
+# programs that users run.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax

@@ -1,6 +1,7 @@
 """Toy runs that several test files share."""
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -45,6 +46,11 @@ def smoke(variants: str = "", **changes) -> ConfigDict:
     with config.unlocked():
         config.update_from_flattened_dict({f.replace("__", "."): v for f, v in changes.items()})
     return config
+
+
+def flags(options) -> list[str]:
+    """The same values as flags of the command."""
+    return [f"--config.{f.replace('__', '.')}={v}" for f, v in options.items()]
 
 
 def resolved(variants: str = "", **changes) -> ConfigDict:
@@ -128,6 +134,12 @@ def arrays_of(workdir: epath.Path, step: int, series: str = "last") -> dict[str,
             leaves = jax.tree_util.tree_leaves_with_path(tree)
             found |= {item + jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
     return found
+
+
+def losses(workdir) -> list[float]:
+    """The loss of each line of the metrics that has one."""
+    lines = (epath.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
 @contextlib.contextmanager

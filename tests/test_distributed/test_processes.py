@@ -1,6 +1,5 @@
 """Several processes: they connect or name who is missing, agree, and end together."""
 
-import json
 import os
 import pathlib
 import signal
@@ -21,8 +20,8 @@ from vit_at.errors import UserError
 from vit_at.training.loop import train
 
 ROOT = pathlib.Path(__file__).parents[2]
-QUICK = [f"--config.{field.replace('__', '.')}={value}" for field, value in runs.QUICK.items()]
-RECIPE = ["--config=configs/digits_sgd.py:smoke", *QUICK, f"--compilation_cache={conftest.CACHE}"]
+RECIPE = ["--config=configs/digits_sgd.py:smoke", *runs.flags(runs.QUICK)]
+RECIPE += [f"--compilation_cache={conftest.CACHE}"]
 
 CIFAR10 = [
     "--config=configs/cifar10_sgd.py:ard_prm,scratch",
@@ -201,11 +200,6 @@ def local(count: int, *arguments, module="vit_at.main", devices=1, timeout=400, 
     )
 
 
-def losses(workdir) -> list[float]:
-    lines = map(json.loads, (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 def outcomes(workdir) -> dict[str, np.ndarray]:
     with np.load(pathlib.Path(workdir) / "per_example.npz") as archive:
         return {name: archive[name] for name in archive.files if name.endswith("/correct")}
@@ -238,7 +232,7 @@ def pair(tmp_path_factory):
 def test_two_processes_reach_the_losses_and_outcomes_of_one(alone, pair):
     workdir, ended = pair
     assert ended.returncode == 0, ended.stderr
-    np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-5)
+    np.testing.assert_allclose(runs.losses(workdir), runs.losses(alone), rtol=1e-5)
     assert_same_outcomes(workdir, alone)
     assert ended.stdout.count("results: ") == 1  # process 0 alone speaks
     assert ended.stderr.count("work directory ") == 1
@@ -273,7 +267,7 @@ def test_evaluation_and_autoattack_give_the_same_for_every_image(alone, tmp_path
 def test_four_processes_reach_the_losses_of_one(alone, tmp_path, kind):
     ended = local(4, *RECIPE, f"--config.sharding={kind}", f"--workdir={tmp_path / 'run'}")
     assert ended.returncode == 0, ended.stderr
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=1e-5)
+    np.testing.assert_allclose(runs.losses(tmp_path / "run"), runs.losses(alone), rtol=1e-5)
     assert_same_outcomes(tmp_path / "run", alone)
 
 
@@ -293,7 +287,7 @@ def test_both_series_write_the_same_step_at_a_time(one_core, tmp_path):
     fields = [f"--config.{name}={value}" for name, value in often.items()]
     ended = local(2, *RECIPE, *fields, f"--workdir={tmp_path / 'run'}")
     assert ended.returncode == 0, ended.stderr
-    assert len(losses(tmp_path / "run")) == 40
+    assert len(runs.losses(tmp_path / "run")) == 40
 
 
 @pytest.fixture(scope="module")
@@ -311,8 +305,8 @@ def cifar10_alone(tmp_path_factory):
 def test_cifar10_on_several_processes(cifar10_alone, tmp_path, count):
     ended = local(count, *CIFAR10, f"--workdir={tmp_path / 'run'}")
     assert ended.returncode == 0, ended.stderr
-    assert len(losses(cifar10_alone)) == 8
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(cifar10_alone), rtol=1e-5)
+    assert len(runs.losses(cifar10_alone)) == 8
+    np.testing.assert_allclose(runs.losses(tmp_path / "run"), runs.losses(cifar10_alone), rtol=1e-5)
     assert_same_outcomes(tmp_path / "run", cifar10_alone)
 
 
@@ -324,13 +318,15 @@ def test_sigterm_on_one_of_two_saves_jointly_and_one_then_four_devices_go_on(alo
     long = [*RECIPE, "--config.epochs=12", f"--workdir={workdir}"]
     command = [*command[:5], *long]
     for stage in range(2):
-        begin = len(losses(workdir)) if stage else 0
+        begin = len(runs.losses(workdir)) if stage else 0
         words = command if stage == 0 else [sys.executable, "-m", "vit_at.main", *long]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
         process = subprocess.Popen(
             words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
         )
-        while not workdir.joinpath("metrics.jsonl").exists() or len(losses(workdir)) < begin + 6:
+        while (
+            not workdir.joinpath("metrics.jsonl").exists() or len(runs.losses(workdir)) < begin + 6
+        ):
             assert process.poll() is None
             time.sleep(0.05)
         children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -343,4 +339,4 @@ def test_sigterm_on_one_of_two_saves_jointly_and_one_then_four_devices_go_on(alo
     train(runs.smoke(**runs.QUICK | {"epochs": 12}), epath.Path(workdir))
     reference = epath.Path(tmp_path / "reference")
     train(runs.smoke(**runs.QUICK | {"epochs": 12}), reference)
-    np.testing.assert_allclose(losses(workdir), losses(reference), rtol=1e-4)
+    np.testing.assert_allclose(runs.losses(workdir), runs.losses(reference), rtol=1e-4)

@@ -43,7 +43,7 @@ LAST_STEP = 40
 
 def training(workdir, processes: int = 1) -> list[str]:
     """The command of the run."""
-    fields = [f"--config.{name.replace('__', '.')}={value}" for name, value in TRAINING.items()]
+    fields = runs.flags(TRAINING)
     words = ["--config=configs/digits_sgd.py:smoke", *fields, f"--workdir={workdir}"]
     words.append(f"--compilation_cache={conftest.CACHE}")
     if processes == 1:
@@ -136,11 +136,9 @@ class Campaign:
 
 def assert_same_training(workdir, reference):
     """Compares every array bit for bit, every loss and every outcome."""
-    ours, theirs = (runs.arrays_of(epath.Path(w), LAST_STEP) for w in (workdir, reference))
-    assert ours.keys() == theirs.keys()
-    assert ours
-    for name, value in theirs.items():
-        assert ours[name].tobytes() == value.tobytes(), name
+    runs.assert_same_arrays(
+        *(runs.arrays_of(epath.Path(w), LAST_STEP) for w in (workdir, reference))
+    )
     losses = [
         [(line["step"], line["loss"]) for line in lines_of(w) if "loss" in line]
         for w in (workdir, reference)

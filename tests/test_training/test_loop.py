@@ -35,7 +35,7 @@ def command(workdir, **changes):
     values = runs.QUICK | changes
     return [
         *(sys.executable, "-m", "vit_at.main", "--config=configs/digits_sgd.py:smoke"),
-        *(f"--config.{field.replace('__', '.')}={value}" for field, value in values.items()),
+        *runs.flags(values),
         f"--workdir={workdir}",
         f"--compilation_cache={conftest.CACHE}",
     ]

@@ -31,6 +31,7 @@ from vit_at.workdir.checkpoint import unreachable
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read on import; that needs gRPC
 pytest.importorskip("gcsfs")
 OPTIONS = runs.QUICK | {"checkpoint__every_steps": 2, "eval__attacks": "clean"}
+RECIPE = ["--config=configs/digits_sgd.py:smoke"]
 LAST_STEP = 8
 NOWHERE = "127.0.0.1:1"  # of the credentials that a machine of the cloud has
 
@@ -103,10 +104,7 @@ def resumed(storage):
 
 
 def test_a_killed_run_in_a_bucket_ends_as_an_undisturbed_one_on_a_disk(whole, resumed):
-    arrays = runs.arrays_of(epath.Path("gs://robots/resumed"), LAST_STEP)
-    assert arrays.keys() == whole[0].keys()
-    for name, value in arrays.items():
-        assert value.tobytes() == whole[0][name].tobytes(), name
+    runs.assert_same_arrays(runs.arrays_of(epath.Path("gs://robots/resumed"), LAST_STEP), whole[0])
     assert resumed == whole[1]
 
 
@@ -242,25 +240,33 @@ def test_of_two_that_start_at_once_one_gets_the_lease(storage, quick):
 # --- Kills ------------------------------------------------------------------------------------
 
 
+def started(words, **environment):
+    """A process of Python with these words; its standard error is read later."""
+    command = [sys.executable, *words, f"--compilation_cache={conftest.CACHE}"]
+    environment |= dict.fromkeys(("FSSPEC_GS_TOKEN", "FSSPEC_GCS_TOKEN"), "anon")
+    pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=conftest.ROOT, env=os.environ | environment, **pipe)
+
+
+def assert_ends(process):
+    """Waits; it ends without an error."""
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+
+
 @pytest.mark.slow
 def test_kills_at_any_moment_while_requests_fail_change_nothing(storage, tmp_path):
     """Training, then AutoAttack, killed 20 times in all while 5 % of the requests fail."""
-    fields = [f"--config.{name.replace('__', '.')}={value}" for name, value in OPTIONS.items()]
-    training = ["-m", "vit_at.main", "--config=configs/digits_sgd.py:smoke", *fields]
+    training = ["-m", "vit_at.main", *RECIPE, *runs.flags(OPTIONS)]
     attack = ["--attacks=autoattack", "--num_examples=20", "--batch_size=8"]
-    environment = os.environ | {"FSSPEC_GS_TOKEN": "anon", "FSSPEC_GCS_TOKEN": "anon"}
     moments, kills = random.Random(0), 0
 
     def start(workdir, command):
-        place = ["--workdir", workdir] if "--config=configs/digits_sgd.py:smoke" in command else []
-        words = [sys.executable, *command, *place, f"--compilation_cache={conftest.CACHE}"]
-        pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(words, cwd=conftest.ROOT, env=environment, **pipe)
+        place = ["--workdir", workdir] if command is training else []
+        return started([*command, *place])
 
     def to_the_end(workdir, command):
-        process = start(workdir, command)
-        said = process.communicate()[1]
-        assert process.returncode == 0, said
+        assert_ends(start(workdir, command))
 
     def evaluation(workdir):
         return ["-m", "vit_at.evaluate", workdir, *attack]
@@ -287,8 +293,7 @@ def test_kills_at_any_moment_while_requests_fail_change_nothing(storage, tmp_pat
         for command, times, most in ((training, 6, 800), (evaluation(workdir), 4, 150)):
             kills += sum(killed(workdir, command, most) for _ in range(times))
             to_the_end(workdir, command)
-        for name, value in runs.arrays_of(epath.Path(workdir), LAST_STEP).items():
-            assert value.tobytes() == expected[name].tobytes(), name
+        runs.assert_same_arrays(runs.arrays_of(epath.Path(workdir), LAST_STEP), expected)
         files = [epath.Path(path) / "results.json" for path in (whole, workdir)]
         records = [json.loads(file.read_text()) for file in files]
         assert records[0] == records[1]
@@ -301,18 +306,12 @@ def test_kills_at_any_moment_while_requests_fail_change_nothing(storage, tmp_pat
 def test_four_then_one_then_two_processes_go_on_in_the_bucket(storage, tmp_path):
     """All killed in training, then in AutoAttack: 2, then 1."""
     workdir, options = "gs://robots/elastic", OPTIONS | {"epochs": 8}
-    fields = [f"--config.{name.replace('__', '.')}={value}" for name, value in options.items()]
-    cache = f"--compilation_cache={conftest.CACHE}"
-    training = ["--config=configs/digits_sgd.py:smoke", *fields, f"--workdir={workdir}", cache]
-    attack = [workdir, "--attacks=autoattack", "--num_examples=40", "--batch_size=8", cache]
-    environment = os.environ | {"FSSPEC_GS_TOKEN": "anon", "FSSPEC_GCS_TOKEN": "anon"}
-    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    training = [*RECIPE, *runs.flags(options), f"--workdir={workdir}"]
+    attack = [workdir, "--attacks=autoattack", "--num_examples=40", "--batch_size=8"]
 
     def start(count, module, words):
-        command = [sys.executable, "launch/local.py", f"-n{count}", "--devices=1"]
-        command += [f"--module={module}", "--", *words]
-        pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=conftest.ROOT, env=environment, **pipe)
+        launcher = ["launch/local.py", f"-n{count}", "--devices=1", f"--module={module}", "--"]
+        return started([*launcher, *words], XLA_FLAGS="")
 
     def killed_once(process, ready):
         while process.poll() is None and not ready():
@@ -324,10 +323,6 @@ def test_four_then_one_then_two_processes_go_on_in_the_bucket(storage, tmp_path)
         assert "corrupt" not in said
         assert process.returncode != 0, said
 
-    def to_the_end(process):
-        said = process.communicate()[1]
-        assert process.returncode == 0, said
-
     def saved():
         found = [re.match(r"elastic/checkpoints/last/(\d+)/", name) for name in [*storage.objects]]
         return max((int(match[1]) for match in found if match), default=0)
@@ -336,25 +331,21 @@ def test_four_then_one_then_two_processes_go_on_in_the_bucket(storage, tmp_path)
     first = saved()
     killed_once(start(1, "vit_at.main", training), lambda: saved() > first)
     assert saved() < 8 * 4
-    to_the_end(start(2, "vit_at.main", training))
+    assert_ends(start(2, "vit_at.main", training))
     reference = tmp_path / "reference"
     train(runs.smoke(**options), str(reference))
-    files = (epath.Path(folder) / "metrics.jsonl" for folder in (workdir, reference))
-    lines = [file.read_text().splitlines() for file in files]
-    entries = ([json.loads(line) for line in found] for found in lines)
-    ours, theirs = ([x["loss"] for x in found if "loss" in x] for found in entries)
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert runs.losses(workdir) == pytest.approx(runs.losses(reference), rel=1e-4)
 
     def slots(count):
         return [name for name in storage.objects if "slots_" in name and f"of-{count}" in name]
 
     killed_once(start(2, "vit_at.evaluate", attack), lambda: len(slots(2)) >= 2)
-    to_the_end(start(1, "vit_at.evaluate", attack))
+    assert_ends(start(1, "vit_at.evaluate", attack))
     assert not [name for name in storage.objects if "slots_" in name]
     interrupted = json.loads(epath.Path(f"{workdir}/results.json").read_text())[-1]
     epath.Path(f"{workdir}/autoattack").rmtree()
     epath.Path(f"{workdir}/results.json").unlink()
-    to_the_end(start(1, "vit_at.evaluate", attack))
+    assert_ends(start(1, "vit_at.evaluate", attack))
     assert json.loads(epath.Path(f"{workdir}/results.json").read_text())[-1] == interrupted
 
 
@@ -377,9 +368,8 @@ def command_fails(capfd):
     from vit_at import main
 
     def run(workdir):
-        words = [f"--config.{n.replace('__', '.')}={v}" for n, v in OPTIONS.items()]
         with pytest.raises(SystemExit) as ended:
-            main.main(["--config=configs/digits_sgd.py:smoke", *words, f"--workdir={workdir}"])
+            main.main([*RECIPE, *runs.flags(OPTIONS), f"--workdir={workdir}"])
         assert ended.value.code == 2
         lines = capfd.readouterr().err.strip().splitlines()
         return next(line for line in lines if line.startswith("error:"))

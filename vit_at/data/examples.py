@@ -21,7 +21,6 @@ class Examples:
         keep these numbers; results name an image by its number.
       origin: (split on disk, positions in it) of everything that was opened.
       transform: name of what made the images square, see ``transforms``.
-      _labels_of: rows -> their labels, without decoding an image; None: as `_read_rows` gives them.
       ids: name and digest of the list that chose the images; '': all of the split.
     """
 
@@ -34,6 +33,7 @@ class Examples:
     origin: Sequence[tuple[str, np.ndarray]] = ()
     transform: str = "squash"
     ids: str = ""
+    # rows -> labels, without decoding an image; None: by _read_rows.
     _labels_of: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __len__(self) -> int:

@@ -175,7 +175,7 @@ def hold_out(
         return examples, None
     shuffled = np.random.Generator(np.random.Philox(seed)).permutation(len(examples))
     if stratified:
-        shuffled = shuffled[folders.in_proportion(examples.read(shuffled)[1])]
+        shuffled = shuffled[folders.in_proportion(examples.take(shuffled).labels())]
     return examples.take(np.sort(shuffled[n:])), examples.take(np.sort(shuffled[:n]))
 
 

@@ -91,11 +91,6 @@ def split_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def split_whole(batch: Any, mesh: Mesh) -> Any:
-    """A global batch that every process holds whole, split over the devices."""
-    return jax.tree.map(lambda x: place(x, NamedSharding(mesh, SPLIT)), batch)
-
-
 def my_part(count: int, mesh: Mesh) -> slice:
     """This process's rows of ``count`` that are split over the devices."""
     owners = [device.process_index for device in mesh.devices.flat]  # side by side

@@ -156,11 +156,8 @@ class Exhibits:
         tested = max((len(index) for index, _ in outcomes.values()), default=0)
         if not 0 < tested <= min(_MOST_LABELS, len(self._examples)):
             return None
-        rows = np.arange(tested)
-        labels = {}
-        for part in np.array_split(rows, -(-len(rows) // 512)):
-            of_part = self._examples.read(part)[1]
-            labels |= dict(zip(self._examples.indices[part], of_part, strict=True))
+        examples = self._examples.take(np.arange(tested))
+        labels = dict(zip(examples.indices, examples.labels(), strict=True))
         found: dict[str, dict[str, float]] = {name: {} for name in self.class_names}
         for attack, (index, correct) in outcomes.items():
             of_image = np.array([labels.get(place, -1) for place in index])

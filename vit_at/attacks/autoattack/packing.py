@@ -155,10 +155,11 @@ class Packing:
         if saved * self._flop < self._cut.worth_compiling:
             return
         keep = np.argsort(self._image == EMPTY, kind="stable")[:narrow]
-        slots = jax.tree.map(lambda x: x[keep], sharding.gather(self._slots))
+        mine = keep[sharding.my_part(narrow, self._mesh)]
+        slots = jax.tree.map(lambda x: x[mine], sharding.gather(self._slots))
         self._image, self._run = self._image[keep], self._run[keep]
         self._steps = self._steps[keep]
-        self._slots = sharding.split_whole(slots, self._mesh)
+        self._slots = sharding.split_batch(slots, self._mesh)
 
     def _open(self, width: int) -> None:
         """Empty slots."""
@@ -225,14 +226,17 @@ class Packing:
         self.work = dict(zip(("steps", "computed"), map(int, saved["work"]), strict=True))
         width = len(saved["image"])
         if width % self._mesh.size == 0 and width <= self._batch_size:
-            self._open(width)
-            leaves, treedef = jax.tree.flatten((self._slots.active, self._slots.state))
-            kinds = {str(i): _kind(sharding.my_rows(x)) for i, x in enumerate(leaves)}
+            self._image, self._run, self._steps = (
+                saved[name].copy() for name in ("image", "run", "steps")
+            )
+            problem = self._problem()
+            state = jax.eval_shape(self.method.start, self._context, problem)
+            active = jax.ShapeDtypeStruct(problem.labels.shape, bool)
+            leaves, treedef = jax.tree.flatten((active, state))
+            kinds = {str(i): _kind(x) for i, x in enumerate(leaves)}
             if processes.all_of({i: _kind(x) for i, x in snapshot.slots.items()} == kinds):
                 active, state = jax.tree.unflatten(treedef, [snapshot.slots[i] for i in kinds])
-                self._image, self._run = saved["image"].copy(), saved["run"].copy()
-                self._steps = saved["steps"].copy()
-                slots = Slots(self._problem(), state, active)
+                slots = Slots(problem, state, active)
                 self._slots = sharding.split_batch(slots, self._mesh)
                 return
         taken = saved["image"] != EMPTY
@@ -241,5 +245,5 @@ class Packing:
         self._open(self._width_for(len(self.waiting)))
 
 
-def _kind(x: np.ndarray) -> tuple[tuple[int, ...], np.dtype]:
+def _kind(x: np.ndarray | jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], np.dtype]:
     return x.shape, x.dtype
