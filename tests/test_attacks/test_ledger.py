@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 
+import linear_problem
 import numpy as np
 import pytest
 from linear_problem import attack, median_eps, problem
@@ -130,11 +131,12 @@ def test_kill_9(tmp_path):
     """A process killed at three moments, and the same command, end bit for bit the same."""
     script = textwrap.dedent(f"""
         import sys
-        sys.path.insert(0, {str(os.path.dirname(__file__))!r})
-        import numpy as np, test_ledger as t
+        sys.path.insert(0, {os.path.dirname(linear_problem.__file__)!r})
+        import numpy as np, linear_problem as t
+        from vit_at.attacks.autoattack import Budget
         params, images, labels = t.problem(48)
         eps = t.median_eps(params, images, labels, "linf")
-        result = t.attack(params, images, labels, eps=eps, budget=t.Budget(queries=2000),
+        result = t.attack(params, images, labels, eps=eps, budget=Budget(queries=2000),
                           workdir=sys.argv[1], progress=True)
         np.save(sys.argv[1] + "/result.npy", result.adversarial)
     """)
