@@ -26,6 +26,21 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+MAPS = pathlib.Path("/proc/self/maps")
+MANY_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+    """Forgets the compiled programs of earlier files before they crash the process.
+
+    Each keeps about 25 memory maps or more, and of 65,530 (Linux's ``vm.max_map_count``) the
+    compiler dies with a segmentation fault. What a later file needs again is in the cache.
+    """
+    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MANY_MAPS:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def parse(monkeypatch):
     """``parse(*arguments)`` -> the configuration, as ``vit-at train`` reads its arguments."""

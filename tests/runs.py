@@ -40,6 +40,11 @@ QUICK = {
 }
 
 
+def slow(*values):
+    """A row of a parametrised test that takes more than a few seconds."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def smoke(variants: str = "", **changes) -> ConfigDict:
     """The digits' smoke recipe with other values; a dot is written as two underscores."""
     config = digits_sgd.get_config(",".join(filter(None, ["smoke", variants])))

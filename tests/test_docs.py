@@ -24,7 +24,7 @@ from vit_at.training import objectives
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SLOW = {"audit"}  # a whole AutoAttack
+SLOW = {"audit", "extend"}  # a whole AutoAttack; a training run
 LINKS = re.compile(r"\]\(([^)#\s]+)")
 # Packages of other frameworks; ``load`` is that of an export.
 OTHERS = {"torch", "timm", "autoattack", "robustbench", "load"}

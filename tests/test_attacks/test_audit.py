@@ -113,6 +113,7 @@ def test_every_flag_is_documented():
             assert f"**{part}**" in section
 
 
+@pytest.mark.slow
 def test_the_masked_reference_model():
     """Logits times 1000: 36 of 128 clean images officially have no CE gradient; starts may add."""
     images, labels = (np.asarray(x)[:128] for x in reference.images())

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,11 +24,17 @@ from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store
 from vit_at.evaluation.protocol import parse_attacks
 from vit_at.workdir import results
 
+CLASSES = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 5, "fab": 5, "fab-t": 5}
+QUICK = {"apgd-ce": "l2", "apgd-dlr": "linf", "apgd-t": "l1", "fab": "linf", "fab-t": "l2"}
 
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+
 @pytest.mark.parametrize(
-    ("name", "num_classes"),
-    [("apgd-ce", 2), ("apgd-dlr", 3), ("apgd-t", 5), ("fab", 5), ("fab-t", 5)],
+    ("name", "num_classes", "norm"),
+    [
+        (name, classes, norm) if norm == QUICK[name] else runs.slow(name, classes, norm)
+        for name, classes in CLASSES.items()
+        for norm in ("linf", "l2", "l1")
+    ],
 )
 def test_exact_robust_accuracy_of_a_linear_classifier(name, num_classes, norm):
     """Untargeted losses climb towards several classes at once, so they are exact with few."""
@@ -56,6 +63,7 @@ def test_cascade(version):
     assert "square" in result.summary()
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 1000),
@@ -161,6 +169,7 @@ def test_an_unconfirmed_success_continues_with_the_next_run(monkeypatch):
     assert not undisturbed.flags
 
 
+@pytest.mark.slow
 def test_few_classes():
     for num_classes, expected in ((3, "apgd-dlr"), (2, "fab-t")):
         params, images, labels = problem(8, num_classes)
@@ -172,6 +181,7 @@ def test_few_classes():
         np.testing.assert_array_equal(result.robust["square"], exact)
 
 
+@pytest.mark.slow
 def test_randomised_model():
     params, images, labels = problem(8)
 
@@ -191,6 +201,7 @@ def test_randomised_model():
     assert first.robust["apgd-dlr"][exact > 2 * eps].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.02, 0.2])
 def test_a_randomised_model_draws_by_image_not_by_batch(noise, tmp_path):
     """Clean and robust images are the same for each batch size, and every success is verified."""
@@ -287,6 +298,7 @@ def test_images_are_read_a_batch_at_a_time(tmp_path):
     assert len(list(tmp_path.glob("adversarial_*.npz"))) > 1
 
 
+@pytest.mark.slow
 def test_through_the_evaluator(tmp_path, monkeypatch):
     """One record with the cascade and the audit; a ledger in the work directory."""
     params, images, labels = problem(8)

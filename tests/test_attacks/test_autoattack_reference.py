@@ -45,7 +45,7 @@ def broken_before(norm: str, stage: int) -> int:
     return int(((broken_by == -1) | (broken_by > stage)).sum())
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_cascade(norm):
     counts = counts_of(norm, "standard")
@@ -53,7 +53,7 @@ def test_cascade(norm):
         assert abs(counts[name] - broken_before(norm, stage)) <= 1, name
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-t", "fab-t", "square"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_alone(norm, name):
@@ -64,13 +64,13 @@ def test_alone(norm, name):
     assert abs(counts[name] - official) <= ALLOWED.get(name, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_square_with_all_its_queries():
     official = int(reference.arrays("linf")["square5000_robust"].sum())
     assert abs(counts_of("linf", ["square"])["square"] - official) <= ALLOWED["square"]
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_saturated_softmax():
     """Logits times 1000: APGD-CE overestimates, officially by 14 of 128; the cascade does not, and
     the audit says why. By how many depends on the random starts: they decide what can move at all.

@@ -91,6 +91,7 @@ def test_each_attack_alone_on_all_images(tmp_path):
         attack(attacks=names, workdir=tmp_path)
 
 
+@pytest.mark.slow
 @hypothesis_settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 100),

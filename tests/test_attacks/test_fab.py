@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_autoattack as reference
+import runs
 
 from vit_at.attacks import fab
 
@@ -73,7 +74,7 @@ def check_trace(norm, iterations, count):
             np.testing.assert_allclose(points[i - 1][:8], theirs, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", runs.slow("l2")])
 def test_trace(norm):
     check_trace(norm, 12, 8)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_autoattack as reference
+import runs
 
 from vit_at.attacks import Threat, apgd_l1, autoattack, fab, losses, square
 from vit_at.attacks.norms import NORMS, largest_size, sizes, sparse_sign
@@ -64,7 +65,9 @@ def test_phases(iterations, expected):
         assert min(lengths) >= 0
 
 
-@pytest.mark.parametrize(("name", "iterations", "several"), [("phases", 20, 1), ("single", 50, 0)])
+@pytest.mark.parametrize(
+    ("name", "iterations", "several"), [("phases", 20, 1), runs.slow("single", 50, 0)]
+)
 def test_apgd_evaluates_the_official_points(name, iterations, several):
     """Point by point over the first evaluations, and the best loss at the end."""
     images, labels = jnp.asarray(UNITS["apgd_x"]), jnp.asarray(UNITS["apgd_y"])
@@ -178,12 +181,13 @@ def agreement(attacks, count):
     return pairs
 
 
+@pytest.mark.slow
 def test_apgd_ce_leaves_the_official_images():
     for ours, theirs in agreement(["apgd-ce"], 16).values():
         assert abs(int(ours.sum()) - int(theirs.sum())) <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_cascade():
     for ours, theirs in agreement("standard", 96).values():
         assert abs(int(ours.sum()) - int(theirs.sum())) <= 1

@@ -43,6 +43,7 @@ def test_a_batch_on_an_accelerator_is_the_smallest_one_doubled(count, batch_size
     assert packing.Packing._width_for(own, count) == width
 
 
+@pytest.mark.slow
 def test_narrower_batches_on_accelerators_change_no_outcome(monkeypatch):
     params, images, labels = problem(24)
     options = {"norm": "l2", "eps": median_eps(params, images, labels, "l2"), "batch_size": 16}

@@ -68,6 +68,7 @@ def choose(active, new, old):
     return np.where(active.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_trace(norm):
     key = f"square_{reference.THEIR_NAME[norm]}"

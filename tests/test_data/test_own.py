@@ -107,6 +107,7 @@ def test_what_a_grey_small_recipe_loses_is_said(tmp_path, caplog, size, channels
     assert all(part in warning for part, warning in zip(says, warnings, strict=True))
 
 
+@pytest.mark.slow
 def test_a_folder_is_trained_on_and_evaluated_by_the_command(tmp_path):
     arranged(tmp_path / "photos", {"train/a": 30, "train/b": 50}, size=(20, 16))
     fields = ["epochs=1", "batch_size=8", "model.embed_dim=8", "model.depth=1", "threat.steps=1"]

@@ -41,7 +41,7 @@ def two_steps(kind: str, **changes):
     return metrics, state, step
 
 
-@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.fixture(scope="module", params=[runs.slow(1), 2])
 def both(request):
     """{'replicated' and 'fsdp': ``two_steps``} with one or several micro-batches."""
     kinds = ("replicated", "fsdp")
@@ -127,16 +127,13 @@ def test_the_compiled_step_sends_what_the_formula_says(both, kind):
     assert by_program == pytest.approx(sent_bytes(gradient // 4, 4), rel=0.05)
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     ("name", "depth"),
     [
-        ("deit_tiny_patch16_224", 4),
-        pytest.param("convit_tiny", 12, marks=SLOW),
+        runs.slow("deit_tiny_patch16_224", 4),
+        runs.slow("convit_tiny", 12),
         # Deep: only the third stage has many blocks, and at 12 the first outweighs it.
-        pytest.param("swin_tiny_patch4_window7_224", 24, marks=SLOW),
+        runs.slow("swin_tiny_patch4_window7_224", 24),
     ],
 )
 def test_blocks_that_are_computed_again_give_the_same_gradient_in_less_memory(name, depth):

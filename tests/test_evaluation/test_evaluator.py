@@ -87,7 +87,7 @@ def test_an_attack_breaks_only_and_some():
     assert cw.sum() < clean.sum()
 
 
-@pytest.mark.parametrize(("devices", "batch_size"), [(2, 16), (4, 64)])
+@pytest.mark.parametrize(("devices", "batch_size"), [(2, 16), runs.slow(4, 64)])
 def test_outcomes_do_not_depend_on_batches_or_devices(devices, batch_size):
     expected = outcomes(linear, WEIGHTS, restarts=2)
     other = outcomes(linear, WEIGHTS, restarts=2, devices=devices, batch_size=batch_size)

@@ -36,7 +36,7 @@ def error(value, expected):
     return np.abs(np.asarray(value) - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("stem", "dtype"), [("patch", "float64"), ("conv", "float32")])
+@pytest.mark.parametrize(("stem", "dtype"), [runs.slow("patch", "float64"), ("conv", "float32")])
 def test_reference(stem, dtype):
     """Scanned in float64; in float32, block by block, with blocks computed again."""
     expected, wide = golden.arrays(f"convnext_{stem}"), dtype == "float64"
@@ -116,6 +116,7 @@ def test_a_new_head_and_smaller_patches():
     np.testing.assert_allclose(loaded["stem"]["0"]["kernel"], cells, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_and_stochastic_depth():
     model, params, images = create("patch", "bfloat16", drop_path=0.9)
     apply = models.classifier(model, (0.0,) * 3, (1.0,) * 3)

@@ -61,6 +61,7 @@ def test_weights_go_both_ways_and_cost_is_counted(name):
     assert model.forward_flops() - patches.forward_flops() == 2 * (conv - 16 * 16 * 3 * 16)
 
 
+@pytest.mark.slow
 def test_ards_gate_and_bfloat16_know_no_difference():
     model = models.create("convit_tiny", stem="conv", patch_size=4, dtype="bfloat16", **SMALL)
     params, images = golden.params(model), jnp.ones((2, 16, 16, 3))

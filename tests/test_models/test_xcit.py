@@ -61,7 +61,7 @@ def gradients(apply, images, params, expected):
     return logits, g, gm
 
 
-@pytest.mark.parametrize("tag", ["xcit_p16", "xcit_p8"])
+@pytest.mark.parametrize("tag", [runs.slow("xcit_p16"), "xcit_p8"])
 def test_reference(tag):
     """Scanned, in float64."""
     expected = golden.arrays(tag)
@@ -74,6 +74,7 @@ def test_reference(tag):
     assert error(gm, expected["gm"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_reference_block_by_block_in_float32():
     """Patch 4, with the blocks unstacked and computed again for the gradient."""
     expected = golden.arrays("xcit_p4")
@@ -109,6 +110,7 @@ def test_masked_backward_passes_are_not_computed():
         assert products(computed) >= 6
 
 
+@pytest.mark.slow
 def test_bfloat16_and_stochastic_depth():
     """A key for each image; float32 logits, near the exact ones without drops."""
     model, params, images = create("xcit_p4", "bfloat16", drop_path=0.5)
@@ -124,6 +126,7 @@ def test_bfloat16_and_stochastic_depth():
     assert error(plain[0], golden.arrays("xcit_p4")["logits"][0]) < 0.1
 
 
+@pytest.mark.slow
 def test_drops_scale_all_three_branches():
     """All branches dropped: each block passes its input on."""
     model, params, images = create("xcit_p8", drop_path=0.999999)

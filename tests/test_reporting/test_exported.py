@@ -207,7 +207,9 @@ def test_no_work_directory_is_one_sentence(tmp_path, capsys):
     assert "no work directory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "overrides"), [c for c in CASES if "qk_scale" in c[1]])
+@pytest.mark.parametrize(
+    ("name", "overrides"), [runs.slow(*c) for c in CASES if "qk_scale" in c[1]]
+)
 def test_scale_is_folded_into_the_queries(name, overrides, tmp_path):
     model = models.create(name, num_classes=3, **overrides)
     params = golden.params(model)

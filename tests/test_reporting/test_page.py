@@ -119,6 +119,7 @@ def test_curves_begin_with_clean_accuracy_and_steps_make_the_attack_stronger(tra
     assert by_steps[50] <= by_steps[1]
 
 
+@pytest.mark.slow
 def test_a_model_too_large_for_the_machine_has_no_curves(trained, monkeypatch):
     shown = exhibits.Exhibits(load_trained(trained, "best"))
     assert shown.affordable == 128

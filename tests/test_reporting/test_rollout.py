@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 
 from vit_at import models
 from vit_at.reporting import rollout
@@ -21,7 +22,12 @@ def random_params(model):
 
 
 @pytest.mark.parametrize(
-    "name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "convit_tiny"]
+    "name",
+    [
+        "deit_tiny_patch16_224",
+        runs.slow("deit_tiny_distilled_patch16_224"),
+        runs.slow("convit_tiny"),
+    ],
 )
 def test_the_maps_are_the_attention_that_the_model_applies(name):
     model = models.create(name, num_classes=3, **SIZES)

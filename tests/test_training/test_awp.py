@@ -58,9 +58,7 @@ def stepped(devices=1, **changes):
     return before, jax.device_get(state.params), metrics.compute()
 
 
-@pytest.mark.parametrize(
-    "objective", ["at", pytest.param("trades", marks=pytest.mark.slow), "mart"]
-)
+@pytest.mark.parametrize("objective", ["at", runs.slow("trades"), runs.slow("mart")])
 def test_the_update_is_the_gradient_at_the_perturbed_weights(objective):
     """With an attack too small to matter, the whole step is a few lines of JAX."""
     plain = {"data__crop_padding": 0, "data__flip": False, "mixing__probability": 0.0}
@@ -89,6 +87,7 @@ def test_the_update_is_the_gradient_at_the_perturbed_weights(objective):
     assert float(value) > float(first) * 1.001
 
 
+@pytest.mark.slow
 def test_the_step_does_not_depend_on_devices_parts_or_layout():
     options = {"mixing__probability": 0.0, "objective": "at"}
     _, one, _ = stepped(1, **options)
@@ -96,6 +95,7 @@ def test_the_step_does_not_depend_on_devices_parts_or_layout():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), one, several)
 
 
+@pytest.mark.slow
 def test_before_its_warm_up_the_weights_stay():
     late = stepped(awp__warmup_epochs=1.0)
     none = stepped(awp__gamma=0.0)

@@ -188,6 +188,7 @@ def disturb(undisturbed, workdir, number, times, allowed):
     print(f"\n{signal.Signals(number).name} in training: {counts}")
 
 
+@pytest.mark.slow
 def test_killed_while_it_writes_checkpoints_a_run_loses_nothing(undisturbed, tmp_path):
     """A short campaign: one kill in the middle of the run, one during a write."""
     workdir = tmp_path / "run"
@@ -200,18 +201,18 @@ def test_killed_while_it_writes_checkpoints_a_run_loses_nothing(undisturbed, tmp
     assert_same_training(workdir, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_kill_9_at_fifty_moments_of_training(undisturbed, tmp_path):
     disturb(undisturbed, tmp_path / "run", signal.SIGKILL, 50, {-signal.SIGKILL})
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_sigterm_at_twenty_moments_of_training(undisturbed, tmp_path):
     """The exit status is 143, or the signal's own while Python still imports."""
     disturb(undisturbed, tmp_path / "run", signal.SIGTERM, 20, {143, -signal.SIGTERM})
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_kill_9_at_twenty_moments_of_autoattack(undisturbed, tmp_path):
     for name in ("warm", "reference", "run"):
         shutil.copytree(undisturbed, tmp_path / name)
@@ -238,7 +239,7 @@ def test_kill_9_at_twenty_moments_of_autoattack(undisturbed, tmp_path):
     print(f"\nSIGKILL in AutoAttack: {counts}")
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_one_of_two_processes_killed_five_times(tmp_path):
     """The other process ends with a message; the resumed pair gives the undisturbed result."""
     workdir, chance = tmp_path / "run", random.Random(0)

@@ -364,6 +364,7 @@ def test_the_rows_above_hold_every_pair():
         assert seen == set(itertools.product(*({row[i] for row in COMBINED} for i in (a, b))))
 
 
+@pytest.mark.slow
 def test_each_kind_of_weights_is_read_by_its_name(tmp_path):
     averaging = {"ema_decay": 0.8, "swa_epochs": 1.0, "eval__attacks": "clean"}
     records = train(runs.smoke(**runs.QUICK | averaging), str(tmp_path))

@@ -107,6 +107,7 @@ def test_each_phase_has_its_own_step():
     assert "f32[16,4,4,1]" in text
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_exactly_across_a_change(tmp_path, monkeypatch):
     changes = {"phases": "1 threat.steps=2 threat.eps=0.05", "eval__attacks": "clean"}
     made = runs.smoke(**(runs.QUICK | changes | {"eval__every_epochs": 1}))

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import reference_steps as ref
+import runs
 
 from vit_at import models
 from vit_at.configs import default
@@ -53,7 +54,15 @@ def optimizer():
     return make_optimizer(default.get_config(), steps_per_epoch=1000)
 
 
-@pytest.mark.parametrize("case", ref.CASES)
+SLOW = {
+    "trades_ardprm",
+    "trades_plain",
+    "at_plain_cutmix",
+    "mart_ardprm",
+}  # the others are of their kinds
+
+
+@pytest.mark.parametrize("case", [runs.slow(c) if c in SLOW else c for c in ref.CASES])
 def test_two_updates_in_float64(case):
     """Perturbations, losses, gradients, norms and parameters of two consecutive updates."""
     data = ref.arrays(f"train_{case}")
@@ -100,7 +109,7 @@ def test_two_updates_in_float64(case):
             assert error < 3e-5, name
 
 
-@pytest.mark.parametrize("case", FULL_CASES)
+@pytest.mark.parametrize("case", [runs.slow(c) if c in SLOW else c for c in FULL_CASES])
 def test_every_attack_step_in_float64(case):
     """Each attack step from the recorded perturbation before it, and the first gradient."""
     data = ref.arrays(f"train_{case}")
@@ -126,6 +135,7 @@ def test_every_attack_step_in_float64(case):
         assert np.linalg.norm(value - expected) <= 5e-6 * np.linalg.norm(expected), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ref.CASES)
 def test_float32(case):
     """Float32 at the measured distances; TRADES only from recorded perturbations."""

@@ -193,7 +193,7 @@ def take_steps(count, num_devices=1, **changes):
 
 @pytest.mark.parametrize(
     ("objective", "devices"),
-    [pytest.param("at", 2, marks=pytest.mark.slow), ("at", 4), ("trades", 4), ("mart", 4)],
+    [runs.slow("at", 2), ("at", 4), runs.slow("trades", 4), runs.slow("mart", 4)],
 )
 def test_results_do_not_depend_on_the_number_of_devices(objective, devices):
     """In l2, where rounding stays small: a sign near 0 would turn it into two steps of a pixel."""
@@ -207,6 +207,7 @@ def test_results_do_not_depend_on_the_number_of_devices(objective, devices):
     assert len({metrics["loss"] for metrics in one}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["at", "trades", "mart"])
 def test_a_step_with_scanned_blocks_is_the_same(objective, monkeypatch):
     """As for a plain function, whose parameters ``unstack_blocks`` does not change."""
@@ -221,6 +222,7 @@ def test_a_step_with_scanned_blocks_is_the_same(objective, monkeypatch):
     jax.tree.map(close, state.params, of_scanned.params)
 
 
+@pytest.mark.slow
 def test_stochastic_depth_does_not_depend_on_devices_or_micro_batches():
     def step(devices, drop_path, **changes):
         setup = runs.tiny_setup(devices, objective="natural", **changes)
@@ -235,7 +237,7 @@ def test_stochastic_depth_does_not_depend_on_devices_or_micro_batches():
     assert step(1, 0.0)["loss"] != pytest.approx(one["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, runs.slow(4)])
 def test_accumulation_does_not_change_the_update(parts):
     """AT with masks: the draws are those of the whole batch."""
     plain_history, plain = take_steps(1, **MASKED)
@@ -282,6 +284,7 @@ def test_averaged_weights_are_the_exponential_mean_of_the_weights():
     jax.tree.map(close, jax.device_get(state.weights("ema")), expected)
 
 
+@pytest.mark.slow
 def test_stochastic_averaging_is_the_equal_mean_of_the_last_epochs():
     """SWA over the last 1.5 of 3 epochs of four steps: the weights after steps 7 to 12."""
     setup, state, batches = start(objective="natural", epochs=3, swa_epochs=1.5)
@@ -346,7 +349,7 @@ def mapped_attack(setup, attack):
     return jax.jit(sharding.map_shards(attack, setup.mesh, specs))
 
 
-@pytest.mark.parametrize("objective", ["at", "trades"])
+@pytest.mark.parametrize("objective", ["at", runs.slow("trades")])
 def test_the_mapped_attack_has_no_collective(objective):
     setup = runs.tiny_setup(4)
     attack, arguments = attack_of(setup, objective)
@@ -355,6 +358,7 @@ def test_the_mapped_attack_has_no_collective(objective):
     assert not re.findall(hlo.COLLECTIVES, program)
 
 
+@pytest.mark.slow
 def test_in_the_whole_step_the_attacks_loop_holds_no_collective():
     """The gradient's reduction does hold some, so the pattern would find one."""
     setup, state, batches = start(4, **MASKED)
@@ -365,6 +369,7 @@ def test_in_the_whole_step_the_attacks_loop_holds_no_collective():
     assert re.findall(hlo.COLLECTIVES, program)
 
 
+@pytest.mark.slow
 def test_pmap_of_the_same_attack_gives_the_same_numbers():
     setup = runs.tiny_setup(4)
     attack, (params, images, targets, drawn) = attack_of(setup)

@@ -254,7 +254,7 @@ def assert_ends(process):
     assert process.returncode == 0, said
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_kills_at_any_moment_while_requests_fail_change_nothing(storage, tmp_path):
     """Training, then AutoAttack, killed 20 times in all while 5 % of the requests fail."""
     training = ["-m", "vit_at.main", *RECIPE, *runs.flags(OPTIONS)]

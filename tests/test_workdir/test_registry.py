@@ -20,7 +20,7 @@ from vit_at.workdir.results import Results
 
 DIGITS, CIFAR = "digits_deit_64x2", "cifar10_convit_96x4"
 CONV = "cifar10_convit_96x4_conv"
-_photographs = [runs.needs_tfds, pytest.mark.slow]
+_photographs = [runs.needs_tfds, pytest.mark.campaign]
 with_data = [DIGITS, *(pytest.param(name, marks=_photographs) for name in (CIFAR, CONV))]
 
 
@@ -60,6 +60,7 @@ def test_a_packaged_model_is_small_whole_and_says_which_weights_were_measured(na
     assert '"/' not in (directory / "model.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_loaded_model_is_called_and_attacked():
     loaded = vit_at.load(DIGITS)
     assert loaded.class_names == tuple("0123456789")

@@ -133,6 +133,7 @@ def test_what_earlier_versions_wrote_is_read(tmp_path):
     assert Results(epath.Path(tmp_path)).records == [entry]
 
 
+@pytest.mark.slow
 def test_the_command_writes_curves_unions_and_transfer_matrices(export, tmp_path, capsys):
     few = ["--attacks=pgd-2", "--num_examples=8", "--batch_size=8", f"--workdir={tmp_path}"]
     assert evaluate.main([str(export), *few, "--eps=0,0.05,0.1"]) == 0
