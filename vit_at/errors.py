@@ -90,7 +90,7 @@ def _explanation(error: Exception) -> str:
     if isinstance(error, UnicodeError):
         return f"a name or file is not valid UTF-8 ({error}); rename or convert it"
     if isinstance(error, KeyError) and (scheme := re.fullmatch(r"'(\w+://)'", text)):
-        return f"{scheme[1]} addresses can't be used; give a local path, gs:// or s3://"
+        return f"{scheme[1]} addresses can't be used; give a local path or a gs:// address"
     return ""
 
 

@@ -29,7 +29,7 @@ from vit_at.training.objectives import OBJECTIVES
 from vit_at.training.setup import Setup, StepFn, compile_steps, initial_state
 from vit_at.training.signals import Interrupted, Signals
 from vit_at.training.step import TrainState
-from vit_at.workdir.checkpoint import Checkpoints
+from vit_at.workdir.checkpoint import Checkpoints, check_store
 from vit_at.workdir.files import check_config, disk_errors, locked, write_atomically, write_config
 from vit_at.workdir.results import Results
 
@@ -62,6 +62,7 @@ def train(
       Diverged: loss or gradient became NaN or infinite; the last good state is kept.
     """
     workdir = epath.Path(workdir).expanduser()
+    check_store(workdir)
     metrics.check_wandb(wandb)
     setup = Setup.of(config)
     optimizer = optim.make_optimizer(setup.config, setup.steps_per_epoch, setup.model.num_blocks)

@@ -259,6 +259,20 @@ class Trained(NamedTuple):
     values: dict[str, Any]  # of the checkpoint: step, num_classes, class_names, ...
 
 
+def check_store(workdir: epath.Path) -> None:
+    """Refuses a work directory whose checkpoints Orbax can't write: it has no S3.
+
+    Raises:
+      UserError: it is at an address other than gs://.
+    """
+    scheme, separator, _ = str(workdir).partition("://")
+    if separator and scheme != "gs":
+        raise UserError(
+            f"the work directory {workdir} is at {scheme}://, where Orbax writes no checkpoints; "
+            "give a path of a disk, which you can copy there afterwards, or a gs:// address"
+        )
+
+
 def load_trained(workdir: str | epath.Path, which: str, dtype: str = "float32") -> Trained:
     """The weights of a work directory.
 
@@ -269,6 +283,7 @@ def load_trained(workdir: str | epath.Path, which: str, dtype: str = "float32") 
       UserError: no work directory, no such checkpoint, or a corrupt one.
     """
     workdir = epath.Path(workdir)
+    check_store(workdir)
     config = read_config(workdir)
     mesh = sharding.make_mesh()
     kind, _, average = which.partition("-")
