@@ -80,15 +80,14 @@ def completion(shell: str) -> str:
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of a command that can run as several processes, or compiles programs."""
-    from vit_at.distributed.devices import CACHE
-
     group = parser.add_argument_group("processes and compilation")
     add = group.add_argument
     add("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
     add("--num_processes", type=int, default=0, metavar="N", help="0: what the cluster says")
     add("--process_id", type=int, default=-1, metavar="I", help="of this process, from 0")
     add("--wait_seconds", type=int, default=300, metavar="S", help="for the other processes")
-    add("--compilation_cache", default=CACHE, metavar="DIR", help="compiled programs; '': none")
+    kept = "compiled programs; by default ~/.cache/vit_at, or in the run's bucket; '': none"
+    add("--compilation_cache", default=None, metavar="DIR", help=kept)
 
 
 def join_processes(options: argparse.Namespace) -> None:

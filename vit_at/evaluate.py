@@ -247,10 +247,11 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words)
     shares = max(1, options.num_processes)
     batch_sizes = [options.batch_size // shares] if options.batch_size else []
-    with one_sentence_errors(options.source or options.workdir):
-        devices.configure(*batch_sizes, cache=options.compilation_cache)
+    workdir = options.source or options.workdir
+    with one_sentence_errors(workdir):
+        devices.configure(*batch_sizes, cache=options.compilation_cache, workdir=workdir)
         join_processes(options)
-        with processes.shared_exit(), explained_errors(options.source or options.workdir):
+        with processes.shared_exit(), explained_errors(workdir):
             processes.end_on_sigterm()  # there is nothing to save
             names = inspect.signature(evaluate).parameters
             records = evaluate(**{name: getattr(options, name) for name in names})

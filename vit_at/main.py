@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     micro_batch = config.batch_size // (shares * max(1, config.accumulate_steps))
     cache = options.compilation_cache
     with one_sentence_errors(str(workdir)):
-        devices.configure(micro_batch, config.eval.batch_size // shares, cache=cache)
+        sizes = (micro_batch, config.eval.batch_size // shares)
+        devices.configure(*sizes, cache=cache, workdir=str(workdir))
         join_processes(options)
         with processes.shared_exit(), explained_errors(str(workdir)):
             return _train(config, options, workdir)

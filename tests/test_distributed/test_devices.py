@@ -33,11 +33,11 @@ def test_every_batch_divides_over_the_devices_in_parts_worth_splitting(cores, ba
     assert cpu_devices(cores, *batches) == expected
 
 
-def printed(**environment):
+def printed(where="cache='/tmp/somewhere'", **environment):
     """What a fresh process says of its devices and cache."""
     code = (
         "from vit_at.distributed import devices, sharding; import jax;"
-        "devices.configure(64, cache='/tmp/somewhere'); "
+        f"devices.configure(64, {where}); "
         "print(sharding.make_mesh().size, jax.config.jax_compilation_cache_dir)"
     )
     names = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")
@@ -51,6 +51,17 @@ def printed(**environment):
         check=True,
     )
     return ended.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("workdir", "cache"),
+    [
+        ("gs://bucket/run/", "gs://bucket/run/compiled"),
+        ("runs/digits", os.path.expanduser("~/.cache/vit_at")),
+    ],
+)
+def test_programs_are_kept_on_the_machine_or_in_the_bucket_of_the_run(workdir, cache):
+    assert printed(f"workdir='{workdir}'")[1] == cache
 
 
 def test_each_core_is_a_device():

@@ -198,7 +198,7 @@ def test_a_run_starts_from_the_forms_that_load_reads(tmp_path, caplog):
     (tmp_path / "checkpoint_40").write_bytes(safetensors.numpy.save(named))
     caplog.set_level("INFO", "absl")
     data = default.get_config().data
-    assert_same(setup._pretrained(str(tmp_path / "checkpoint_40"), data), VALUES)
+    assert_same(setup._of_file(str(tmp_path / "checkpoint_40"), data), VALUES)
     assert "the weights' file by (0.5, 0.5, 0.5, 0.2" in caplog.text
 
 

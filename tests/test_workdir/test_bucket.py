@@ -1,6 +1,7 @@
 """A work directory in a bucket: a run, its resumption, damage, refusals, and the lease."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -240,10 +241,15 @@ def test_of_two_that_start_at_once_one_gets_the_lease(storage, quick):
 # --- Kills ------------------------------------------------------------------------------------
 
 
-def started(words, **environment):
-    """A process of Python with these words; its standard error is read later."""
-    command = [sys.executable, *words, f"--compilation_cache={conftest.CACHE}"]
+CACHED = f"--compilation_cache={conftest.CACHE}"
+
+
+def started(count, module, words, cache=(CACHED,), **environment):
+    """A launcher of ``count`` processes of one device; its standard error is read later."""
+    launcher = ["launch/local.py", f"-n{count}", "--devices=1", f"--module={module}", "--"]
+    command = [sys.executable, *launcher, *words, *cache]
     environment |= dict.fromkeys(("FSSPEC_GS_TOKEN", "FSSPEC_GCS_TOKEN"), "anon")
+    environment["XLA_FLAGS"] = ""
     pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=conftest.ROOT, env=os.environ | environment, **pipe)
 
@@ -252,47 +258,50 @@ def assert_ends(process):
     """Waits; it ends without an error."""
     said = process.communicate()[1]
     assert process.returncode == 0, said
+    return said
+
+
+def killed(process, ready, choose=lambda children: children):
+    """Whether some of its processes were killed, once it was ready, before it came to its end."""
+    while process.poll() is None and not ready():
+        time.sleep(0.01)
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        for child in choose(children.split()):
+            os.kill(int(child), signal.SIGKILL)
+    said = process.communicate()[1]
+    assert "corrupt" not in said
+    return process.returncode != 0
 
 
 @pytest.mark.campaign
-def test_kills_at_any_moment_while_requests_fail_change_nothing(storage, tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_kills_at_any_moment_while_requests_fail_change_nothing(storage, tmp_path, count):
     """Training, then AutoAttack, killed 20 times in all while 5 % of the requests fail."""
-    training = ["-m", "vit_at.main", *RECIPE, *runs.flags(OPTIONS)]
+    training = [*RECIPE, *runs.flags(OPTIONS)]
     attack = ["--attacks=autoattack", "--num_examples=20", "--batch_size=8"]
     moments, kills = random.Random(0), 0
 
-    def start(workdir, command):
-        place = ["--workdir", workdir] if command is training else []
-        return started([*command, *place])
+    def commands(workdir):
+        yield "vit_at.main", [*training, f"--workdir={workdir}"], 6, 800
+        yield "vit_at.evaluate", [workdir, *attack], 4, 150
 
-    def to_the_end(workdir, command):
-        assert_ends(start(workdir, command))
-
-    def evaluation(workdir):
-        return ["-m", "vit_at.evaluate", workdir, *attack]
-
-    def killed(workdir, command, most):
-        """Whether the command was killed before it came to its end."""
-        until = storage.requests + moments.randrange(most)
-        process = start(workdir, command)
-        while process.poll() is None and storage.requests < until:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        said = process.communicate()[1]
-        assert "corrupt" not in said
-        assert process.returncode in (0, -signal.SIGKILL), said
-        return process.returncode != 0
+    def one(children):
+        return [moments.choice(children)] if children else []
 
     whole = str(tmp_path / "whole")
-    to_the_end(whole, training)
-    to_the_end(whole, evaluation(whole))
+    for module, words, _, _ in commands(whole):
+        assert_ends(started(count, module, words))
     expected = runs.arrays_of(epath.Path(whole), LAST_STEP)
     storage.failing = 0.05
     for number in itertools.count():
-        workdir = f"gs://robots/killed{number}"
-        for command, times, most in ((training, 6, 800), (evaluation(workdir), 4, 150)):
-            kills += sum(killed(workdir, command, most) for _ in range(times))
-            to_the_end(workdir, command)
+        workdir = f"gs://robots/killed{count}_{number}"
+        for module, words, times, most in commands(workdir):
+            for _ in range(times):
+                until = storage.requests + moments.randrange(count * most)
+                process = started(count, module, words)
+                kills += killed(process, lambda until=until: storage.requests >= until, one)
+            assert_ends(started(count, module, words))
         runs.assert_same_arrays(runs.arrays_of(epath.Path(workdir), LAST_STEP), expected)
         files = [epath.Path(path) / "results.json" for path in (whole, workdir)]
         records = [json.loads(file.read_text()) for file in files]
@@ -309,29 +318,15 @@ def test_four_then_one_then_two_processes_go_on_in_the_bucket(storage, tmp_path)
     training = [*RECIPE, *runs.flags(options), f"--workdir={workdir}"]
     attack = [workdir, "--attacks=autoattack", "--num_examples=40", "--batch_size=8"]
 
-    def start(count, module, words):
-        launcher = ["launch/local.py", f"-n{count}", "--devices=1", f"--module={module}", "--"]
-        return started([*launcher, *words], XLA_FLAGS="")
-
-    def killed_once(process, ready):
-        while process.poll() is None and not ready():
-            time.sleep(0.02)
-        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-        for child in children.split():
-            os.kill(int(child), signal.SIGKILL)
-        said = process.communicate()[1]
-        assert "corrupt" not in said
-        assert process.returncode != 0, said
-
     def saved():
         found = [re.match(r"elastic/checkpoints/last/(\d+)/", name) for name in [*storage.objects]]
         return max((int(match[1]) for match in found if match), default=0)
 
-    killed_once(start(4, "vit_at.main", training), saved)
+    assert killed(started(4, "vit_at.main", training), saved)
     first = saved()
-    killed_once(start(1, "vit_at.main", training), lambda: saved() > first)
+    assert killed(started(1, "vit_at.main", training), lambda: saved() > first)
     assert saved() < 8 * 4
-    assert_ends(start(2, "vit_at.main", training))
+    assert_ends(started(2, "vit_at.main", training))
     reference = tmp_path / "reference"
     train(runs.smoke(**options), str(reference))
     assert runs.losses(workdir) == pytest.approx(runs.losses(reference), rel=1e-4)
@@ -339,14 +334,30 @@ def test_four_then_one_then_two_processes_go_on_in_the_bucket(storage, tmp_path)
     def slots(count):
         return [name for name in storage.objects if "slots_" in name and f"of-{count}" in name]
 
-    killed_once(start(2, "vit_at.evaluate", attack), lambda: len(slots(2)) >= 2)
-    assert_ends(start(1, "vit_at.evaluate", attack))
+    assert killed(started(2, "vit_at.evaluate", attack), lambda: len(slots(2)) >= 2)
+    assert_ends(started(1, "vit_at.evaluate", attack))
     assert not [name for name in storage.objects if "slots_" in name]
     interrupted = json.loads(epath.Path(f"{workdir}/results.json").read_text())[-1]
     epath.Path(f"{workdir}/autoattack").rmtree()
     epath.Path(f"{workdir}/results.json").unlink()
-    assert_ends(start(1, "vit_at.evaluate", attack))
+    assert_ends(started(1, "vit_at.evaluate", attack))
     assert json.loads(epath.Path(f"{workdir}/results.json").read_text())[-1] == interrupted
+
+
+@pytest.mark.slow
+def test_a_machine_that_never_compiled_the_step_finds_it_in_the_bucket(storage):
+    words = [*RECIPE, *runs.flags(OPTIONS | {"epochs": 1}), "--workdir=gs://robots/warm"]
+    assert_ends(started(1, "vit_at.main", words, cache=()))
+    written = {n: o.generation for n, o in storage.objects.items() if n.startswith("warm/compiled")}
+    assert any("train_step" in name for name in written)
+    for name in [name for name in storage.objects if name.startswith("warm/")]:
+        if name not in written:
+            del storage.objects[name]
+    assert_ends(started(1, "vit_at.main", words, cache=()))
+    assert "warm/results.json" in storage.objects
+    # What is not found is compiled, and written again.
+    again = {name: storage.objects[name].generation for name in written}
+    assert again == written
 
 
 # --- Refusals ---------------------------------------------------------------------------------

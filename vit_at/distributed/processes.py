@@ -8,6 +8,7 @@ that is missing or has ended would block the others forever. Therefore:
     shared_exit   ends all processes when one ends. Each holds a connection to process 0. It breaks
                   when a process dies, and carries the message of one that ends with an error
     agree         broadcasts process 0's decision, where it depends on a clock or a disk
+    from_first    broadcasts the arrays that process 0 reads
 
 With one process all of these are no-ops.
 """
@@ -19,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -206,6 +207,18 @@ def end_on_sigterm() -> None:
 def agree(value: bool) -> bool:
     """Process 0's value, on every process; all processes must call it."""
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def from_first(read: Callable[[], Any], like: Any) -> Any:
+    """What ``read`` gives on process 0, on every process: one reads or downloads it, for all.
+
+    like: a tree of its shapes and dtypes. All processes must call it.
+    """
+    if jax.process_count() == 1:
+        return read()
+    first = jax.process_index() == 0
+    value = read() if first else jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    return multihost_utils.broadcast_one_to_all(value)
 
 
 def all_of(value: bool) -> bool:

@@ -81,8 +81,14 @@ def place(x: Any, sharding: Sharding) -> jax.Array:
     if sharding.is_fully_addressable or getattr(x, "sharding", None) == sharding:
         return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        return jax.jit(lambda y: y, out_shardings=sharding)(x)
+        return _mover(sharding)(x)
     return jax.make_array_from_callback(np.shape(x), sharding, np.asarray(x).__getitem__)
+
+
+@functools.cache
+def _mover(sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+    """Kept, as each new one would be compiled again at every validation."""
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def split_batch(batch: Any, mesh: Mesh) -> Any:

@@ -61,6 +61,7 @@ def train(
       Interrupted: SIGTERM or SIGINT arrived; the state is saved.
       Diverged: loss or gradient became NaN or infinite; the last good state is kept.
     """
+    opened = time.monotonic()
     workdir = epath.Path(workdir).expanduser()
     check_store(workdir)
     metrics.check_wandb(wandb)
@@ -70,7 +71,7 @@ def train(
     with disk_errors(workdir):
         check_config(workdir, setup.config)
         with locked(workdir, "training"):
-            return _run(setup, optimizer, state, workdir, wandb)
+            return _run(setup, optimizer, state, workdir, wandb, opened)
 
 
 def _run(
@@ -79,8 +80,9 @@ def _run(
     state: TrainState,
     workdir: epath.Path,
     wandb: str,
+    opened: float,
 ) -> list[dict[str, Any]]:
-    """``train`` in a locked work directory."""
+    """``train`` in a locked work directory; opened: when it was called, by ``time.monotonic``."""
     checkpoints = Checkpoints(workdir, setup.config.checkpoint.keep)
     values: dict[str, Any] = {"best": None, "stopped": False}
     if restored := checkpoints.restore(state.trees, setup.mesh, setup.fingerprint):
@@ -91,7 +93,7 @@ def _run(
     _describe(setup, state, workdir)
     if int(state.step) < setup.total_steps and not values.get("stopped"):
         loop = Loop(setup, compile_steps(setup, optimizer), checkpoints, workdir, values["best"])
-        state = loop.run(state, wandb)
+        state = loop.run(state, wandb, opened)
     if jax.process_count() > 1:  # JAX's preemption service no longer needs SIGTERM
         processes.end_on_sigterm()
     params, weights = _tested_weights(setup, state, checkpoints)
@@ -142,8 +144,8 @@ class Loop:
         if held_out is not None and options.every_epochs:
             self._evaluator = _evaluator(setup, f"clean,{options.validation_attack}", held_out)
 
-    def run(self, state: TrainState, wandb: str) -> TrainState:
-        """Takes all remaining steps; wandb: a project, or ''."""
+    def run(self, state: TrainState, wandb: str, opened: float) -> TrainState:
+        """Takes all remaining steps; wandb: a project, or ''; opened: when the run was called."""
         first = int(state.step)
         self._progress = Progress(self._setup.total_steps, first, "steps")
         logging.info("compiling the step; the first one takes a while")
@@ -153,6 +155,9 @@ class Loop:
             for step, batch in enumerate(self._batches(first), start=first + 1):
                 step_fn = next(fn for begin, fn in reversed(self._steps) if begin < step)
                 state, step_metrics = step_fn(state, batch)
+                if step == first + 1:
+                    jax.block_until_ready(step_metrics)
+                    logging.info("first step after %.0f s", time.monotonic() - opened)
                 self._unlogged.append(step_metrics)
                 signals.agree(step)
                 self._after_step(state, step, signals.received is not None)

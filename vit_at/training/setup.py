@@ -24,7 +24,7 @@ from vit_at.config import MAX_STEPS, evaluation_threat
 from vit_at.data import augment, own, pipeline, sources
 from vit_at.data.examples import Examples
 from vit_at.data.extra import PREFIX, Extra, open_npz
-from vit_at.distributed import sharding
+from vit_at.distributed import processes, sharding
 from vit_at.distributed.precision import check_precision
 from vit_at.errors import UserError
 from vit_at.evaluation.protocol import parse_attacks
@@ -160,29 +160,35 @@ def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> Trai
                 f"model.pretrained is {source}, an export, which has its attention scale in its "
                 f"weights, and model.qk_scale is {scale:g}; set --config.model.qk_scale=0"
             )
-        params = weights.from_timm(_pretrained(source, config.data), model)
+        params = _pretrained(source, config.data, model)
     else:
         params = jax.jit(functools.partial(models.init_params, model))(key)
     state = init_state(params, optimizer, ema=config.ema_decay > 0, swa=config.swa_epochs > 0)
     return sharding.distribute(state, setup.mesh, config.sharding)
 
 
-def _pretrained(source: str, data: ConfigDict) -> dict[str, np.ndarray]:
-    """{timm name: array} of a work directory, or of a source that ``weights.read`` takes.
-
-    A file's own normalisation is not used, as a run normalises by ``data``; a message says so.
-    """
+def _pretrained(source: str, data: ConfigDict, model: Any) -> Any:
+    """Parameters of a work directory, or of a source that ``weights.read`` takes."""
     workdir = epath.Path(source)
-    if source.startswith(weights.HUB_PREFIX) or not is_workdir(workdir):
-        loaded = weights.read(source)
-        if own := loaded.mean + loaded.std:
-            logging.info(
-                "this run normalises by %s, the weights' file by %s", data.mean + data.std, own
-            )
-        return loaded.arrays
-    which = "best" if (workdir / "checkpoints" / "best").exists() else "last"
-    trained = load_trained(workdir, which)
-    return weights.to_timm(trained.params, trained.model)
+    if processes.agree(not source.startswith(weights.HUB_PREFIX) and is_workdir(workdir)):
+        which = "best" if (workdir / "checkpoints" / "best").exists() else "last"
+        trained = load_trained(workdir, which)  # Orbax reads with all processes
+        return weights.from_timm(weights.to_timm(trained.params, trained.model), model)
+    shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+    return processes.from_first(lambda: weights.from_timm(_of_file(source, data), model), shapes)
+
+
+def _of_file(source: str, data: ConfigDict) -> dict[str, np.ndarray]:
+    """{timm name: array} of a file or the hub.
+
+    Its own normalisation is not used, as a run normalises by ``data``; a message says so.
+    """
+    loaded = weights.read(source)
+    if own := loaded.mean + loaded.std:
+        logging.info(
+            "this run normalises by %s, the weights' file by %s", data.mean + data.std, own
+        )
+    return loaded.arrays
 
 
 def compile_steps(
