@@ -72,7 +72,7 @@ def test_a_device_holds_about_a_quarter_of_the_state_before_and_after_a_step(bot
 
 def test_parameters_are_gathered_outside_of_the_attacks_loop(both):
     program = both["fsdp"][2].as_text()
-    body = hlo.loop_body(program, "/shard_map/while")
+    body = hlo.loop_body(program, "/jvp()/while")
     assert "all-gather" not in hlo.reachable(program, body)
     assert "all-gather" in program
 

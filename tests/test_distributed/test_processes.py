@@ -35,6 +35,7 @@ CIFAR10 = [
     "--config.epochs=1",
     "--config.batch_size=32",
     "--config.log_every_steps=1",
+    "--config.masking.warmup_epochs=1",
     "--config.threat.steps=3",
     "--config.eval.attacks=clean,pgd-3",
     "--config.eval.batch_size=32",

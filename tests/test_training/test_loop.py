@@ -22,7 +22,7 @@ from vit_at.config import CHECKPOINTS
 from vit_at.errors import UserError
 from vit_at.evaluation.protocol import weights_digest
 from vit_at.training import metrics
-from vit_at.training.loop import train
+from vit_at.training.loop import Loop, train
 from vit_at.training.signals import Interrupted, Signals
 from vit_at.workdir.checkpoint import load_trained
 
@@ -103,6 +103,22 @@ def test_a_second_start_of_a_finished_run_changes_nothing(undisturbed):
     assert train(runs.smoke(**runs.QUICK), workdir) == records
     for name, content in before.items():
         assert (workdir / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("step", [2, LAST_STEP])
+def test_a_signal_while_a_step_is_awaited_or_logged_loses_nothing(tmp_path, monkeypatch, step):
+    """It comes after the decision whether this step is saved; the last step always is."""
+    log = Loop._log
+
+    def signalled(loop, now):
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return log(loop, now)
+
+    monkeypatch.setattr(Loop, "_log", signalled)
+    with pytest.raises(Interrupted):
+        train(runs.smoke(**runs.QUICK), tmp_path)
+    assert runs.arrays_of(epath.Path(tmp_path), min(step + 1, LAST_STEP))
 
 
 def test_an_interrupted_run_goes_on_to_the_same_parameters(undisturbed, tmp_path, monkeypatch):

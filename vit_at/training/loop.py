@@ -159,9 +159,9 @@ class Loop:
                     jax.block_until_ready(step_metrics)
                     logging.info("first step after %.0f s", time.monotonic() - opened)
                 self._unlogged.append(step_metrics)
-                signals.agree(step)
-                self._after_step(state, step, signals.received is not None)
-                if signals.received is not None or self._stopped:
+                ending = signals.ending(step)
+                self._after_step(state, step, ending)
+                if ending or self._stopped:
                     break
         self._progress.close()
         self._checkpoints.wait()

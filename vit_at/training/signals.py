@@ -31,10 +31,14 @@ class Signals:
         self._before = {number: signal.signal(number, self._remember) for number in numbers}
         return self
 
-    def agree(self, step: int) -> None:
-        """Learns of a signal to another process; every process calls this after every step."""
+    def ending(self, step: int) -> bool:
+        """Whether the run ends with this step, which every process asks once after every step.
+
+        A signal that comes later, such as while the step is awaited or logged, ends the next one.
+        """
         if self._several and multihost_utils.reached_preemption_sync_point(step):
             self.received = signal.SIGTERM
+        return self.received is not None
 
     def _remember(self, number: int, frame: Any) -> None:
         if self._several:
