@@ -15,9 +15,11 @@ import pytest
 import runs
 from etils import epath
 
+from vit_at import weights
 from vit_at.distributed import processes, rendezvous
 from vit_at.errors import UserError
 from vit_at.training.loop import train
+from vit_at.workdir.checkpoint import load_trained
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = ["--config=configs/digits_sgd.py:smoke", *runs.flags(runs.QUICK)]
@@ -279,6 +281,19 @@ def one_core():
     os.sched_setaffinity(0, {min(cores)})
     yield
     os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.slow
+def test_pretrained_weights_reach_every_process(alone, tmp_path):
+    trained = load_trained(alone, "best")
+    np.savez(tmp_path / "weights.npz", **weights.to_timm(trained.params, trained.model))
+    words = [*RECIPE, f"--config.model.pretrained={tmp_path / 'weights.npz'}"]
+    for count in (1, 2):
+        ended = local(count, *words, f"--workdir={tmp_path / str(count)}")
+        assert ended.returncode == 0, ended.stderr
+    one, two = (runs.losses(tmp_path / name) for name in ("1", "2"))
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    assert one[0] < runs.losses(alone)[0]
 
 
 @pytest.mark.slow
