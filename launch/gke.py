@@ -6,10 +6,10 @@
     kubectl delete jobset vit-at                                # to tear down
 
 ARGS are those of 'vit-at train'; --workdir must be a bucket or a volume that all pods share. The
-image holds this project with JAX for the accelerator. On TPUs a host has four chips and JAX finds
-the other hosts; on GPUs, flags name the coordinator. --data mounts a bucket, read-only, at /data
-(--config.data.dir=/data): gcsfuse, whose file cache keeps what has been read, with the options of
-MaxText; the cluster needs the Cloud Storage FUSE driver.
+image holds this project with JAX for the accelerator (launch/Dockerfile). On TPUs a host has four
+chips and JAX finds the other hosts; on GPUs, flags name the coordinator. --data mounts a bucket,
+read-only, at /data (--config.data.dir=/data): gcsfuse, whose file cache keeps what has been read,
+with the options of MaxText; the cluster needs the Cloud Storage FUSE driver.
 """
 
 import argparse

@@ -7,6 +7,9 @@
 # Submits itself. SBATCH: more flags of sbatch, such as "--nodes=4 --ntasks-per-node=8
 # --gpus-per-node=8 --cpus-per-task=12 --time=8:00:00": one process a GPU, which JAX arranges from
 # Slurm's variables, and cores for each to decode images.
+# On an empty machine, EXTRAS=cuda12,hub makes the environment (in VENV, default ~/.vit_at/venv, once
+# for all nodes that share it), and DATA=cifar10 or DATA=/mnt/tfds the data on each node's disk, in
+# DATA_TO (launch/machine.sh). Otherwise PYTHON, by default python3, has this project.
 # An interrupted job (preempted, out of time, a node lost) is queued again and goes on from its last
 # checkpoint.
 #SBATCH --job-name=vit_at
@@ -27,6 +30,11 @@ cd "$SLURM_SUBMIT_DIR"
 # srun no longer takes it from the job by itself (Slurm 22.05).
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 python=${PYTHON:-python3} status=0
+if [ -n "${EXTRAS:-}" ]; then
+  venv=${VENV:-$HOME/.vit_at/venv} python=$venv/bin/python
+  srun --kill-on-bad-exit=1 --ntasks="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1 \
+    launch/machine.sh "$venv" || exit 1
+fi
 run="srun --kill-on-bad-exit=1 $python -m vit_at.main"
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   words=("$python" -m vit_at sweep "$1" --index="$SLURM_ARRAY_TASK_ID" --launcher="$run" "${@:2}")

@@ -8,8 +8,8 @@
 # with the slice. The run is detached on the workers, its logs are in WORKDIR/logs: this machine may
 # close, and 'run' with the same ARGS watches it again. Settings and their defaults:
 #     NAME=vit-at ZONE=us-west4-a ACCELERATOR=v5litepod-64 VERSION=v2-alpha-tpuv5-lite SPOT=1
-#     DATA=                 a TFDS directory in a bucket, copied to all workers
-#     DATA_TO=data          where to, in a worker's home, or /dev/shm/data for its memory
+#     DATA=                 a TFDS directory in a bucket, copied to all workers, or a set's name
+#     DATA_TO=tensorflow_datasets   where to, in a worker's home, or /dev/shm/data for its memory
 # (v6e: ACCELERATOR=v6e-64 VERSION=v2-alpha-tpuv6e). The gcloud command line must be logged in.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -47,12 +47,7 @@ setup() { # the tree as committed, in an environment of its own, on every worker
   do_it git archive --format=tar.gz --output=/tmp/vit_at.tar.gz HEAD &&
     do_it gcloud compute tpus tpu-vm scp /tmp/vit_at.tar.gz "$name": --zone="$zone" --worker=all &&
     on_all "set -e; mkdir -p vit_at; tar xzf vit_at.tar.gz -C vit_at
-    [ -x .local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
-    .local/bin/uv venv -q --clear --python 3.12 venv
-    .local/bin/uv pip install -q --python venv/bin/python -e './vit_at[tpu,hub,gcs]'" &&
-    if [ -n "${DATA:-}" ]; then # parallel, resumed, sizes and checksums compared
-      on_all "mkdir -p ${DATA_TO:=data} && gcloud storage rsync -q -r $DATA $DATA_TO"
-    fi
+    EXTRAS=tpu,hub,gcs DATA=${DATA:-} DATA_TO=${DATA_TO:-} vit_at/launch/machine.sh venv"
 }
 
 value() { printf '%s\n' "${@:2}" | sed -n "s/^--$1=//p"; } # of a flag among ARGS

@@ -1,7 +1,9 @@
 """Launchers, as far as a machine without a cloud goes: what they would run, and that they lint."""
 
+import configparser
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +34,7 @@ def test_shell_scripts_lint():
 def test_a_tpu_pod_is_created_set_up_run_and_deleted():
     lines = said(LAUNCH / "tpu_pod.sh", "--dry_run", "all", *RUN, ZONE="z", ACCELERATOR="v6e-64")
     steps = [line for line in lines.splitlines() if line.startswith("g")]
-    heads = ["queued-resources create", "archive", "scp", "ssh", "ssh", "queued-resources delete"]
+    heads = ["resources create", "archive", "scp", "machine.sh", "ssh", "resources delete"]
     for step, head in zip(steps, heads, strict=True):
         assert head in step
     assert "--accelerator-type=v6e-64" in steps[0]
@@ -55,8 +57,7 @@ case "$*" in
   *delete*) rm -f "$LOG.lost" ;;
   *create*) if [ "$FAILS" = create ]; then exit 1; fi ;;
   *scp*) if [ "$FAILS" = copy ]; then exit 1; fi ;;
-  *uv*) if [ "$FAILS" = install ]; then exit 1; fi ;;
-  *rsync*) if [ "$FAILS" = data ]; then exit 1; fi ;;
+  *machine.sh*) if [ "$FAILS" = machine ]; then exit 1; fi ;;
   *status*)
     if [ "$FAILS" = slice ] && [ ! -e "$LOG.once" ]; then
       touch "$LOG.lost" "$LOG.once"
@@ -82,7 +83,7 @@ def pod(folder, *arguments, fails="", statuses="running,exit status 0", status=0
 
 def test_a_tpu_run_is_started_detached_watched_and_deleted(tmp_path):
     calls = pod(tmp_path)
-    order = ["queued-resources create", "scp", "uv pip install", "rsync", "on_worker.sh start"]
+    order = ["queued-resources create", "scp", "DATA=gs://bucket/tfds", "on_worker.sh start"]
     order += ["on_worker.sh status", "queued-resources delete"]
     places = [calls.index(deed) for deed in order]
     assert places == sorted(places)
@@ -110,7 +111,7 @@ def test_a_preempted_tpu_run_goes_on_on_a_new_slice(fails, statuses, tmp_path):
     assert calls.rindex("create") > calls.index("delete")
 
 
-@pytest.mark.parametrize("stage", ["create", "copy", "install", "data"])
+@pytest.mark.parametrize("stage", ["create", "copy", "machine"])
 def test_a_slice_that_can_not_be_set_up_is_given_up_after_two_tries(stage, tmp_path):
     calls = pod(tmp_path, fails=stage, status=1)
     assert calls.count("queued-resources create") == 2
@@ -140,6 +141,83 @@ def test_a_run_on_a_worker_outlives_its_connection(tmp_path):
     assert answer == ["-m vit_at.main --workdir=gs://b/r", "exit status 3"]
     (log,) = tmp_path.glob("*.log")
     assert log.read_text() == "-m vit_at.main --workdir=gs://b/r\n"
+
+
+# What an empty machine has: commands that note their words, and fail if they are FAILS.
+COMMAND = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$LOG"
+if [ "$(basename "$0")${1:+ $1}" = "$FAILS" ]; then exit 1; fi
+if [ "$1" = venv ]; then mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/vit-at"; fi
+"""
+
+
+def machine(folder, data, fails="", status=0, tools=("uv", "gcloud", "rsync")):
+    """The calls of machine.sh with such commands in ``folder``, which is also the home."""
+    for name in tools:
+        (folder / name).write_text(COMMAND)
+        (folder / name).chmod(0o755)
+    log = folder / "log"
+    log.write_text("")
+    settings = {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder), "LOG": str(log)}
+    settings |= {"FAILS": fails, "EXTRAS": "cuda12,hub", "DATA": data, "DATA_TO": ""}
+    said(LAUNCH / "machine.sh", folder / "venv", status=status, **settings)
+    return log.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("data", "extras", "last"),
+    [
+        ("", "cuda12,hub", "uv pip"),
+        ("gs://b/tfds", "cuda12,hub", "gcloud storage rsync -q -r gs://b/tfds {}"),
+        ("/mnt/tfds", "cuda12,hub", "rsync -a --partial /mnt/tfds/ {}"),
+        ("cifar10", "cuda12,hub,prepare", "vit-at prepare cifar10 --data_dir={}"),
+    ],
+)
+def test_an_empty_machine_gets_the_project_once_and_the_data(data, extras, last, tmp_path):
+    calls = machine(tmp_path, data)
+    python = tmp_path / "venv" / "bin" / "python"
+    assert calls[0] == f"uv venv -q --clear --python 3.12 {tmp_path / 'venv'}"
+    assert calls[1] == f"uv pip install -q --python {python} -e .[{extras}]"
+    assert calls[-1].startswith(last.format(tmp_path / "tensorflow_datasets"))
+    again = machine(tmp_path, data)
+    assert again == calls[2:]  # the data is compared each time
+
+
+@pytest.mark.parametrize(
+    ("fails", "made"), [("uv venv", 1), ("uv pip", 2), ("gcloud storage", 3), ("curl -LsSf", 1)]
+)
+def test_a_machine_that_is_not_ready_says_so_and_goes_on_where_it_failed(fails, made, tmp_path):
+    tools = ("curl", "gcloud") if fails.startswith("curl") else ("uv", "gcloud")
+    assert len(machine(tmp_path, "gs://b/tfds", fails, 1, tools)) == made
+    calls = machine(tmp_path, "gs://b/tfds", tools=("uv", "gcloud"))
+    assert [call.split()[1] for call in calls] == ["venv", "pip", "storage"][-len(calls) :]
+    assert len(calls) == (1 if fails == "gcloud storage" else 3)
+
+
+def test_machine_without_an_environment_explains_itself():
+    assert "EXTRAS=tpu,hub,gcs" in said(LAUNCH / "machine.sh", status=2)
+
+
+@pytest.mark.parametrize("fails", ["", "srun"])
+def test_a_slurm_job_on_empty_nodes_makes_them_ready_first(fails, tmp_path):
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "srun $@"\n[ -z "$FAILS" ]\n')
+    (tmp_path / "srun").chmod(0o755)
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "FAILS": fails}
+    settings |= {"SLURM_SUBMIT_DIR": str(LAUNCH.parent), "SLURM_JOB_NUM_NODES": "4"}
+    settings |= {"EXTRAS": "cuda12", "VENV": "/shared/venv"}
+    calls = said(LAUNCH / "slurm.sh", *RUN, status=bool(fails), **settings).splitlines()
+    assert calls[0].endswith("--ntasks=4 --ntasks-per-node=1 launch/machine.sh /shared/venv")
+    assert [call.split()[2:5] for call in calls[1:]] == [
+        ["/shared/venv/bin/python", "-m", "vit_at.main"]
+    ] * (not fails)
+
+
+def test_extras_that_launchers_install_exist():
+    config = configparser.ConfigParser()
+    config.read(LAUNCH.parent / "setup.cfg")
+    for file in LAUNCH.iterdir():
+        for words in re.findall(r"EXTRAS=([\w,]+)", file.read_text()):
+            assert set(words.split(",")) <= set(config["options.extras_require"]), file
 
 
 def test_a_slurm_job_submits_itself():
@@ -209,7 +287,8 @@ def test_skypilot_recovers_spot_machines():
     task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
     assert task["resources"]["use_spot"]
     assert "vit_at.main $ARGS --workdir=/runs/" in task["run"]
-    assert {"ARGS", "BUCKET"} == task["envs"].keys()
+    assert {"ARGS", "BUCKET", "DATA"} == task["envs"].keys()
+    assert task["setup"] == "EXTRAS=cuda12,hub DATA=$DATA launch/machine.sh ~/venv\n"
 
 
 def test_local_processes_differ_in_their_number_only():
