@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes an empty machine ready for a run: Python and this project by uv, then the data.
+# Makes an empty machine ready for a run: Python, this project and what launch/lock.txt names, by
+# uv, then the data.
 #
 #     EXTRAS=tpu,hub,gcs [DATA=PLACE] [DATA_TO=DIR] launch/machine.sh VENV
 #
@@ -8,7 +9,7 @@
 # download, such as cifar10. DATA_TO: where to, below the home if relative; by default
 # tensorflow_datasets, where runs look. What is there is kept, so each start of a run may call this.
 set -euo pipefail
-if [ $# != 1 ] || [ -z "${EXTRAS:-}" ]; then sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 2; fi
+if [ $# != 1 ] || [ -z "${EXTRAS:-}" ]; then sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 2; fi
 venv=$(realpath -m "$1") data=${DATA:-} to=${DATA_TO:-tensorflow_datasets} extras=$EXTRAS
 cd "$(dirname "$0")/.."
 case $to in /*) ;; *) to=$HOME/$to ;; esac
@@ -17,12 +18,12 @@ case $data in '' | */*) ;; *) extras=$extras,prepare ;; esac
 mkdir -p "$(dirname "$venv")"
 exec 9> "$venv.lock"
 flock 9 # of several processes or machines, one installs
-wanted="$extras $(cksum < setup.cfg)"
+wanted="$extras $(cat setup.cfg launch/lock.txt | cksum)"
 if [ "$(cat "$venv/ready" 2> /dev/null)" != "$wanted" ]; then
   uv=$(command -v uv || echo "$HOME/.local/bin/uv")
   [ -x "$uv" ] || curl -LsSf https://astral.sh/uv/install.sh | sh
   "$uv" venv -q --clear --python 3.12 "$venv"
-  "$uv" pip install -q --python "$venv/bin/python" -e ".[$extras]"
+  "$uv" pip install -q --python "$venv/bin/python" -c launch/lock.txt -e ".[$extras]"
   echo "$wanted" > "$venv/ready"
 fi
 flock -u 9

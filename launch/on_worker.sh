@@ -4,7 +4,8 @@
 #     launch/on_worker.sh start LOGS ARGS...   # nothing if it runs already; LOGS: a bucket's directory
 #     launch/on_worker.sh status               # the log's last line, and 'exit status N' at the end
 #
-# Its log is copied to LOGS/HOST.log every minute. PYTHON: default ../venv/bin/python.
+# Its log is copied to LOGS/HOST.log every minute. PYTHON: default ../venv/bin/python. If the cloud
+# says that it is about to stop the machine, the run gets SIGTERM, saves and ends.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 state=${STATE:-$HOME/.vit_at_run} python=${PYTHON:-../venv/bin/python}
@@ -24,9 +25,18 @@ case ${1:-} in
       copy() { gcloud storage cp -q "$state/log" "$logs/$(hostname).log"; }
       while sleep "${EVERY:-60}"; do copy; done > /dev/null 2>&1 &
       copier=$!
-      status=0
-      "$python" -m vit_at.main "$@" > "$state/log" 2>&1 || status=$?
-      kill "$copier"
+      "$python" -m vit_at.main "$@" > "$state/log" 2>&1 &
+      run=$!
+      # It answers when the event changes: NONE, TERMINATE_ON_HOST_MAINTENANCE or MIGRATE_....
+      event=http://metadata.google.internal/computeMetadata/v1/instance/maintenance-event
+      while sleep "${EVERY:-5}"; do
+        case $(curl -sf -H "Metadata-Flavor: Google" "$event?wait_for_change=true&timeout_sec=60") in
+          *MAINTENANCE*) kill -TERM "$run" && break ;;
+        esac
+      done > /dev/null 2>&1 &
+      watcher=$! status=0
+      wait "$run" || status=$?
+      kill "$copier" "$watcher"
       copy > /dev/null 2>&1
       echo "$status" > "$state/exit"
     ' on_worker "$state" "$logs" "$python" "$@" > /dev/null 2>&1 < /dev/null &
@@ -36,5 +46,5 @@ case ${1:-} in
     if [ -e "$state/exit" ]; then echo "exit status $(cat "$state/exit")"
     elif running; then echo "running"
     else echo "exit status 75"; fi ;;
-  *) sed -n '2,8s/^# \{0,1\}//p' "$0" && exit 2 ;;
+  *) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 2 ;;
 esac

@@ -9,10 +9,14 @@ import subprocess
 import sys
 import time
 
+import kubernetes_validate
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 LAUNCH = pathlib.Path(__file__).parent.parent / "launch"
+INSTALLED = ["tpu", "cuda12", "hub", "gcs", "prepare"]  # the extras of lock.txt
 RUN = ["--config=configs/imagenet_vit_b.py", "--workdir=gs://bucket/run"]
 
 
@@ -177,7 +181,7 @@ def test_an_empty_machine_gets_the_project_once_and_the_data(data, extras, last,
     calls = machine(tmp_path, data)
     python = tmp_path / "venv" / "bin" / "python"
     assert calls[0] == f"uv venv -q --clear --python 3.12 {tmp_path / 'venv'}"
-    assert calls[1] == f"uv pip install -q --python {python} -e .[{extras}]"
+    assert calls[1] == f"uv pip install -q --python {python} -c launch/lock.txt -e .[{extras}]"
     assert calls[-1].startswith(last.format(tmp_path / "tensorflow_datasets"))
     again = machine(tmp_path, data)
     assert again == calls[2:]  # the data is compared each time
@@ -218,6 +222,36 @@ def test_extras_that_launchers_install_exist():
     for file in LAUNCH.iterdir():
         for words in re.findall(r"EXTRAS=([\w,]+)", file.read_text()):
             assert set(words.split(",")) <= set(config["options.extras_require"]), file
+
+
+def test_what_is_locked_is_what_setup_cfg_allows():
+    config = configparser.ConfigParser()
+    config.read(LAUNCH.parent / "setup.cfg")
+    lines = (LAUNCH / "lock.txt").read_text().splitlines()
+    locked = dict(line.partition(" ")[0].split("==") for line in lines if not line.startswith("#"))
+    extras = config["options.extras_require"]
+    wanted = [config["options"]["install_requires"], *(extras[e] for e in INSTALLED)]
+    for line in "\n".join(wanted).splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            assert locked[canonicalize_name(requirement.name)] in requirement.specifier, line
+
+
+def test_a_run_is_told_that_its_machine_is_about_to_stop(tmp_path):
+    """It has the time to save: the stand-in ends as a run does that has saved."""
+    run = "trap 'echo saved; exit 143' TERM; echo started; while :; do sleep 0.1; done"
+    for name, body in (("curl", "echo TERMINATE_ON_HOST_MAINTENANCE"), ("python", run)):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "gcloud").symlink_to("/bin/true")
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STATE": str(tmp_path / "state")}
+    settings |= {"PYTHON": str(tmp_path / "python"), "EVERY": "0.5"}
+    said(LAUNCH / "on_worker.sh", "start", tmp_path, "--workdir=gs://b/r", **settings)
+    deadline = time.monotonic() + 30
+    while "exit" not in (answer := said(LAUNCH / "on_worker.sh", "status", **settings)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert answer.splitlines() == ["saved", "exit status 143"]
 
 
 def test_a_slurm_job_submits_itself():
@@ -270,6 +304,8 @@ def test_a_jobset_has_one_process_a_host_and_is_not_restarted_for_mistakes(kind)
     assert manifest["kind"] == "JobSet"
     assert manifest["spec"]["failurePolicy"]["maxRestarts"] > 0
     job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "workers"}, "spec": job}
+    kubernetes_validate.validate(whole, kubernetes_validate.latest_version(), strict=True)
     assert job["completions"] == job["parallelism"] == 16
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2, 3]
     pod = job["template"]["spec"]
