@@ -15,6 +15,7 @@ with the options of MaxText; the cluster needs the Cloud Storage FUSE driver.
 import argparse
 import json
 import pathlib
+import shutil
 import string
 import subprocess
 import sys
@@ -34,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         print(manifest, end="")
         return 0
+    if not shutil.which("kubectl"):
+        print("error: kubectl is not installed; --dry_run prints the manifest", file=sys.stderr)
+        return 2
     return subprocess.run(["kubectl", "apply", "-f", "-"], input=manifest, text=True).returncode
 
 

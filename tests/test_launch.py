@@ -297,6 +297,19 @@ def test_a_jobset_has_shared_memory_and_the_bucket(data):
         assert volumes["data"]["csi"]["volumeAttributes"]["bucketName"] == data
 
 
+@pytest.mark.parametrize(("kubectl", "status"), [("", 2), ("exit 1", 1), ("cat > $LOG", 0)])
+def test_a_jobset_is_handed_to_kubectl_whose_status_is_returned(kubectl, status, tmp_path):
+    if kubectl:
+        (tmp_path / "kubectl").write_text(f"#!/usr/bin/env bash\n{kubectl}\n")
+        (tmp_path / "kubectl").chmod(0o755)
+    (tmp_path / "bash").symlink_to("/bin/bash")
+    (tmp_path / "cat").symlink_to("/bin/cat")
+    words = ["gpu", "--image=image", "--hosts=2", "--", *RUN]
+    settings = {"PATH": str(tmp_path), "LOG": str(tmp_path / "log")}
+    said(sys.executable, LAUNCH / "gke.py", *words, status=status, **settings)
+    assert (tmp_path / "log").exists() == (status == 0)
+
+
 @pytest.mark.parametrize("kind", ["tpu", "gpu"])
 def test_a_jobset_has_one_process_a_host_and_is_not_restarted_for_mistakes(kind):
     words = [kind, "--image=image", "--hosts=16", "--dry_run", "--", *RUN]

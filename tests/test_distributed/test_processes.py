@@ -250,17 +250,18 @@ def test_a_batch_that_does_not_divide_is_said_on_every_process(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_evaluation_and_autoattack_give_the_same_for_every_image(alone, tmp_path, count):
+@pytest.mark.parametrize(("count", "devices"), [(2, 1), (4, 1), (2, 8)])
+def test_evaluation_and_autoattack_give_the_same_for_every_image(alone, tmp_path, count, devices):
     import shutil
 
-    words = ["--attacks=clean,pgd-3,autoattack", "--num_examples=13", "--batch_size=8"]
+    words = ["--attacks=clean,pgd-3,autoattack", "--num_examples=13", "--batch_size=16"]
     for name in ("one", "many"):
         shutil.copytree(alone, tmp_path / name)
         for file in ("results.json", "per_example.npz"):
             (tmp_path / name / file).unlink()
-    for name, processes_ in (("one", 1), ("many", count)):
-        ended = local(processes_, tmp_path / name, *words, module="vit_at.evaluate")
+    for name, layout in (("one", (1, 1)), ("many", (count, devices))):
+        options = {"module": "vit_at.evaluate", "devices": layout[1]}
+        ended = local(layout[0], tmp_path / name, *words, **options)
         assert ended.returncode == 0, ended.stderr
     assert_same_outcomes(tmp_path / "one", tmp_path / "many")
 
