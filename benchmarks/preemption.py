@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _stopped(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
-    """Starts the run, or goes on with it, and ends it by SIGTERM after some steps."""
+    """Starts the run, or goes on with it, and ends it by SIGTERM after its first step."""
     shape = parse_model(options.model)
     fields = {
         "model.name": shape["model"],

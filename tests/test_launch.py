@@ -28,6 +28,12 @@ def said(*command, status=0, **environment) -> str:
     return ended.stdout
 
 
+def stand_in(folder, name, body, shell="/usr/bin/env bash"):
+    """A command of this name in ``folder``."""
+    (folder / name).write_text(f"#!{shell}\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
 def test_shell_scripts_lint():
     shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:/usr/bin")
     if shellcheck is None:
@@ -38,9 +44,10 @@ def test_shell_scripts_lint():
 def test_a_tpu_pod_is_created_set_up_run_and_deleted():
     lines = said(LAUNCH / "tpu_pod.sh", "--dry_run", "all", *RUN, ZONE="z", ACCELERATOR="v6e-64")
     steps = [line for line in lines.splitlines() if line.startswith("g")]
-    heads = ["resources create", "archive", "scp", "machine.sh", "ssh", "resources delete"]
+    heads = ["queued-resources create", "archive", "scp", "ssh", "ssh", "queued-resources delete"]
     for step, head in zip(steps, heads, strict=True):
         assert head in step
+    assert "machine.sh" in steps[3]
     assert "--accelerator-type=v6e-64" in steps[0]
     assert "--spot" in steps[0]
     assert all("--worker=all" in step for step in steps[2:5])
@@ -54,7 +61,7 @@ def test_tpu_pod_without_a_deed_explains_itself():
 
 # What the cloud's command does: notes its words, and fails at the stage that FAILS names. A run has
 # STATUSES, one for each look.
-GCLOUD = """#!/usr/bin/env bash
+GCLOUD = """
 echo "$@" >> "$LOG"
 case "$*" in
   *describe*) if [ -e "$LOG.lost" ]; then echo SUSPENDED; else echo ACTIVE; fi ;;
@@ -75,8 +82,7 @@ esac
 
 def pod(folder, *arguments, fails="", statuses="running,exit status 0", status=0):
     """The words of all calls of the cloud's command by ``tpu_pod.sh all``."""
-    (folder / "gcloud").write_text(GCLOUD)
-    (folder / "gcloud").chmod(0o755)
+    stand_in(folder, "gcloud", GCLOUD)
     log = folder / "log"
     log.touch()
     settings = {"PATH": f"{folder}:{os.environ['PATH']}", "LOG": str(log), "EVERY": "0.01"}
@@ -128,10 +134,8 @@ def test_nothing_is_rented_for_a_work_directory_on_a_disk(tmp_path):
 
 
 def test_a_run_on_a_worker_outlives_its_connection(tmp_path):
-    (tmp_path / "gcloud").write_text('#!/bin/sh\ncp "$4" "$5"\n')
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"; sleep 1; exit 3\n')
-    for name in ("gcloud", "python"):
-        (tmp_path / name).chmod(0o755)
+    stand_in(tmp_path, "gcloud", 'cp "$4" "$5"')
+    stand_in(tmp_path, "python", 'echo "$@"; sleep 1; exit 3')
     settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STATE": str(tmp_path / "state")}
     settings |= {"PYTHON": str(tmp_path / "python"), "EVERY": "0.1"}
     worker = LAUNCH / "on_worker.sh"
@@ -148,7 +152,7 @@ def test_a_run_on_a_worker_outlives_its_connection(tmp_path):
 
 
 # What an empty machine has: commands that note their words, and fail if they are FAILS.
-COMMAND = """#!/usr/bin/env bash
+COMMAND = """
 echo "$(basename "$0") $*" >> "$LOG"
 if [ "$(basename "$0")${1:+ $1}" = "$FAILS" ]; then exit 1; fi
 if [ "$1" = venv ]; then mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/vit-at"; fi
@@ -158,8 +162,7 @@ if [ "$1" = venv ]; then mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/vit-at
 def machine(folder, data, fails="", status=0, tools=("uv", "gcloud", "rsync")):
     """The calls of machine.sh with such commands in ``folder``, which is also the home."""
     for name in tools:
-        (folder / name).write_text(COMMAND)
-        (folder / name).chmod(0o755)
+        stand_in(folder, name, COMMAND)
     log = folder / "log"
     log.write_text("")
     settings = {"PATH": f"{folder}:/usr/bin:/bin", "HOME": str(folder), "LOG": str(log)}
@@ -204,8 +207,7 @@ def test_machine_without_an_environment_explains_itself():
 
 @pytest.mark.parametrize("fails", ["", "srun"])
 def test_a_slurm_job_on_empty_nodes_makes_them_ready_first(fails, tmp_path):
-    (tmp_path / "srun").write_text('#!/bin/sh\necho "srun $@"\n[ -z "$FAILS" ]\n')
-    (tmp_path / "srun").chmod(0o755)
+    stand_in(tmp_path, "srun", 'echo "srun $@"\n[ -z "$FAILS" ]')
     settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "FAILS": fails}
     settings |= {"SLURM_SUBMIT_DIR": str(LAUNCH.parent), "SLURM_JOB_NUM_NODES": "4"}
     settings |= {"EXTRAS": "cuda12", "VENV": "/shared/venv"}
@@ -240,9 +242,8 @@ def test_what_is_locked_is_what_setup_cfg_allows():
 def test_a_run_is_told_that_its_machine_is_about_to_stop(tmp_path):
     """It has the time to save: the stand-in ends as a run does that has saved."""
     run = "trap 'echo saved; exit 143' TERM; echo started; while :; do sleep 0.1; done"
-    for name, body in (("curl", "echo TERMINATE_ON_HOST_MAINTENANCE"), ("python", run)):
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    stand_in(tmp_path, "curl", "echo TERMINATE_ON_HOST_MAINTENANCE")
+    stand_in(tmp_path, "python", run)
     (tmp_path / "gcloud").symlink_to("/bin/true")
     settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STATE": str(tmp_path / "state")}
     settings |= {"PYTHON": str(tmp_path / "python"), "EVERY": "0.5"}
@@ -261,9 +262,8 @@ def test_a_slurm_job_submits_itself():
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (2, False), (3, False), (143, True)])
 def test_a_slurm_job_is_requeued_only_where_it_was_interrupted(tmp_path, status, requeued):
-    for name, body in (("srun", f"exit {status}"), ("scontrol", 'echo "scontrol $@"')):
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    stand_in(tmp_path, "srun", f"exit {status}")
+    stand_in(tmp_path, "scontrol", 'echo "scontrol $@"')
     out = said(
         *(LAUNCH / "slurm.sh", *RUN),
         status=0 if requeued else status,
@@ -275,8 +275,7 @@ def test_a_slurm_job_is_requeued_only_where_it_was_interrupted(tmp_path, status,
 
 
 def test_the_processes_of_a_slurm_job_get_its_cores(tmp_path):
-    (tmp_path / "srun").write_text('#!/bin/sh\necho "cores $SRUN_CPUS_PER_TASK"\n')
-    (tmp_path / "srun").chmod(0o755)
+    stand_in(tmp_path, "srun", 'echo "cores $SRUN_CPUS_PER_TASK"')
     settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     settings |= {"SLURM_SUBMIT_DIR": str(LAUNCH.parent), "SLURM_CPUS_PER_TASK": "12"}
     assert said(LAUNCH / "slurm.sh", *RUN, **settings).strip() == "cores 12"
@@ -300,9 +299,7 @@ def test_a_jobset_has_shared_memory_and_the_bucket(data):
 @pytest.mark.parametrize(("kubectl", "status"), [("", 2), ("exit 1", 1), ("cat > $LOG", 0)])
 def test_a_jobset_is_handed_to_kubectl_whose_status_is_returned(kubectl, status, tmp_path):
     if kubectl:
-        (tmp_path / "kubectl").write_text(f"#!/usr/bin/env bash\n{kubectl}\n")
-        (tmp_path / "kubectl").chmod(0o755)
-    (tmp_path / "bash").symlink_to("/bin/bash")
+        stand_in(tmp_path, "kubectl", kubectl, shell="/bin/bash")  # PATH has nothing else
     (tmp_path / "cat").symlink_to("/bin/cat")
     words = ["gpu", "--image=image", "--hosts=2", "--", *RUN]
     settings = {"PATH": str(tmp_path), "LOG": str(tmp_path / "log")}
@@ -349,18 +346,16 @@ def test_local_processes_differ_in_their_number_only():
         assert "--coordinator=127.0.0.1:1234" in line
 
 
-PYTHON = """#!/usr/bin/env bash
+PYTHON = """
 echo "$@" >> "$LOG"
 if [ "${SLEEP:-}" ]; then exec sleep "$SLEEP"; fi
 """
 
 
 def gpu_piece(piece, tmp_path, status=0, **environment) -> list[str]:
-    stand_in = tmp_path / "python"
-    stand_in.write_text(PYTHON)
-    stand_in.chmod(0o755)
+    stand_in(tmp_path, "python", PYTHON)
     log = tmp_path / "log"
-    environment |= {"PYTHON": str(stand_in), "LOG": str(log), "DATA_DIR": "/data"}
+    environment |= {"PYTHON": str(tmp_path / "python"), "LOG": str(log), "DATA_DIR": "/data"}
     said(LAUNCH / "gpu_benchmark.sh", piece, tmp_path / "out", status=status, **environment)
     return log.read_text().splitlines()
 

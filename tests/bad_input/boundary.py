@@ -63,6 +63,7 @@ CASES = {
     ),
     "evaluate a name with NUL": Case(["evaluate", "a\0b"], r"no work directory or export .a\\x00b"),
     "evaluate a loop of links": Case(["evaluate", "loop"], "loop", loop),
+    "evaluate in a bucket without its library": Case(["evaluate", "s3://bucket/run"], "s3"),
     "evaluate an https address": Case(["evaluate", "https://example.org/run"], "https"),
     "export a file": Case(["export", "file"], "file", file),
     "export a name that is too long": Case(

@@ -250,18 +250,19 @@ def test_a_batch_that_does_not_divide_is_said_on_every_process(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "devices"), [(2, 1), (4, 1), (2, 8)])
-def test_evaluation_and_autoattack_give_the_same_for_every_image(alone, tmp_path, count, devices):
+@pytest.mark.parametrize(("count", "devices", "batch"), [(2, 1, 8), (4, 1, 8), (2, 8, 16)])
+def test_evaluation_and_autoattack_give_the_same_for_every_image(
+    alone, tmp_path, count, devices, batch
+):
     import shutil
 
-    words = ["--attacks=clean,pgd-3,autoattack", "--num_examples=13", "--batch_size=16"]
+    words = ["--attacks=clean,pgd-3,autoattack", "--num_examples=13", f"--batch_size={batch}"]
     for name in ("one", "many"):
         shutil.copytree(alone, tmp_path / name)
         for file in ("results.json", "per_example.npz"):
             (tmp_path / name / file).unlink()
-    for name, layout in (("one", (1, 1)), ("many", (count, devices))):
-        options = {"module": "vit_at.evaluate", "devices": layout[1]}
-        ended = local(layout[0], tmp_path / name, *words, **options)
+    for name, processes_, each in (("one", 1, 1), ("many", count, devices)):
+        ended = local(processes_, tmp_path / name, *words, module="vit_at.evaluate", devices=each)
         assert ended.returncode == 0, ended.stderr
     assert_same_outcomes(tmp_path / "one", tmp_path / "many")
 

@@ -54,12 +54,8 @@ def optimizer():
     return make_optimizer(default.get_config(), steps_per_epoch=1000)
 
 
-SLOW = {
-    "trades_ardprm",
-    "trades_plain",
-    "at_plain_cutmix",
-    "mart_ardprm",
-}  # the others are of their kinds
+# The others are of their kinds.
+SLOW = {"trades_ardprm", "trades_plain", "at_plain_cutmix", "mart_ardprm"}
 
 
 @pytest.mark.parametrize("case", [runs.slow(c) if c in SLOW else c for c in ref.CASES])

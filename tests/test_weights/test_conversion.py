@@ -84,8 +84,9 @@ def test_round_trip(name):
     layers = model.batch_norms
     values = batch_norm.unfold(batch_norm.fold(values, layers), layers)
     assert_same(weights.to_timm(params, model), values)
-    renamed = weights.to_timm(params, model, names="1.x")
-    assert_same(weights.to_timm(weights.from_timm(renamed, model), model), values)
+    for names in ("0.5", "1.x"):
+        renamed = weights.to_timm(params, model, names=names)
+        assert_same(weights.to_timm(weights.from_timm(renamed, model), model), values)
     assert (report.adapted, report.dropped, report.initialised) == ({}, {}, [])
 
 

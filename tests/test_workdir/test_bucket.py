@@ -271,6 +271,7 @@ def killed(process, ready, choose=lambda children: children):
             os.kill(int(child), signal.SIGKILL)
     said = process.communicate()[1]
     assert "corrupt" not in said
+    assert process.returncode in (0, 128 + signal.SIGKILL), said
     return process.returncode != 0
 
 
