@@ -170,6 +170,33 @@ def test_gradients_of_the_depthwise_convolution():
             np.testing.assert_allclose(got, wanted, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [(3, 2, 1), (3, 1, 1), (2, 2, 0), (1, 1, 0)]
+)
+def test_gradients_of_a_convolution(size, stride, padding):
+    """Against automatic differentiation of XLA's, in float64; sides that the stride leaves over."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    strides, margins = (stride, stride), ((padding, padding),) * 2
+
+    def definition(x, kernel):
+        axes = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, strides, margins, dimension_numbers=axes)
+
+    with jax.enable_x64(True):
+        x = jax.random.normal(keys[0], (2, 7, 6, 3), "float64")
+        kernel = jax.random.normal(keys[1], (size, size, 3, 5), "float64")
+        weight = jax.random.normal(keys[2], definition(x, kernel).shape, "float64")
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def results(function, x, kernel):
+            value, vjp = jax.vjp(function, x, kernel)
+            return value, *vjp(weight)
+
+        found = results(lambda x, kernel: ops.convolve(x, kernel, strides, margins), x, kernel)
+        for got, wanted in zip(found, results(definition, x, kernel), strict=True):
+            np.testing.assert_allclose(got, wanted, atol=1e-12)
+
+
 @pytest.mark.slow
 def test_training_masks_the_perturbation_by_pixels():
     """PRM's squares have masking.patch_size pixels, and every weight learns."""

@@ -35,8 +35,16 @@ def param_dtype(dtype: str) -> jnp.dtype:
 
 
 def conv_fields(dtype: str) -> dict[str, Any]:
-    """What all convolutions have in common: dtypes and precision."""
-    return {"dtype": dtype, "param_dtype": param_dtype(dtype), "precision": ops.conv_precision()}
+    """What all convolutions have in common: dtypes, and the product of this project."""
+    weights = param_dtype(dtype)
+    return {"dtype": dtype, "param_dtype": weights, "conv_general_dilated": _convolve}
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **_: Any) -> jax.Array:
+    """``ops.convolve`` as Flax calls it; what is left out has its default."""
+    if isinstance(padding, str):  # SAME or VALID
+        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    return ops.convolve(x, kernel, tuple(strides), tuple(padding))
 
 
 def _linear(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
