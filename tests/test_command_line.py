@@ -234,7 +234,7 @@ def test_the_list_of_recipes_has_each_with_its_cost_and_variants(capsys):
     text = "\n".join(lines_of(capsys, "recipes"))
     for name in configs.names():
         assert re.search(rf"^{name} +\S.*\n +[\d.]+ [GTPE]FLOP a run", text, re.MULTILINE), name
-    assert "variants cpu, gpu, paper, trades, mart" in text
+    assert "variants cpu, small, gpu, paper, trades, mart" in text
     assert "model=NAME" in text
     assert "Expected clean / PGD-20" in "\n".join(lines_of(capsys, "recipes", "digits_sgd"))
 

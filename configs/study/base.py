@@ -1,4 +1,4 @@
-"""The three sizes of a study, and how its recipes are made.
+"""The four sizes of a study, and how its recipes are made.
 
 Each file here is one question of the paper's, as a ``get_config`` and a ``sweep``:
 
@@ -7,6 +7,8 @@ Each file here is one question of the paper's, as a ``get_config`` and a ``sweep
 
 cpu    the packaged digits, 40 epochs: about a minute a run on one CPU core, and no more than 20
        runs a table. Small enough to repeat, too small to carry over to photographs.
+small  CIFAR-10 with a ConViT of 228 000 parameters, from natural training (``natural.py``): a
+       quarter of an hour a run on one CPU core. Far from convergence, so for questions of cost.
 gpu    CIFAR-10 with DeiT-tiny from published weights, 40 epochs, AutoAttack on 1 000 images
 paper  CIFAR-10 with ViT-B as published, AutoAttack on all test images
 """
@@ -19,7 +21,24 @@ from vit_at.configs import cifar10_sgd, common, digits_sgd
 from vit_at.errors import UserError
 
 SEEDS = (0, 1, 2)
+NATURAL = "runs/study_natural-small-sweep/{}"  # the weights that size small starts from
 Variants = dict[str, Callable[[ConfigDict], None]]
+
+
+def _small() -> ConfigDict:
+    config = cifar10_sgd.get_config("scratch,model=convit_tiny")
+    config.model.stem, config.model.pretrained = "conv", NATURAL.format("default")
+    config.model.embed_dim, config.model.depth, config.model.num_heads = 64, 4, 4
+    config.dtype = "bfloat16"
+    config.epochs, config.batch_size = 3, 128
+    config.mixing.probability = 0.0
+    config.ema_decay = 0.99
+    config.threat.steps, config.threat.step_size = 2, 5 / 255
+    config.threat.eps_warmup_epochs = 0.5
+    config.optimizer.schedule, config.optimizer.warmup_epochs = "cosine", 0.2
+    config.eval.checkpoint, config.eval.threat.step_size = "last", 2 / 255
+    config.eval.attacks, config.eval.num_examples = "clean,pgd-20,cw-20", 2000
+    return config
 
 
 def _gpu() -> ConfigDict:
@@ -36,6 +55,7 @@ def _paper() -> ConfigDict:
 
 SIZES: dict[str, Callable[[], ConfigDict]] = {
     "cpu": digits_sgd.get_config,
+    "small": _small,
     "gpu": _gpu,
     "paper": _paper,
 }

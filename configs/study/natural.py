@@ -1,0 +1,40 @@
+"""Natural training of size :small, the weights that ``attack``, ``stem`` and ``extra`` start from.
+
+    vit-at sweep study/natural:small
+
+``patch`` has one linear map of patches in place of the convolutions; ``half`` sees half of the
+training images, as often as the others see all.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from vit_at.configs.study import base
+
+
+def _patch(config: ConfigDict) -> None:
+    config.model.stem = "patch"
+
+
+def _half(config: ConfigDict) -> None:
+    config.data.train_split = "train[:50%]"
+    config.epochs *= 2
+
+
+OWN = {"patch": _patch, "half": _half}
+
+
+def get_config(variants: str = "") -> ConfigDict:
+    config = base.start("natural", variants, OWN)
+    config.objective, config.model.pretrained = "natural", ""
+    config.epochs *= 2
+    config.optimizer.name, config.optimizer.learning_rate = "adamw", 1e-3
+    config.optimizer.weight_decay = 0.05
+    config.eval.validation_attack, config.eval.attacks = "clean", "clean,pgd-20"
+    return config
+
+
+def sweep(add: Callable[..., None]) -> None:
+    for variants in ("", *OWN):
+        add(variants)

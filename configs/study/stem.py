@@ -1,0 +1,38 @@
+"""Convolutions or patches before the blocks? Singh, Croce and Hein 2023: convolutions.
+
+    vit-at sweep study/natural:small && vit-at sweep study/stem:small
+
+At :small each starts from natural training of its own. Patches are cheaper and get a third more
+epochs, which takes a little longer than the convolutions do.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from vit_at.configs.study import base
+
+
+def _patch(config: ConfigDict) -> None:
+    config.model.stem = "patch"
+    if config.model.pretrained == base.NATURAL.format("default"):
+        config.model.pretrained = base.NATURAL.format("patch")
+    config.epochs += config.epochs // 3
+
+
+def _conv(config: ConfigDict) -> None:
+    config.model.stem = "conv"
+    if not config.model.pretrained.startswith("runs/"):  # published weights have patches
+        config.model.pretrained = ""
+
+
+OWN = {"conv": _conv, "patch": _patch}
+
+
+def get_config(variants: str = "") -> ConfigDict:
+    return base.start("stem", variants, OWN)
+
+
+def sweep(add: Callable[..., None]) -> None:
+    for variants in OWN:
+        base.over_seeds(add, variants)
