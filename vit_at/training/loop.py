@@ -29,7 +29,7 @@ from vit_at.training.objectives import OBJECTIVES
 from vit_at.training.setup import Setup, StepFn, compile_steps, initial_state
 from vit_at.training.signals import Interrupted, Signals
 from vit_at.training.step import TrainState
-from vit_at.workdir.checkpoint import Checkpoints, check_store
+from vit_at.workdir.checkpoint import Checkpoints, check_store, has_checkpoint
 from vit_at.workdir.files import check_config, disk_errors, locked, write_atomically, write_config
 from vit_at.workdir.results import Results
 
@@ -67,7 +67,8 @@ def train(
     metrics.check_wandb(wandb)
     setup = Setup.of(config)
     optimizer = optim.make_optimizer(setup.config, setup.steps_per_epoch, setup.model.num_blocks)
-    state = initial_state(setup, optimizer)
+    resumes = processes.agree(has_checkpoint(workdir))
+    state = initial_state(setup, optimizer, replaced=resumes)
     with disk_errors(workdir):
         check_config(workdir, setup.config)
         with locked(workdir, "training"):

@@ -147,11 +147,16 @@ def _check_evaluation(config: ConfigDict) -> None:
         raise UserError(f"eval.validation_attack is '{validation_attack}'; it must be one attack")
 
 
-def initial_state(setup: Setup, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step, on the devices: pre-trained or from the seed."""
+def initial_state(
+    setup: Setup, optimizer: optax.GradientTransformation, *, replaced: bool = False
+) -> TrainState:
+    """The state before the first step, on the devices: pre-trained or from the seed.
+
+    replaced: a checkpoint takes its place, so pre-trained weights are not read: they may be gone.
+    """
     config, model = setup.config, setup.model
     key = jax.random.key(config.seed)
-    if config.model.pretrained:
+    if config.model.pretrained and not replaced:
         source, scale = config.model.pretrained, config.model.qk_scale
         if source.isidentifier():  # a packaged model's name, unless a directory has it
             source = str(registry.place(source))

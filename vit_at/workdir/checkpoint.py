@@ -259,6 +259,12 @@ class Trained(NamedTuple):
     values: dict[str, Any]  # of the checkpoint: step, num_classes, class_names, ...
 
 
+def has_checkpoint(workdir: epath.Path) -> bool:
+    """Whether a run has saved its state there: it resumes from it, or ``restore`` raises."""
+    directory = workdir / "checkpoints" / "last"
+    return directory.exists() and Series(directory, None, read_only=True).latest_step() is not None
+
+
 def check_store(workdir: epath.Path) -> None:
     """Refuses a work directory whose checkpoints Orbax can't write: it has no S3.
 
