@@ -33,6 +33,7 @@ def _small() -> ConfigDict:
     config.epochs, config.batch_size = 3, 128
     config.mixing.probability = 0.0
     config.ema_decay = 0.99
+    config.masking.warmup_epochs = 0.75  # a quarter of the training, as in the paper
     config.threat.steps, config.threat.step_size = 2, 5 / 255
     config.threat.eps_warmup_epochs = 0.5
     config.optimizer.schedule, config.optimizer.warmup_epochs = "cosine", 0.2
@@ -61,13 +62,19 @@ SIZES: dict[str, Callable[[], ConfigDict]] = {
 }
 
 
-def start(question: str, variants: str, own: Variants | None = None) -> ConfigDict:
+def start(
+    question: str,
+    variants: str,
+    own: Variants | None = None,
+    first: Callable[[ConfigDict], None] | None = None,
+) -> ConfigDict:
     """The configuration of a size, the first word of SIZES among ``variants``, with the others.
 
     Args:
       question: names the study, and with the size the configuration.
       variants: of the config string; without a size: cpu.
       own: bare variants of this study alone.
+      first: what this study changes of every size, before the variants.
 
     Raises:
       UserError: two sizes, or an unknown variant.
@@ -79,6 +86,8 @@ def start(question: str, variants: str, own: Variants | None = None) -> ConfigDi
     size = sizes[0] if sizes else "cpu"
     config = SIZES[size]()
     config.name = f"study_{question}-{size}"
+    if first is not None:
+        first(config)
     rest = ",".join(item for item in items if item not in SIZES)
     return common.apply_variants(config, rest, own)
 

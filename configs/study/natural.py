@@ -17,6 +17,14 @@ def _patch(config: ConfigDict) -> None:
     config.model.stem = "patch"
 
 
+def _natural(config: ConfigDict) -> None:
+    config.objective, config.model.pretrained = "natural", ""
+    config.epochs *= 2
+    config.optimizer.name, config.optimizer.learning_rate = "adamw", 1e-3
+    config.optimizer.weight_decay = 0.05
+    config.eval.validation_attack, config.eval.attacks = "clean", "clean,pgd-20"
+
+
 def _half(config: ConfigDict) -> None:
     config.data.train_split = "train[:50%]"
     config.epochs *= 2
@@ -26,13 +34,7 @@ OWN = {"patch": _patch, "half": _half}
 
 
 def get_config(variants: str = "") -> ConfigDict:
-    config = base.start("natural", variants, OWN)
-    config.objective, config.model.pretrained = "natural", ""
-    config.epochs *= 2
-    config.optimizer.name, config.optimizer.learning_rate = "adamw", 1e-3
-    config.optimizer.weight_decay = 0.05
-    config.eval.validation_attack, config.eval.attacks = "clean", "clean,pgd-20"
-    return config
+    return base.start("natural", variants, OWN, _natural)
 
 
 def sweep(add: Callable[..., None]) -> None:

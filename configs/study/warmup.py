@@ -12,9 +12,11 @@ from vit_at.configs.study import base
 
 
 def _warmup(epochs: float) -> Callable[[ConfigDict], None]:
+    """So many epochs of 40, or as large a share of a training of another length."""
+
     def change(config: ConfigDict) -> None:
         common.VARIANTS["ard_prm"](config)
-        config.masking.warmup_epochs = epochs
+        config.masking.warmup_epochs = epochs / 40 * config.epochs
 
     return change
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from vit_at.config import flatten
-from vit_at.reporting.study import facts, method
+from vit_at.reporting.facts import facts
+from vit_at.reporting.study import method
 from vit_at.training.objectives import OBJECTIVES
 from vit_at.workdir.results import as_text
 

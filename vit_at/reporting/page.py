@@ -22,6 +22,7 @@ from vit_at.errors import UserError
 from vit_at.evaluation.transfer import TRANSFER_DIRECTORY, matrices
 from vit_at.reporting import charts, robustness, study, study_file
 from vit_at.reporting.exhibits import Exhibits
+from vit_at.reporting.facts import facts
 from vit_at.reporting.outputs import check_report
 from vit_at.reporting.run import Run
 from vit_at.workdir.checkpoint import load_trained
@@ -203,7 +204,7 @@ def protocol(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _protocol(run: Run) -> list[tuple[str, str]]:
-    rows = study.facts(run.config)
+    rows = facts(run.config)
     if run.tested:
         measured = run.tested[0]["protocol"]
         weights, packages = measured["weights"], measured["packages"]

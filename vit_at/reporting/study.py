@@ -125,38 +125,6 @@ def method(config: dict[str, Any]) -> str:
     return " + ".join([label, *masks])
 
 
-def facts(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """(label, text) of what a configuration, as nested dicts, says of the training."""
-    model, data, threat, optimizer = (config[n] for n in ("model", "data", "threat", "optimizer"))
-    sizes = [
-        f"{name} {model[name]:g}" for name in ("embed_dim", "depth", "num_heads") if model[name]
-    ]
-    if model["patch_size"]:
-        sizes.append(f"patch {model['patch_size']}")
-    attack = "none"
-    if OBJECTIVES[config["objective"]].attack:
-        attack = (
-            f"{threat['norm']}, eps {in_255ths(threat['eps'])}, {threat['steps']} steps of "
-            f"{in_255ths(threat['step_size'])}"
-        )
-        if threat["eps_warmup_epochs"]:
-            attack += f", eps warm-up over {threat['eps_warmup_epochs']:g} epochs"
-    update = [optimizer["name"], f"learning rate {optimizer['learning_rate']:g}"]
-    update += [f"{optimizer['schedule']} schedule", f"weight decay {optimizer['weight_decay']:g}"]
-    update += [f"gradient clipped at {optimizer['clip_norm']:g}"] if optimizer["clip_norm"] else []
-    return [
-        ("training", method(flatten(config))),
-        ("model", ", ".join([model["name"], *sizes])),
-        ("started from", model["pretrained"] or "scratch"),
-        ("data", f"{data['name']} at {data['image_size']} px, {data['train_split']}"),
-        ("training attack", attack),
-        ("optimiser", ", ".join(update)),
-        ("length", f"{config['epochs']} epochs, batch {config['batch_size']}"),
-        ("training dtype", config["dtype"]),
-        ("seed", str(config["seed"])),
-    ]
-
-
 def describe(field: str, value: Any) -> str:
     """A field and its value in words: 'schedule cosine', 'no weight_decay', 'from scratch'."""
     if field == "model.pretrained":
