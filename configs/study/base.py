@@ -1,6 +1,6 @@
 """The four sizes of a study, and how its recipes are made.
 
-Each file here is one question of the paper's, as a ``get_config`` and a ``sweep``:
+Each file here is one question, as a ``get_config`` and a ``sweep``:
 
     vit-at sweep configs/study/masking.py:cpu
     python -m vit_at.report runs/study_masking-cpu-sweep --out=masking.html
@@ -90,6 +90,25 @@ def start(
         first(config)
     rest = ",".join(item for item in items if item not in SIZES)
     return common.apply_variants(config, rest, own)
+
+
+def from_natural(config: ConfigDict, run: str) -> None:
+    """Size small starts from another run of ``natural.py``; larger sizes keep their weights."""
+    if config.model.pretrained == NATURAL.format("default"):
+        config.model.pretrained = NATURAL.format(run)
+
+
+def patch(config: ConfigDict) -> None:
+    """One linear map of patches before the blocks, in place of convolutions."""
+    config.model.stem = "patch"
+    from_natural(config, "patch")
+
+
+def half(config: ConfigDict) -> None:
+    """Half of the training images, in as many updates."""
+    config.data.train_split = "train[:50%]"
+    config.epochs *= 2
+    from_natural(config, "half")
 
 
 def over_seeds(add: Callable[..., None], variants: str = "", **fields: object) -> None:

@@ -18,19 +18,12 @@ from vit_at.configs.study import base
 _LABELS = "npz:runs/pseudo_labels.npz"
 
 
-def _half(config: ConfigDict) -> None:
-    config.data.train_split = "train[:50%]"
-    config.epochs *= 2
-    if config.model.pretrained == base.NATURAL.format("default"):
-        config.model.pretrained = base.NATURAL.format("half")
-
-
 def _pseudo(config: ConfigDict) -> None:
-    _half(config)
+    base.half(config)
     config.data.extra.name, config.data.extra.fraction = _LABELS, 0.5
 
 
-OWN = {"all": lambda config: None, "half": _half, "pseudo": _pseudo}
+OWN = {"all": lambda config: None, "half": base.half, "pseudo": _pseudo}
 
 
 def get_config(variants: str = "") -> ConfigDict:

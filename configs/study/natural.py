@@ -13,10 +13,6 @@ from ml_collections import ConfigDict
 from vit_at.configs.study import base
 
 
-def _patch(config: ConfigDict) -> None:
-    config.model.stem = "patch"
-
-
 def _natural(config: ConfigDict) -> None:
     config.objective, config.model.pretrained = "natural", ""
     config.epochs *= 2
@@ -25,12 +21,7 @@ def _natural(config: ConfigDict) -> None:
     config.eval.validation_attack, config.eval.attacks = "clean", "clean,pgd-20"
 
 
-def _half(config: ConfigDict) -> None:
-    config.data.train_split = "train[:50%]"
-    config.epochs *= 2
-
-
-OWN = {"patch": _patch, "half": _half}
+OWN = {"patch": base.patch, "half": base.half}
 
 
 def get_config(variants: str = "") -> ConfigDict:

@@ -14,9 +14,7 @@ from vit_at.configs.study import base
 
 
 def _patch(config: ConfigDict) -> None:
-    config.model.stem = "patch"
-    if config.model.pretrained == base.NATURAL.format("default"):
-        config.model.pretrained = base.NATURAL.format("patch")
+    base.patch(config)
     config.epochs += config.epochs // 3
 
 

@@ -105,18 +105,6 @@ def test_a_second_start_of_a_finished_run_changes_nothing(undisturbed):
         assert (workdir / name).read_bytes() == content
 
 
-@pytest.mark.slow
-def test_a_run_resumes_without_the_weights_that_it_started_from(undisturbed, tmp_path):
-    start = tmp_path / "start"
-    shutil.copytree(undisturbed[0], start)
-    config = runs.smoke(**runs.QUICK | {"epochs": 1, "model__pretrained": str(start)})
-    records = train(config, tmp_path / "run")
-    shutil.rmtree(start)
-    assert train(config, tmp_path / "run") == records
-    with pytest.raises(UserError, match=re.escape(str(start))):
-        train(config, tmp_path / "another")
-
-
 @pytest.mark.parametrize("step", [2, LAST_STEP])
 def test_a_signal_while_a_step_is_awaited_or_logged_loses_nothing(tmp_path, monkeypatch, step):
     """It comes after the decision whether this step is saved; the last step always is."""

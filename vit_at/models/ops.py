@@ -256,13 +256,12 @@ def _convolve_forward(x, kernel, strides, padding):
 
 
 def _convolve_backward(strides, padding, residuals, cotangent):
+    sizes = {"strides": strides, "padding": padding}
+
     def by_xla(x, kernel, cotangent):
-        function = functools.partial(_convolution, strides=strides, padding=padding)
-        return jax.vjp(function, x, kernel)[1](cotangent)
+        return jax.vjp(functools.partial(_convolution, **sizes), x, kernel)[1](cotangent)
 
-    def by_places(x, kernel, cotangent):
-        return _by_places(x, kernel, cotangent, strides, padding)
-
+    by_places = functools.partial(_by_places, **sizes)
     return lax.platform_dependent(*residuals, cotangent, cpu=by_places, default=by_xla)
 
 

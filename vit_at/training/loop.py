@@ -67,7 +67,10 @@ def train(
     metrics.check_wandb(wandb)
     setup = Setup.of(config)
     optimizer = optim.make_optimizer(setup.config, setup.steps_per_epoch, setup.model.num_blocks)
-    resumes = processes.agree(has_checkpoint(workdir))
+    resumes = False  # it matters only where there are weights that need not be read
+    if setup.config.model.pretrained:
+        with disk_errors(workdir):
+            resumes = processes.agree(has_checkpoint(workdir))
     state = initial_state(setup, optimizer, replaced=resumes)
     with disk_errors(workdir):
         check_config(workdir, setup.config)

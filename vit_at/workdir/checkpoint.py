@@ -262,7 +262,13 @@ class Trained(NamedTuple):
 def has_checkpoint(workdir: epath.Path) -> bool:
     """Whether a run has saved its state there: it resumes from it, or ``restore`` raises."""
     directory = workdir / "checkpoints" / "last"
-    return directory.exists() and Series(directory, None, read_only=True).latest_step() is not None
+    if not directory.exists():
+        return False
+    series = Series(directory, None, read_only=True)
+    try:
+        return series.latest_step() is not None
+    finally:
+        series.close()
 
 
 def check_store(workdir: epath.Path) -> None:
