@@ -2,14 +2,15 @@
 
     vit-at sweep study/natural:small && vit-at sweep study/stem:small
 
-At :small each starts from natural training of its own. Patches are cheaper and get a third more
-epochs, which takes a little longer than the convolutions do.
+At :small each starts from natural training of its own, at other sizes from scratch. Patches are
+cheaper and get a third more epochs, which takes a little longer than the convolutions do.
 """
 
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from vit_at.configs import common
 from vit_at.configs.study import base
 
 
@@ -20,15 +21,19 @@ def _patch(config: ConfigDict) -> None:
 
 def _conv(config: ConfigDict) -> None:
     config.model.stem = "conv"
-    if not config.model.pretrained.startswith("runs/"):  # published weights have patches
-        config.model.pretrained = ""
+
+
+def _without_published(config: ConfigDict) -> None:
+    """Published weights are of patches: at the larger sizes, both start from scratch."""
+    if config.model.pretrained != base.NATURAL.format("default"):
+        common.VARIANTS["scratch"](config)
 
 
 OWN = {"conv": _conv, "patch": _patch}
 
 
 def get_config(variants: str = "") -> ConfigDict:
-    return base.start("stem", variants, OWN)
+    return base.start("stem", variants, OWN, _without_published)
 
 
 def sweep(add: Callable[..., None]) -> None:
