@@ -99,11 +99,11 @@ def get_config() -> ConfigDict:
     masking.patch_size = 0  # side of PRM's patches in pixels; 0: the model's
 
     config.optimizer = optimizer = ConfigDict()  # the update of the weights
-    optimizer.name = "sgd"  # sgd or adamw
+    optimizer.name = "sgd"  # sgd, adamw or muon
     optimizer.learning_rate = 0.1  # at its peak
-    optimizer.momentum = 0.9  # of SGD
-    optimizer.b1 = 0.9  # of AdamW: decay of the mean gradient
-    optimizer.b2 = 0.999  # of AdamW: decay of the mean squared gradient
+    optimizer.momentum = 0.9  # of SGD and Muon, which suits 0.95
+    optimizer.b1 = 0.9  # of Adam: decay of the mean gradient
+    optimizer.b2 = 0.999  # of Adam: decay of the mean squared gradient
     optimizer.weight_decay = 1e-4  # on all parameters
     optimizer.layer_decay = 1.0  # factor on the rate from a layer to the one below; 1: one rate
     optimizer.clip_norm = 1.0  # global gradient norm, before weight decay; 0: no clipping

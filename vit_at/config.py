@@ -20,7 +20,7 @@ CHOICES = {
     "threat.norm": ("linf", "l2", "l1"),
     "eval.threat.norm": ("", "linf", "l2", "l1"),
     "threat.start": ("random", "zero", "noise"),
-    "optimizer.name": ("sgd", "adamw"),
+    "optimizer.name": ("sgd", "adamw", "muon"),
     "optimizer.schedule": ("step", "cosine", "cyclic", "constant"),
     "eval.checkpoint": ("best", "last"),
     "eval.weights": ("", "raw", "ema", "swa"),

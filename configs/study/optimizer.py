@@ -1,8 +1,9 @@
-"""SGD or AdamW? The paper: SGD, clearly.
+"""SGD, AdamW or Muon? The paper: SGD, clearly; it does not know Muon.
 
     vit-at sweep configs/study/optimizer.py:cpu
 
-AdamW with its usual decoupled weight decay, cosine schedule and warm-up, at three rates.
+AdamW with its usual decoupled weight decay, cosine schedule and warm-up, at three rates; Muon with
+the same at one.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,12 @@ def _adamw(config: ConfigDict) -> None:
     config.optimizer.weight_decay, config.optimizer.warmup_epochs = 0.05, 1.0
 
 
-OWN = {"adamw": _adamw}
+def _muon(config: ConfigDict) -> None:
+    _adamw(config)
+    config.optimizer.name, config.optimizer.momentum = "muon", 0.95
+
+
+OWN = {"adamw": _adamw, "muon": _muon}
 
 
 def get_config(variants: str = "") -> ConfigDict:
@@ -29,3 +35,4 @@ def sweep(add: Callable[..., None]) -> None:
         base.over_seeds(add, optimizer__learning_rate=rate)
     for rate in (2e-3, 5e-4, 1e-4):
         base.over_seeds(add, "adamw", optimizer__learning_rate=rate)
+    base.over_seeds(add, "muon", optimizer__learning_rate=6e-3)

@@ -53,13 +53,25 @@ def bytes_on(device: jax.Device, tree) -> int:
     return sum(shard.data.nbytes for shard in shards if shard.device == device)
 
 
-def test_losses_and_weights_equal_those_of_replicated_training(both):
+def assert_equal_training(both):
+    """Metrics of each step, and the last states, agree."""
     for ours, theirs in zip(both["fsdp"][0], both["replicated"][0], strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             np.testing.assert_allclose(ours[name], value, rtol=2e-5, err_msg=name)
     ours, theirs = (jax.device_get(both[kind][1]) for kind in ("fsdp", "replicated"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours, theirs)
+
+
+def test_losses_and_weights_equal_those_of_replicated_training(both):
+    assert_equal_training(both)
+
+
+@pytest.mark.slow
+def test_muon_makes_matrices_orthogonal_that_are_split_over_the_devices():
+    muon = {"optimizer__name": "muon", "optimizer__learning_rate": 0.001}
+    kinds = ("replicated", "fsdp")
+    assert_equal_training({kind: two_steps(kind, **muon) for kind in kinds})
 
 
 def test_a_device_holds_about_a_quarter_of_the_state_before_and_after_a_step(both):

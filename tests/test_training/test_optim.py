@@ -11,7 +11,13 @@ import pytest
 
 from vit_at import models, weights
 from vit_at.configs import default
-from vit_at.training.optim import by_layer, clip_by_global_norm, learning_rate, make_optimizer
+from vit_at.training.optim import (
+    by_layer,
+    clip_by_global_norm,
+    learning_rate,
+    make_optimizer,
+    matrices,
+)
 
 with np.load(pathlib.Path(__file__).parents[1] / "data" / "steps" / "schedule.npz") as _archive:
     RECORDED = dict(_archive)
@@ -91,7 +97,7 @@ def test_clipping_divides_by_the_norm_plus_a_millionth(scale, factor):
 PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.array([0.7, -0.1])}
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 def test_weight_decay_reaches_every_parameter(name):
     chain = make_optimizer(config_with(name=name, weight_decay=0.5), 100)
     zeros = {n: jnp.zeros_like(p) for n, p in PARAMS.items()}
@@ -154,6 +160,49 @@ def test_adamw_is_torchs_loop():
             params[name] = params[name] - 0.01 * (step + 0.1 * params[name])
     for name, value in params.items():
         np.testing.assert_allclose(ours[name], value, rtol=1e-5)
+
+
+def test_muons_update_of_a_matrix_is_orthogonal_and_as_large_as_adams():
+    """Each block by itself, a convolution as one matrix; the rest is Adam's."""
+    rng = np.random.default_rng(0)
+    shapes = {"fc1": (2, 12, 16), "stem": (3, 3, 2, 8), "head": (12, 3)}
+    gradient = {n: {"kernel": jnp.asarray(rng.normal(size=s))} for n, s in shapes.items()}
+    chain = make_optimizer(config_with(name="muon", weight_decay=0.0, learning_rate=1.0), 100)
+    updates, _ = chain.update(gradient, chain.init(gradient), gradient)
+    updates, gradient = (
+        {n: np.asarray(tree[n]["kernel"]) for n in shapes} for tree in (updates, gradient)
+    )
+    pairs = [*zip(updates["fc1"], gradient["fc1"], strict=True)]
+    pairs.append((updates["stem"].reshape(18, 8), gradient["stem"].reshape(18, 8)))
+    for update, g in pairs:
+        left, _, right = np.linalg.svd(g, full_matrices=False)
+        in_its_axes = left.T @ -update @ right.T / (0.2 * max(g.shape) ** 0.5)
+        np.testing.assert_allclose(
+            np.diag(in_its_axes), 1, atol=0.35
+        )  # five iterations: 0.7 to 1.2
+        np.testing.assert_allclose(in_its_axes, np.diag(np.diag(in_its_axes)), atol=1e-4)
+    first = 1 + 0.9 * 0.1 / (1 - 0.9**2)  # Nesterov's, of Adam
+    np.testing.assert_allclose(updates["head"], -first * np.sign(gradient["head"]), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("vit_tiny_patch16_224", {"head"}),
+        ("deit_tiny_distilled_patch16_224", {"head", "head_dist"}),
+        ("convit_tiny", {"head", "pos_proj"}),
+        ("swin_tiny_patch4_window7_224", {"head"}),
+        ("xcit_tiny_12_p16_224", {"head", "conv1", "conv2"}),
+        ("convnext_tiny", {"head_fc", "conv_dw"}),
+    ],
+)
+def test_muon_leaves_heads_depthwise_convolutions_and_coordinates_to_adam(name, left):
+    model = models.create(name, num_classes=3)
+    shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+    axes = jax.tree.leaves_with_path(matrices(shapes), is_leaf=lambda x: not isinstance(x, dict))
+    kernels = {path: found for path, found in axes if path[-1].key == "kernel"}
+    assert {path[-2].key for path, found in kernels.items() if found is None} == left
+    assert all(found is None for path, found in axes if path not in kernels)
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "convit_tiny"])

@@ -2,10 +2,11 @@
 
 SGD:   clip the global gradient norm -> add weight decay -> momentum -> -learning rate
 AdamW: clip the global gradient norm -> Adam -> add weight decay -> -learning rate
+Muon:  clip the global gradient norm -> momentum, made orthogonal -> as AdamW
 then, if asked for, a factor for each layer
 
 The order matters: decay is added after clipping, to all parameters, and enters the momentum buffer
-(coupled decay), as in torch.optim.SGD.
+of SGD (coupled decay), as in torch.optim.SGD.
 """
 
 import functools
@@ -17,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
+from optax import contrib
 
+_RMS_OF_ADAM = 0.2  # of an update, as measured by Liu et al.
 _EMBEDDINGS = ("patch_embed", "pos_embed", "cls_token", "dist_token")
 
 
@@ -67,12 +70,53 @@ def make_optimizer(
     decay = optax.add_decayed_weights(options.weight_decay)
     if options.name == "sgd":
         rule = [decay, optax.trace(options.momentum)]
+    elif options.name == "muon":
+        rule = [_muon(options)]
     else:
         rule = [optax.scale_by_adam(options.b1, options.b2), decay]
     clip = [clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
     rate = optax.scale_by_learning_rate(learning_rate(config, steps_per_epoch))
     layers = [by_layer(options.layer_decay, depth)] if options.layer_decay != 1 else []
     return optax.chain(*clip, *rule, rate, *layers)
+
+
+def _muon(options: ConfigDict) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for ``matrices``, Adam with Nesterov's momentum for the rest.
+
+    The momentum of a matrix is made orthogonal by five Newton-Schulz iterations, and scaled to the
+    root mean square of an update by Adam, so that one learning rate and one decay suit both (Liu
+    et al. 2025, arXiv 2502.16982, Section 2.2).
+    """
+    return contrib.muon(
+        -1.0,  # the sign and the rate follow in the chain
+        beta=options.momentum,
+        weight_decay=options.weight_decay,
+        adam_b1=options.b1,
+        adam_b2=options.b2,
+        adam_weight_decay=options.weight_decay,
+        muon_weight_dimension_numbers=matrices,
+        consistent_rms=_RMS_OF_ADAM,
+    )
+
+
+def matrices(params: Any) -> Any:
+    """The axes that make a matrix of each kernel; None: no matrix, or one at the ends of a model.
+
+    A kernel [blocks, in, out] is a matrix for each block, a convolution [k, k, in, out] one matrix
+    of k * k * in rows. Depthwise convolutions have no inputs to mix, and the head is an embedding
+    of classes: Adam updates them, as it does ConViT's projections of three coordinates.
+    """
+
+    def axes(path: tuple[Any, ...], leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
+        names = [entry.key for entry in path]
+        skipped = names[0].startswith("head") or "pos_proj" in names
+        if names[-1] != "kernel" or skipped or (leaf.ndim > 3 and leaf.shape[-2] == 1):
+            return None
+        if leaf.ndim == 4:
+            return contrib.MuonDimensionNumbers((0, 1, 2), 3)
+        return contrib.MuonDimensionNumbers(-2, -1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def by_layer(decay: float, depth: int) -> optax.GradientTransformation:
