@@ -234,6 +234,11 @@ PATHS = {
         "there is no weight file 'w.npz'; give a file",
         slow=True,
     ),
+    "a natural run that a recipe starts from and nobody has made": Case(
+        ["train", "digits_sgd:smoke", "--config.model.pretrained=runs/natural"],
+        "there is no weight file 'runs/natural'; make this run first",
+        slow=True,
+    ),
     "weights of another model for a run": Case(
         ["train", "digits_sgd:smoke", "--config.model.pretrained=w.npz"],
         "the weights do not fit the model .*model.name",

@@ -90,7 +90,10 @@ def _read(source: str | os.PathLike, *, config_beside: bool) -> Plain:
         if path.is_dir():
             path = path / HUB_FILE
     if not path.is_file():
-        raise UserError(f"there is no weight file '{path}'; {_WAYS_ON}")
+        first = "make this run first ('vit-at recipes NAME' says how), " * (
+            path.parts[:1] == ("runs",)
+        )
+        raise UserError(f"there is no weight file '{path}'; {first}{_WAYS_ON}")
     suffix = path.suffix if path.suffix in _READERS else _suffix_by_content(path)
     if not suffix:
         raise UserError(
