@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "EMA": {"ema_decay": 0.998},
     "SWA": {"swa_epochs": 1.0},
     "convolutions before the blocks": {"model.stem": "conv"},
+    "Muon": {"optimizer.name": "muon"},
     "layer-wise rates": {"optimizer.layer_decay": 0.75},
     "RandAugment": {"data.augment": "randaugment"},
     "random erasing": {"data.augment": "random-erasing"},

@@ -37,7 +37,12 @@ def test_the_recipe_of_the_paper():
         ("cifar10_sgd", {"threat.method": "apgd"}, "training attack", "10 steps of APGD, at first"),
         ("cifar10_sgd", {"threat.also": "l2:0.5:0.1"}, "training attack", "max with l2:0.5:0.1"),
         ("cifar10_sgd:natural", {}, "training attack", "none"),
-        ("cifar10_small", {}, "model", "embed_dim 96, depth 4, num_heads 4, patch 4, convolutions"),
+        (
+            "cifar10_small",
+            {},
+            "model",
+            "embed_dim 128, depth 5, num_heads 4, patch 4, convolutions",
+        ),
         ("cifar10_small", {}, "averaged weights", "EMA, decay 0.998"),
         ("cifar10_sgd", {"swa_epochs": 5.0}, "averaged weights", "SWA over 5 epochs"),
         ("cifar10_extra", {}, "data", "train, 70% of each batch from npz:1m.npz"),
