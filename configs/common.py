@@ -123,7 +123,7 @@ def _smoke(config: ConfigDict) -> None:
         config.phases = "0 data.image_size=8 threat.steps=1; 1 data.image_size=16 threat.steps=2"
     config.eval.every_epochs = 1
     config.eval.validation_attack = "pgd-2"
-    config.eval.attacks = "clean,cw-2,pgd-2"
+    config.eval.attacks, config.eval.num_examples = "clean,cw-2,pgd-2", 0
     config.log_every_steps = 1
 
 

@@ -202,6 +202,7 @@ def test_every_recipe_has_a_smoke_variant_that_needs_no_data(name):
     assert config.data.name == "digits"
     assert config.model.pretrained == ""
     assert config.epochs * 128 // config.batch_size <= 8
+    assert config.eval.num_examples <= 48  # of the test images of digits
     build(config, 10, "float32")
 
 

@@ -3,6 +3,7 @@
 import functools
 import logging as standard_logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from collections.abc import Callable
 import jax
 from absl import flags, logging
 from tqdm import tqdm
+
+_PACKAGE = os.path.join(os.path.dirname(__file__), "")
 
 
 class _Plain(standard_logging.Formatter):
@@ -35,7 +38,8 @@ def _ours(record: standard_logging.LogRecord) -> bool:
     """Whether to show a record: not Orbax's, whose errors are raised too and then printed once."""
     if "orbax" in record.pathname:
         return False
-    return "vit_at" in record.pathname or record.levelno > standard_logging.INFO
+    # Not merely 'vit_at' in it: a virtual environment often lies inside of a checkout of that name.
+    return record.pathname.startswith(_PACKAGE) or record.levelno > standard_logging.INFO
 
 
 class Progress:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import sys
 import types
@@ -324,3 +325,18 @@ def test_device_memory_is_that_of_the_fullest_device_where_devices_say():
     found = metrics.device_memory([Device(2**30), Device(3 * 2**30), Device()])
     assert found == {"device_memory_gib": 3.0}
     assert metrics.device_memory([Device()]) == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "level", "shown"),
+    [
+        (console.__file__, logging.INFO, True),
+        # A virtual environment inside of a checkout, as the README makes it.
+        ("/vit_at/.venv/site-packages/tensorflow_datasets/core.py", logging.INFO, False),
+        ("/vit_at/.venv/site-packages/tensorflow_datasets/core.py", logging.WARNING, True),
+        ("/site-packages/orbax/checkpoint.py", logging.ERROR, False),
+    ],
+)
+def test_messages_of_other_libraries_are_shown_from_warnings_up(path, level, shown):
+    record = logging.LogRecord("absl", level, path, 1, "a message", (), None)
+    assert console._ours(record) == shown
