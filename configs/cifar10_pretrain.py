@@ -13,13 +13,12 @@ from vit_at.configs import cifar10_sgd, common
 
 
 def get_config(variants: str = "") -> ConfigDict:
-    config = cifar10_sgd.get_config("scratch,natural")
+    config = cifar10_sgd.get_config()
+    common.pretrain(config)
     config.name = "cifar10_pretrain"
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 0.05
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_epochs = 2.0
-    config.eval.validation_attack = "clean"
-    config.eval.attacks = "clean,pgd-20"
     return common.apply_variants(config, variants)

@@ -12,22 +12,21 @@ tested, as robustness falls again after half of the training. How it was found: 
 
 from ml_collections import ConfigDict
 
-from vit_at.configs import cifar10_sgd, common
+from vit_at.configs import cifar10_fast, common
 
 
 def _pretrain(config: ConfigDict) -> None:
     """The natural training that the adversarial one starts from."""
-    config.objective, config.model.pretrained = "natural", ""
+    common.pretrain(config)
     config.epochs, config.ema_decay = 5, 0.99
     config.optimizer.warmup_epochs = 0.2
-    config.eval.validation_attack, config.eval.attacks = "clean", "clean,pgd-20"
 
 
 OWN = {"pretrain": _pretrain}
 
 
 def get_config(variants: str = "") -> ConfigDict:
-    config = cifar10_sgd.get_config("scratch,model=convit_tiny")
+    config = cifar10_fast.get_config("scratch,model=convit_tiny")
     config.name = "cifar10_small"
     config.dtype = "bfloat16"
     config.epochs, config.batch_size = 20, 128
@@ -35,14 +34,10 @@ def get_config(variants: str = "") -> ConfigDict:
     config.model.stem, config.model.pretrained = "conv", "runs/cifar10_small-pretrain"
     config.model.embed_dim, config.model.depth, config.model.num_heads = 128, 5, 4
     config.mixing.probability = 0.0
-    threat = config.threat
-    threat.steps, threat.step_size, threat.start = 1, threat.eps, "noise"  # N-FGSM
-    threat.eps_warmup_epochs = 2.0
+    config.threat.eps_warmup_epochs = 2.0
     optimizer = config.optimizer
     optimizer.name, optimizer.learning_rate, optimizer.momentum = "muon", 0.006, 0.95
     optimizer.weight_decay = 0.05
     optimizer.schedule, optimizer.warmup_epochs = "cosine", 0.5
-    config.eval.threat.step_size = threat.eps / 4
-    config.eval.stop_if_overfitted = True
     config.eval.attacks, config.eval.num_examples = "clean,pgd-20,cw-20,autoattack", 1000
     return common.apply_variants(config, variants, OWN)

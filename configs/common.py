@@ -132,6 +132,13 @@ def _natural(config: ConfigDict) -> None:
     config.objective = "natural"
 
 
+def pretrain(config: ConfigDict) -> None:
+    """Natural training from scratch, for an adversarial run to start from; no attack validates."""
+    _natural(config)
+    _scratch(config)
+    config.eval.validation_attack, config.eval.attacks = "clean", "clean,pgd-20"
+
+
 VARIANTS: dict[str, Callable[..., None]] = {
     "model": _model,
     "ard": _ard,

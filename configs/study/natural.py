@@ -10,15 +10,15 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from vit_at.configs import common
 from vit_at.configs.study import base
 
 
 def _natural(config: ConfigDict) -> None:
-    config.objective, config.model.pretrained = "natural", ""
+    common.pretrain(config)
     config.epochs *= 2
     config.optimizer.name, config.optimizer.learning_rate = "adamw", 1e-3
     config.optimizer.weight_decay = 0.05
-    config.eval.validation_attack, config.eval.attacks = "clean", "clean,pgd-20"
 
 
 OWN = {"patch": base.patch, "half": base.half}

@@ -90,9 +90,8 @@ def _read(source: str | os.PathLike, *, config_beside: bool) -> Plain:
         if path.is_dir():
             path = path / HUB_FILE
     if not path.is_file():
-        first = "make this run first ('vit-at recipes NAME' says how), " * (
-            path.parts[:1] == ("runs",)
-        )
+        of_a_run = path.parts[:1] == ("runs",)
+        first = "make this run first ('vit-at recipes NAME' says how), " if of_a_run else ""
         raise UserError(f"there is no weight file '{path}'; {first}{_WAYS_ON}")
     suffix = path.suffix if path.suffix in _READERS else _suffix_by_content(path)
     if not suffix:
