@@ -282,6 +282,7 @@ def test_the_readme_gives_the_records_of_the_packaged_models():
             others = "" if count == 1000 else f" ({count} images)"
             numbers.append(f"{100 * records[attack]['accuracy']:.1f}{others}")
         assert cells.split(" | ") == numbers, name
+        assert records["clean"]["protocol"]["num_examples"] == 1000
 
 
 def test_committed_results_hold_no_path_of_a_machine():
