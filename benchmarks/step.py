@@ -4,11 +4,12 @@
         --objectives at,trades,pgd --out benchmarks/results/NAME.json
 
 Every contestant, a process of its own, does the same case in turn, again and again; medians and
-quartiles are kept. PyTorch takes part where torch and timm can be imported. See
-benchmarks/README.md.
+quartiles are kept. On a GPU they compile at the same time. PyTorch takes part where torch and timm
+can be imported. See benchmarks/README.md.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import importlib
@@ -18,6 +19,12 @@ from typing import Any
 from common import Case, interleaved, machine, mebibytes, parse_model, print_table, write_json
 from contestant import Contestant
 
+PYTORCH = {
+    "eager": "torch eager float32",
+    "compiled": "torch compile bfloat16",
+    "graphs": "torch compile bfloat16, CUDA graphs",
+}
+
 
 def main() -> None:
     """The command line."""
@@ -25,7 +32,7 @@ def main() -> None:
     from vit_at.distributed import devices
 
     devices.configure(*map(int, options.batch.split(",")))
-    missing = _why_no_torch() if "torch" in options.against else "not asked for"
+    missing = _why_no_torch() if options.against else "not asked for"
     if missing:
         print(f"PyTorch does not take part: {missing}")
     result: dict[str, Any] = {"machine": machine(), "torch": missing or "takes part"}
@@ -53,14 +60,15 @@ def _parse_arguments() -> argparse.Namespace:
     add("--depth", type=int, default=0, help="0: that of the architecture")
     add("--pgd_steps", type=int, default=20, help="of the objective pgd")
     add("--keep", type=float, default=0.5, help="keep probability of ARD and PRM, held fixed")
-    add("--against", default="torch", help="torch: all that can run; eager: only it; none")
+    add("--against", default="eager,compiled,graphs", help="PyTorch's ways; '': ours alone")
     add("--repetitions", type=int, default=9)
     add("--seconds", type=float, default=60.0, help="of repetitions per case, about")
     add("--cold", action="store_true", help="also start, compilation and memory, in own processes")
     add("--out", default="", help="JSON file; '': only the table")
     options = parser.parse_args()
-    if options.against == "eager":
-        options.against = "torch-eager"
+    unknown = set(filter(None, options.against.split(","))) - set(PYTORCH)
+    if unknown:
+        parser.error(f"--against is '{options.against}'; choose of {', '.join(PYTORCH)}, or ''")
     return options
 
 
@@ -120,18 +128,11 @@ def _measure(case: Case, options: argparse.Namespace, with_torch: bool) -> dict[
     if case.objective == "pgd":  # we evaluate in float32 only
         dtypes = ["float32"]
     entrants = {f"vit_at {d}": (_with(case, dtype=d), "ours") for d in dtypes}
-    if with_torch:
-        entrants["torch eager float32"] = case, "eager"
-        if options.against == "torch":
-            entrants["torch compile bfloat16"] = case, "compiled"
-            if jax.default_backend() == "gpu":
-                entrants["torch compile bfloat16, CUDA graphs"] = case, "graphs"
-    contestants, skipped = {}, {}
-    for name, entrant in entrants.items():
-        try:
-            contestants[name] = Contestant(*entrant)
-        except RuntimeError as error:  # out of memory, no compiler: said, and the others go on
-            skipped[name] = str(error)
+    on_gpu = jax.default_backend() == "gpu"
+    for way, name in PYTORCH.items():
+        if with_torch and way in options.against.split(",") and (way != "graphs" or on_gpu):
+            entrants[name] = case, way
+    contestants, skipped = _start_all(entrants, at_once=on_gpu)
     runs = {name: contestant.run for name, contestant in contestants.items()}
     times = interleaved(runs, options.repetitions, options.seconds)
     for name, contestant in contestants.items():
@@ -158,6 +159,22 @@ def _measure(case: Case, options: argparse.Namespace, with_torch: bool) -> dict[
         "results": times,
         "skipped": skipped,
     }
+
+
+def _start_all(entrants: dict[str, tuple[Case, str]], at_once: bool) -> tuple[dict, dict]:
+    """({name: contestant}, {name: why it can't run}), in the order given.
+
+    at_once: they compile beside each other; on a CPU each needs all cores for that.
+    """
+    contestants, skipped = {}, {}
+    with concurrent.futures.ThreadPoolExecutor(len(entrants) if at_once else 1) as pool:
+        started = {name: pool.submit(Contestant, *entrant) for name, entrant in entrants.items()}
+        for name, future in started.items():
+            try:
+                contestants[name] = future.result()
+            except RuntimeError as error:  # out of memory, no compiler: said, the others go on
+                skipped[name] = str(error)
+    return contestants, skipped
 
 
 def _with(case: Case, **changes: Any) -> Case:
