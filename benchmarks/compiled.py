@@ -136,9 +136,13 @@ def _parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--target", default="tpu:v5e:2x2", help="tpu:CHIP:AxB or cuda:CHIP:DEVICES")
-    add("--recipe", default="cifar10_sgd:scratch", help="and --config.FIELD=VALUE, as vit-at train")
-    add("--model", default="deit_tiny_patch16_224@32/4", help="NAME@SIZE/PATCH")
-    add("--depth", type=int, default=0, help="number of blocks; 0: the architecture's")
+    add(
+        "--recipe",
+        default="cifar10_sgd:scratch,model=deit_tiny_patch16_224",
+        help="and --config.FIELD=VALUE, as vit-at train",
+    )
+    add("--model", default="", help="NAME@SIZE/PATCH; '': the recipe's")
+    add("--depth", type=int, default=0, help="number of blocks; 0: the recipe's")
     add("--batch_per_device", type=int, default=256)
     add("--classes", type=int, default=CLASSES)
     add("--program", default="step", choices=PROGRAMS)
@@ -152,7 +156,7 @@ def _parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     try:
         options.target = Target.of(options.target)
         options.target.check_installed()
-        options.case = parse_model(options.model)
+        options.shape = parse_model(options.model) if options.model else {}
     except ValueError as error:
         parser.error(str(error))
     return options, overrides

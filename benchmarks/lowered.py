@@ -25,7 +25,7 @@ from vit_at.attacks.autoattack.programs import Program, Slots
 from vit_at.attacks.autoattack.settings import Settings
 from vit_at.distributed import sharding
 from vit_at.evaluation.evaluator import make_outcome_fn
-from vit_at.evaluation.protocol import parse_attacks
+from vit_at.evaluation.protocol import Attack, parse_attacks
 from vit_at.training import optim
 from vit_at.training.setup import Setup, compile_step, resolve
 from vit_at.training.step import init_state
@@ -37,11 +37,9 @@ def make_setup(options: argparse.Namespace, overrides: list[str], mesh: Any) -> 
     """A recipe's setup without data. Evaluations run in float32, as they always do."""
     config, _ = main.parse([options.recipe, *overrides])
     with config.unlocked():
-        config.model.name, config.model.patch_size = (
-            options.case["model"],
-            options.case["patch_size"],
-        )
-        config.data.image_size = options.case["image_size"]
+        config.model.name = options.shape.get("model", config.model.name)
+        config.model.patch_size = options.shape.get("patch_size", config.model.patch_size)
+        config.data.image_size = options.shape.get("image_size", config.data.image_size)
         config.model.depth = options.depth or config.model.depth
         config.batch_size = options.batch_per_device * mesh.size
         config.dtype = config.dtype if options.program == "step" else "float32"
@@ -54,14 +52,17 @@ def make_setup(options: argparse.Namespace, overrides: list[str], mesh: Any) -> 
 def case(setup: Setup, options: argparse.Namespace) -> Case:
     """The case of this program on one device."""
     config, is_step = setup.config, options.program == "step"
+    threat = Threat.of(config.threat) if is_step else _evaluated(setup, options).threat
     return Case(
-        **options.case,
+        model=config.model.name,
+        image_size=config.data.image_size,
+        patch_size=config.model.patch_size,
         batch=options.batch_per_device,
         objective=config.objective if is_step else "pgd",
         masked=config.masking.ard or config.masking.prm,
-        steps=config.threat.steps if is_step else 20,
+        steps=threat.steps,
         dtype=config.dtype,
-        depth=options.depth,
+        depth=config.model.depth,
     )
 
 
@@ -73,6 +74,12 @@ def title(setup: Setup, options: argparse.Namespace) -> str:
 def needed_flop(setup: Setup, options: argparse.Namespace) -> float:
     """Operations of a device that the program needs; of AutoAttack's program, those of no step."""
     return limits.case_flops(case(setup, options), setup.config)
+
+
+def _evaluated(setup: Setup, options: argparse.Namespace) -> Attack:
+    """The attack of ``evaluate``; PGD-20 where none is named, and beside AutoAttack's rounds."""
+    name = options.attack if options.program == "evaluate" else ""
+    return parse_attacks(name or "pgd-20", Threat.of(setup.config.threat))[0]
 
 
 def _apply(setup: Setup) -> models.Classifier:
@@ -114,8 +121,7 @@ def step(setup: Setup, options: argparse.Namespace) -> Any:
 
 def evaluate(setup: Setup, options: argparse.Namespace) -> Any:
     """The evaluation of one batch, lowered."""
-    (attack,) = parse_attacks(options.attack or "pgd-20", Threat.of(setup.config.threat))
-    outcome = make_outcome_fn(_apply(setup), attack, setup.mesh, seed=0)
+    outcome = make_outcome_fn(_apply(setup), _evaluated(setup, options), setup.mesh, seed=0)
     batch = _batch(setup, image=np.uint8, label=np.int32, index=np.uint32)
     return jax.jit(outcome).lower(_params(setup), batch)
 

@@ -71,6 +71,22 @@ def _steps(content: dict[str, Any]) -> Rows:
         yield [*row, "{:.0f}, {:.0f}".format(*memory)]
 
 
+def _contestants(content: dict[str, Any]) -> Rows:
+    """One row for each contestant of each case: those of a GPU, where none is ours in float32."""
+    yield ["contestant", "case", "ms (quartiles)", "images/s", "of the matmul peak", "peak MiB"]
+    for measured in content["cases"]:
+        for name, row in measured["results"].items():
+            low, high = (f"{1000 * seconds:.0f}" for seconds in row["quartiles_s"])
+            yield [
+                name.replace("torch", "PyTorch"),
+                measured["title"],
+                f"{1000 * row['median_s']:.0f} ({low} - {high})",
+                f"{row['images_per_second']:,.0f}",
+                f"{100 * row['utilisation']:.0f} %",
+                f"{row['peak_memory'] / 2**20:,.0f}",
+            ]
+
+
 def _scaling(content: dict[str, Any]) -> Rows:
     yield ["what varies", "images/s"]
     for kind in dict.fromkeys(point["kind"] for point in content["points"]):
@@ -85,7 +101,7 @@ def _costs(content: dict[str, Any]) -> Rows:
         yield [name, f"{one['passes']:g}", f"{one['paper']:.2f}", f"{one['ratio']:.2f}"]
 
 
-TABLES = {"steps": _steps, "scaling": _scaling, "costs": _costs}
+TABLES = {"steps": _steps, "contestants": _contestants, "scaling": _scaling, "costs": _costs}
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,8 @@
-"""Our step in variants that a run does not choose: kinds of attention, and options of XLA.
+"""Our step or evaluation in variants that a run does not choose: attention, options of XLA.
 
     python benchmarks/variants.py attention --batch 1024 --out FILE
     python benchmarks/variants.py flags --batch 1024 --out FILE
+    python benchmarks/variants.py flags --objective pgd --batch 512 --out FILE
 
 attention   cuDNN's, which a run uses in bfloat16 on a GPU (``models.for_device``), or the formula
 flags       command buffers (CUDA graphs), tuning, products by Triton, the order of kernels
@@ -36,6 +37,7 @@ def main() -> None:
     add = parser.add_argument
     add("kind", choices=("attention", "flags"))
     add("--models", default="deit_tiny_patch16_224@32/4", help="NAME@SIZE/PATCH, comma-separated")
+    add("--objective", default="at", help="at, trades, mart, or pgd: an evaluation, in float32")
     add("--batch", type=int, default=64)
     add("--dtype", default="bfloat16")
     add("--attack_steps", type=int, default=10)
@@ -47,7 +49,7 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(), "kind": options.kind, "cases": []}
     for model in options.models.split(","):
         fields = {"batch": options.batch, "dtype": options.dtype, "depth": options.depth}
-        fields["steps"] = options.attack_steps
+        fields |= {"objective": options.objective, "steps": options.attack_steps}
         result["cases"].append(_measure(Case(**parse_model(model), **fields), options))
         write_json(options.out, result)
 

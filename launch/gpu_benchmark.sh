@@ -6,6 +6,7 @@
 #     tiny small base   a training step beside eager and compiled PyTorch: deit_tiny 32/4 at batch
 #                       64 and 1024, deit_small 224/16 at 128, vit_base 224/16 at 64
 #     attention flags   variants of our step: cuDNN's attention or the formula; options of XLA
+#     evaluation        the same options for PGD-10 in float32: its time, and that of the first run
 #     precision         presets of float32 products: accuracy and time
 #     autoattack        the standard attacks on 1 000 CIFAR-10 images and a packaged model
 #     train             the CIFAR-10 recipe, plain and with ARD and PRM; the same command goes on
@@ -16,7 +17,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 if [ $# -lt 2 ]; then
-  echo "usage: launch/gpu_benchmark.sh tiny|small|base|attention|flags|precision|autoattack|train OUT_DIR [--smoke]" >&2
+  echo "usage: launch/gpu_benchmark.sh tiny|small|base|attention|flags|evaluation|precision|autoattack|train OUT_DIR [--smoke]" >&2
   exit 2
 fi
 piece=$1 out=$2 smoke=${3:-}
@@ -66,15 +67,18 @@ case $piece in
     benchmark 280 attention_base variants.py attention --models $base --batch "${batches[3]}" "${size[@]}" ;;
   flags)
     benchmark 570 flags variants.py flags --models $tiny --batch "${batches[1]}" "${size[@]}" ;;
+  evaluation)
+    benchmark 570 evaluation variants.py flags --objective pgd --dtype float32 --models $tiny \
+      --batch "${batches[1]}" "${size[@]}" ;;
   precision)
     benchmark 570 precision precision.py --data_dir "$data_dir" --images 1024 "${presets[@]}" ;;
   autoattack)
-    limited 570 autoattack "$python" -m vit_at evaluate cifar10_convit_96x4 --attacks=autoattack \
+    limited 570 autoattack "$python" -m vit_at evaluate cifar10_convit_128x5_conv --attacks=autoattack \
       --num_examples=1000 --batch_size=512 --data_dir="$data_dir" --workdir=runs/gpu_autoattack \
       "${few[@]}"
     cp runs/gpu_autoattack/results.json "$out/autoattack.json" || failed=1 ;;
   train)
     LIMIT=$((deadline - SECONDS)) launch/gpu_cifar10.sh "$data_dir" "$out" || failed=1 ;;
-  *) echo "the piece is '$piece'; choose one of tiny, small, base, attention, flags, precision, autoattack, train" >&2; exit 2 ;;
+  *) echo "the piece is '$piece'; choose one of tiny, small, base, attention, flags, evaluation, precision, autoattack, train" >&2; exit 2 ;;
 esac
 exit "$failed"

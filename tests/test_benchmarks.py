@@ -46,6 +46,13 @@ def test_the_result_is_written_after_each_case(tmp_path, monkeypatch):
     assert ["b4 at-10" in titles[0], "b8 at-10" in titles[1]] == [True, True]
 
 
+def test_a_way_of_pytorch_that_does_not_exist_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["step.py", "--against=eager,jit"])
+    with pytest.raises(SystemExit):
+        step.main()
+    assert "--against is 'eager,jit'; choose of eager, compiled, graphs" in capsys.readouterr().err
+
+
 def test_each_method_changes_the_step_and_costs_what_its_passes_say():
     base = common.Case(steps=2, depth=2)
     made = {name: ours.configuration(base, changes) for name, changes in costs.METHODS.items()}
@@ -67,4 +74,4 @@ def test_attention_and_options_of_xla_change_one_thing_each():
 def test_the_tables_of_the_pages_are_those_of_the_files():
     pages = [page.read_text() for page in tables.PAGES]
     assert [tables.filled(page) for page in pages] == pages
-    assert [page.count("<!-- ") for page in pages] == [2, 1]
+    assert [page.count("<!-- ") for page in pages] == [3, 1]

@@ -110,14 +110,22 @@ def test_a_bad_option_is_refused(word, sentence, monkeypatch, capsys):
 
 @pytest.mark.parametrize("program", compiled.PROGRAMS)
 def test_every_program_of_a_recipe_can_be_lowered_on_shapes_alone(program):
-    case = {"model": "deit_tiny_patch16_224", "image_size": 8, "patch_size": 2}
-    options = argparse.Namespace(program=program, recipe="digits_sgd", case=case, classes=10)
+    shape = {"model": "deit_tiny_patch16_224", "image_size": 8, "patch_size": 2}
+    options = argparse.Namespace(program=program, recipe="digits_sgd", shape=shape, classes=10)
     options.depth, options.batch_per_device, options.attack = 2, 4, ""
     mesh = sharding.make_mesh(jax.devices()[:2])
     setup = lowered.make_setup(options, ["--config.model.embed_dim=24"], mesh)
     assert setup.config.batch_size == 8
     assert "stablehlo.while" in getattr(lowered, program)(setup, options).as_text()
     assert lowered.needed_flop(setup, options) > 1e6
+
+
+def test_the_title_names_the_model_of_the_recipe_and_the_attack_that_is_asked_for():
+    options = argparse.Namespace(program="evaluate", recipe="cifar10_small:scratch", shape={})
+    options.classes, options.depth, options.batch_per_device, options.attack = 10, 0, 4, "pgd-3"
+    setup = lowered.make_setup(options, [], sharding.make_mesh(jax.devices()[:1]))
+    title = lowered.title(setup, options)
+    assert title == "evaluate: convit_tiny 32/4 depth 5 b4 pgd-3 float32"
 
 
 def report(tmp_path, target, *options):

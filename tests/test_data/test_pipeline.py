@@ -133,6 +133,13 @@ def test_no_more_than_a_few_batches_are_read_ahead():
     assert max(read) <= pipeline.PART
 
 
+def test_many_threads_have_no_warning_of_a_small_buffer(caplog):
+    options = {"batch_size": 8, "threads": 16}
+    batches = list(pipeline.eval_batches(make_examples(20), **options))
+    assert len(batches) == 3
+    assert not caplog.records
+
+
 def test_batch_contents_and_types():
     options = {"batch_size": 70, "seed": 3, "first_step": 0, "last_step": 2, "threads": 0}
     for batch in pipeline.train_batches(make_examples(150), **options):

@@ -148,9 +148,9 @@ def _prefetched(
         index = order(part // parts)[mine]
         return _read(examples, np.array_split(index, parts)[part % parts])
 
-    ahead = grain.ReadOptions(
-        num_threads=threads or devices.cores(), prefetch_buffer_size=PREFETCHED_BATCHES * parts
-    )
+    buffer = PREFETCHED_BATCHES * parts
+    # No more threads can have work than parts are read ahead; grain warns of more.
+    ahead = grain.ReadOptions(min(threads or devices.cores(), buffer), buffer)
     numbers = grain.MapDataset.range(steps.start * parts, steps.stop * parts)
     return iter(numbers.map(read).to_iter_dataset(ahead).batch(parts, batch_fn=_concatenate))
 
