@@ -202,7 +202,7 @@ def summary(text: str, chip: Chip) -> dict[str, Any]:
             continue
         if product:
             products[product.text] += times
-        kind = f"product {product.dtype}" if product else _kind(program, i)
+        kind = kind_of(program, where, i)
         loop = [f"{loop.trips} trips: {loop.scope[-60:]}" for loop in around]
         groups = [(kinds, kind), (parts, part_of(i.scope)), *((loops, name) for name in loop)]
         total.add(times, size, seconds)
@@ -277,8 +277,10 @@ def _seconds(i: hlo.Instruction, product: Product | None, size: int, chip: Chip)
     return max(size / chip.bandwidth, product.flop / rate if product else 0.0)
 
 
-def _kind(program: hlo.Program, i: hlo.Instruction) -> str:
-    """'copy', 'fusion', or 'stack' for a fusion that copies a slice from or into a stack."""
+def kind_of(program: hlo.Program, where: str, i: hlo.Instruction) -> str:
+    """'product DTYPE', 'copy', 'fusion', or 'stack': a fusion that copies a slice of a stack."""
+    if product := _product(program, where, i):
+        return f"product {product.dtype}"
     inside = program.computations.get(i.attribute("calls"), {})
     slices = ("dynamic-slice", "dynamic-update-slice")
     if i.operation in slices or any(x.operation in slices for x in inside.values()):

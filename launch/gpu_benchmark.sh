@@ -5,6 +5,7 @@
 #
 #     tiny small base   a training step beside eager and compiled PyTorch: deit_tiny 32/4 at batch
 #                       64 and 1024, deit_small 224/16 at 128, vit_base 224/16 at 64
+#     trace             the time of each kernel of a step
 #     attention flags   variants of our step: cuDNN's attention or the formula; options of XLA
 #     evaluation        the same options for PGD-10 in float32: its time, and that of the first run
 #     precision         presets of float32 products: accuracy and time
@@ -17,7 +18,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 if [ $# -lt 2 ]; then
-  echo "usage: launch/gpu_benchmark.sh tiny|small|base|attention|flags|evaluation|precision|autoattack|train OUT_DIR [--smoke]" >&2
+  echo "usage: launch/gpu_benchmark.sh tiny|small|base|trace|attention|flags|evaluation|precision|autoattack|train OUT_DIR [--smoke]" >&2
   exit 2
 fi
 piece=$1 out=$2 smoke=${3:-}
@@ -45,10 +46,11 @@ benchmark() {
 }
 
 tiny=deit_tiny_patch16_224@32/4 small=deit_small_patch16_224@224/16 base=vit_base_patch16_224@224/16
-batches=(64 1024 128 64) size=() few=() presets=() against=()
+batches=(64 1024 128 64) size=() few=() presets=() against=() traced=()
 if [ "$smoke" ]; then
   tiny=deit_tiny_patch16_224@32/8 small=$tiny base=$tiny batches=(4 8 4 4)
   size=(--attack_steps 1 --depth 2 --repetitions 3 --seconds 1) against=(--against eager)
+  traced=(--attack_steps 1 --depth 2 --steps 2)
   few=(--num_examples=4 --batch_size=4)
   presets=(--emulate --images 8 --steps 1)
 fi
@@ -62,6 +64,9 @@ case $piece in
     benchmark 320 step_tiny step.py --models $tiny --batch "${batches[1]}" "${step[@]}" ;;
   small) benchmark 570 step_small step.py --models $small --batch "${batches[2]}" "${step[@]}" ;;
   base) benchmark 570 step_base step.py --models $base --batch "${batches[3]}" "${step[@]}" ;;
+  trace)
+    benchmark 280 trace_tiny traced.py --model $tiny --batch "${batches[1]}" "${traced[@]}"
+    benchmark 280 trace_base traced.py --model $base --batch "${batches[3]}" "${traced[@]}" ;;
   attention)
     benchmark 280 attention_tiny variants.py attention --models $tiny --batch "${batches[1]}" "${size[@]}"
     benchmark 280 attention_base variants.py attention --models $base --batch "${batches[3]}" "${size[@]}" ;;
@@ -79,6 +84,6 @@ case $piece in
     cp runs/gpu_autoattack/results.json "$out/autoattack.json" || failed=1 ;;
   train)
     LIMIT=$((deadline - SECONDS)) launch/gpu_cifar10.sh "$data_dir" "$out" || failed=1 ;;
-  *) echo "the piece is '$piece'; choose one of tiny, small, base, attention, flags, evaluation, precision, autoattack, train" >&2; exit 2 ;;
+  *) echo "the piece is '$piece'; choose one of tiny, small, base, trace, attention, flags, evaluation, precision, autoattack, train" >&2; exit 2 ;;
 esac
 exit "$failed"

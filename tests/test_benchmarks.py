@@ -6,11 +6,15 @@ import sys
 
 import common
 import costs
+import hlo
+import jax
+import jax.numpy as jnp
 import limits
 import ours
 import pytest
 import step
 import tables
+import traced
 import variants
 
 from vit_at.training import metrics
@@ -60,6 +64,23 @@ def test_each_method_changes_the_step_and_costs_what_its_passes_say():
     assert passes["none"] == passes["EMA"] == 7
     assert [passes[name] for name in ("N-FGSM", "APGD-2", "AWP")] == [5, 8, 10]
     assert len({str(config) for config in made.values()}) == len(made)
+
+
+def test_a_trace_counts_the_kernels_of_a_step_by_part():
+    def blocks(x, kernel):
+        with jax.named_scope("mlp"):
+            return jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ kernel), x)
+
+    x = jnp.eye(64)
+    program = jax.jit(blocks).lower(x, x).compile()
+    kernels = traced.profiled(lambda: jax.block_until_ready(program(x, x)), steps=2)
+    times = {name: traced.Time(count, seconds) for name, (count, seconds) in kernels.items()}
+    found = traced.summary(hlo.Program(program.as_text()), times)
+    products = found["kinds"]["product f32"]
+    assert products["kernels"] == 6 / jax.device_count()  # 3 trips, 2 steps
+    assert products["bytes"] == products["kernels"] * 3 * 64 * 64 * 4
+    assert found["parts"]["MLP"]["seconds"] >= products["seconds"] > 0
+    assert found["seconds"] == pytest.approx(sum(p["seconds"] for p in found["parts"].values()))
 
 
 def test_attention_and_options_of_xla_change_one_thing_each():
