@@ -236,6 +236,8 @@ class Loop:
     def _validate(self, evaluator: Evaluator, state: TrainState, step: int) -> None:
         """Robust validation; saves the weights if they are the best so far."""
         began = time.monotonic()
+        if not self._validated:  # on a GPU that can take minutes
+            self._progress.say("compiling the validation; the first one takes a while")
         params = sharding.replicate(self._evaluated(state), self._setup.mesh)
         accuracies = {n: float(c.mean()) for n, c in evaluator(params)}
         robust = accuracies[self._config.eval.validation_attack]
