@@ -7,14 +7,12 @@ import os
 import platform
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # configs/, and vit_at where it is not installed
 
 CLASSES = 10
 EPS, STEP_SIZE = 8 / 255, 2 / 255

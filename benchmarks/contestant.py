@@ -73,7 +73,7 @@ class Contestant:
 def main() -> None:
     """Runs the case of the first argument, a JSON object, as often as lines ask for it."""
     request = json.loads(sys.argv[1])
-    from common import Case  # also puts the repository on the path
+    from common import Case
 
     case = Case(**request["case"])
     prepare = _ours if request["subject"] == "ours" else _theirs

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import common  # first: it puts the repository on the path
+import common
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import common  # first: it puts the repository on the path
+import common
 import jax
 import numpy as np
 from jax import lax

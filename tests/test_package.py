@@ -42,6 +42,19 @@ def test_every_package_of_the_tree_is_installed():
     assert set(setup_cfg()["options"]["packages"].split()) == found
 
 
+def test_a_checkout_that_is_not_installed_says_so(tmp_path):
+    (tmp_path / "vit_at").symlink_to(ROOT / "vit_at")
+    # Isolated from this environment's packages, so from the installed configs, too.
+    code = f"import sys; sys.path.append('{tmp_path}'); import vit_at"
+    command = [sys.executable, "-I", "-S", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ModuleNotFoundError: vit_at is on Python's path, but not installed: run "
+        "'pip install -e .' in its checkout"
+    )
+
+
 def test_the_paths_that_are_type_checked_exist():
     files = setup_cfg()["mypy"]["files"].replace(",", " ").split()
     assert files

@@ -7,6 +7,7 @@ What ``__all__`` names is imported when first used, so ``import vit_at`` loads n
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ __all__ = [
     "pgd_attack",
     "train",
 ]
+
+# In a checkout configs/ lies beside this package; only an installation makes it vit_at.configs.
+if importlib.util.find_spec("vit_at.configs") is None:
+    raise ModuleNotFoundError(
+        "vit_at is on Python's path, but not installed: run 'pip install -e .' in its checkout"
+    )
 
 _MODULE_OF = {
     "Threat": "vit_at.attacks",
