@@ -195,14 +195,14 @@ def summary(text: str, chip: Chip) -> dict[str, Any]:
         in_loops += times * bool(around and re.match(hlo.COLLECTIVES, i.operation))
         if i.operation in hlo.NO_KERNEL or i.operation.endswith("-done"):
             continue
-        product = _product(program, where, i)
+        product = product_of(program, where, i)
         size = program.traffic(where, i)
         seconds = _seconds(i, product, size, chip)
         if seconds is None:
             continue
         if product:
             products[product.text] += times
-        kind = kind_of(program, where, i)
+        kind = kind_of(program, i, product)
         loop = [f"{loop.trips} trips: {loop.scope[-60:]}" for loop in around]
         groups = [(kinds, kind), (parts, part_of(i.scope)), *((loops, name) for name in loop)]
         total.add(times, size, seconds)
@@ -238,7 +238,7 @@ class Product(NamedTuple):
     flop: float
 
 
-def _product(program: hlo.Program, where: str, i: hlo.Instruction) -> Product | None:
+def product_of(program: hlo.Program, where: str, i: hlo.Instruction) -> Product | None:
     """The (first) product of a kernel, None if it has none."""
     inside = program.computations.get(i.attribute("calls"), {}) if i.operation == "fusion" else {}
     for body in (inside, {i.name: i}):
@@ -277,9 +277,9 @@ def _seconds(i: hlo.Instruction, product: Product | None, size: int, chip: Chip)
     return max(size / chip.bandwidth, product.flop / rate if product else 0.0)
 
 
-def kind_of(program: hlo.Program, where: str, i: hlo.Instruction) -> str:
+def kind_of(program: hlo.Program, i: hlo.Instruction, product: Product | None) -> str:
     """'product DTYPE', 'copy', 'fusion', or 'stack': a fusion that copies a slice of a stack."""
-    if product := _product(program, where, i):
+    if product:
         return f"product {product.dtype}"
     inside = program.computations.get(i.attribute("calls"), {})
     slices = ("dynamic-slice", "dynamic-update-slice")

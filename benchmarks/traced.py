@@ -136,7 +136,10 @@ def summary(program: hlo.Program, kernels: dict[str, Time]) -> dict[str, Any]:
             if i.operation in hlo.NO_KERNEL or i.operation.endswith("-done"):
                 continue
             spent.bytes = spent.kernels * program.traffic(where, i)
-            part, kind = compiled.part_of(i.scope), compiled.kind_of(program, where, i)
+            part, kind = (
+                compiled.part_of(i.scope),
+                compiled.kind_of(program, i, compiled.product_of(program, where, i)),
+            )
             longest[f"{name}: {i.scope[-70:]}"] = spent
         else:
             longest[name] = spent
