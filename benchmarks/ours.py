@@ -62,23 +62,26 @@ def runner(case: Case) -> Callable[[], None]:
         return _evaluation(case)
     if case.plain_attention:  # the step asks this function; a run has no such switch
         models.for_device = lambda apply, device: apply
-    return training(make_setup(case), case.batch)
+    return training(make_setup(case), case.batch)[0]
 
 
-def training(setup: Setup, batch_size: int) -> Callable[[], None]:
-    """What takes one training step, and waits for its end, each time it is called."""
+def training(setup: Setup, batch_size: int) -> tuple[Callable[[], None], jax.stages.Compiled]:
+    """(takes one training step and waits for its end each time it is called, its program)."""
     optimizer = optim.make_optimizer(setup.config, STEPS_PER_EPOCH)
-    step = compile_step(setup, optimizer)
     state = initial_state(setup, optimizer)
     images, labels = setup.train_set.read(np.arange(batch_size))
 
+    def batch():
+        return sharding.split_batch({"image": images, "label": labels}, setup.mesh)
+
+    step = compile_step(setup, optimizer).lower(state, batch()).compile()
+
     def run():
         nonlocal state
-        batch = sharding.split_batch({"image": images, "label": labels}, setup.mesh)
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch())
         jax.block_until_ready((state, metrics))
 
-    return run
+    return run, step
 
 
 def _evaluation(case: Case):

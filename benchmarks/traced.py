@@ -21,12 +21,9 @@ import common
 import compiled
 import hlo
 import jax
-import numpy as np
 import ours
 
-from vit_at.distributed import devices, sharding
-from vit_at.training import optim
-from vit_at.training.setup import Setup, compile_step, initial_state
+from vit_at.distributed import devices
 
 LONGEST = 20  # kernels that are shown by themselves
 
@@ -64,7 +61,8 @@ def main() -> None:
     fields = {"batch": options.batch, "dtype": options.dtype, "depth": options.depth}
     fields["steps"] = options.attack_steps
     case = common.Case(**common.parse_model(options.model), **fields)
-    run, text = prepared(ours.make_setup(case), options.batch)
+    run, program = ours.training(ours.make_setup(case), options.batch)
+    run()  # the first step is slower
     seconds = []
     for _ in range(options.steps):
         before = time.perf_counter()
@@ -75,26 +73,12 @@ def main() -> None:
         for name, (count, total) in profiled(run, options.steps).items()
     }
     report = {"case": dataclasses.asdict(case), "machine": common.machine()}
-    report |= {"step_s": statistics.median(seconds), **summary(hlo.Program(text), kernels)}
+    report |= {
+        "step_s": statistics.median(seconds),
+        **summary(hlo.Program(program.as_text()), kernels),
+    }
     _show(case.title, report)
     common.write_json(options.out, report)
-
-
-def prepared(setup: Setup, batch_size: int) -> tuple[Callable[[], None], str]:
-    """(takes one step and waits for its end, the text of its program), warmed up."""
-    optimizer = optim.make_optimizer(setup.config, ours.STEPS_PER_EPOCH)
-    state = initial_state(setup, optimizer)
-    images, labels = setup.train_set.read(np.arange(batch_size))
-    batch = sharding.split_batch({"image": images, "label": labels}, setup.mesh)
-    step = compile_step(setup, optimizer).lower(state, batch).compile()
-
-    def run():
-        nonlocal state
-        state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-
-    run()
-    return run, step.as_text()
 
 
 def profiled(run: Callable[[], None], steps: int) -> dict[str, tuple[float, float]]:
