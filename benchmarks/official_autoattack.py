@@ -11,10 +11,11 @@ The model is a small robust ViT (tests/data/autoattack) in float32; in PyTorch i
 
 Seconds are the wall time of the whole cascade; ours include compilation. Both run on all cores or
 on the GPU. Forward and backward passes are counted in images. Without PyTorch, timm or autoattack,
-only ours runs.
+only ours runs. Run again after a stop, it goes on with the attack that was stopped.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -124,10 +125,13 @@ def ours(subject: Subject, options: argparse.Namespace) -> dict[str, Any]:
     return {"robust": after, "seconds": result.seconds, "model_evaluations": work}
 
 
-def official(subject: Subject, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def official(
+    subject: Subject, options: argparse.Namespace, record: dict[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
     """The same for the official package, attack by attack as in its own cascade.
 
-    Yields after each attack, so that hours on a CPU are not lost with the last one.
+    record: of a run that was stopped, which goes on with its next attack. Yields it after each
+    attack, so that hours on a CPU are not lost with the last one.
     """
     import torch
     from autoattack import AutoAttack
@@ -160,23 +164,28 @@ def official(subject: Subject, options: argparse.Namespace) -> Iterator[dict[str
         seed=0,
         verbose=False,
     )
-    attacks = list(adversary.attacks_to_run)
-    robust = np.concatenate([model(part).argmax(1).cpu() for part in x.split(options.batch)])
-    robust = robust == labels
-    after, work, began = {"clean": robust.tolist()}, {}, time.perf_counter()
-    for name in attacks:  # on the images that are left, as in ``run_standard_evaluation``
+    if record is None:
+        clean = np.concatenate([model(part).argmax(1).cpu() for part in x.split(options.batch)])
+        record = {"robust": {"clean": (clean == labels).tolist()}, "seconds": 0.0}
+        record |= {"model_evaluations": {}, "threads": torch.get_num_threads()}
+    *_, robust = map(np.array, record["robust"].values())
+    for name in list(adversary.attacks_to_run):
+        if name in record["robust"]:
+            continue
         seen.update(forward=0, backward=0)
-        left = np.flatnonzero(robust)
+        began = time.perf_counter()
+        left = np.flatnonzero(robust)  # as in ``run_standard_evaluation``
         if len(left):
             adversary.attacks_to_run = [name]
             moved = adversary.run_standard_evaluation(x[left], y[left], bs=options.batch)
             wrong = torch.cat([model(part).argmax(1) for part in moved.split(options.batch)])
             robust[left] = (wrong == y[left]).cpu().numpy()
-        after[name], work[name] = robust.tolist(), dict(seen)
-        spent = time.perf_counter() - began
-        print(f"official {name}: {robust.sum()} robust after {spent:.0f} s", file=sys.stderr)
-        threads = torch.get_num_threads()
-        yield {"robust": after, "seconds": spent, "model_evaluations": work, "threads": threads}
+        record["robust"][name] = robust.tolist()
+        record["model_evaluations"][name] = dict(seen)
+        record["seconds"] += time.perf_counter() - began
+        spent = f"{record['seconds']:.0f} s"
+        print(f"official {name}: {robust.sum()} robust after {spent}", file=sys.stderr)
+        yield record
 
 
 def main() -> None:
@@ -193,14 +202,19 @@ def main() -> None:
     options.eps = options.eps or reference.EPS[options.norm]
     count = options.images
     subject = exported(options.export, count) if options.export else recorded(count)
-    report = {"arguments": {k: v for k, v in vars(options).items() if k != "out"}}
-    report["machine"] = common.machine()
-    if options.only != "official":
+    arguments = {k: v for k, v in vars(options).items() if k not in ("only", "out")}
+    report = {"arguments": arguments, "machine": common.machine()}
+    if options.out and Path(options.out).exists():
+        stored = json.loads(Path(options.out).read_text())
+        if stored | report == stored:  # of the same arguments, on the same machine
+            report = stored
+    if options.only != "official" and "ours" not in report:
         report["ours"] = ours(subject, options)
         common.write_json(options.out, report)
     if options.only != "ours":
         try:
-            for report["official"] in official(subject, options):
+            for record in official(subject, options, report.get("official")):
+                report["official"] = record
                 common.write_json(options.out, report)
         except ImportError as error:
             print(f"the official code is skipped: {error}", file=sys.stderr)

@@ -85,7 +85,7 @@ def _explanation(error: Exception) -> str:
     for library, remedy in _BUCKET_LIBRARIES.items():
         if isinstance(error, (ImportError, ValueError)) and f"install {library}" in text.lower():
             return remedy
-    if isinstance(error, ValueError) and "null byte" in text:
+    if isinstance(error, ValueError) and "embedded null" in text:  # byte or character
         return "a path contains the character NUL, which no file system allows; remove it"
     if isinstance(error, UnicodeError):
         return f"a name or file is not valid UTF-8 ({error}); rename or convert it"
