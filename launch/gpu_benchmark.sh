@@ -10,7 +10,8 @@
 #     evaluation        the same options for PGD-10 in float32: its time, and that of the first run
 #     precision         presets of float32 products: accuracy and time
 #     autoattack        the standard attacks on 1 000 CIFAR-10 images and a packaged model
-#     train             the CIFAR-10 recipe, plain and with ARD and PRM; the same command goes on
+#     train             the CIFAR-10 recipe, natural training first, then AT, plain and with ARD and
+#                       PRM; the same command goes on
 #
 # Needs this package, torch and timm for the first three, and DATA_DIR (a TFDS directory with
 # cifar10) for the last three. launch/gpu_pack.sh packs what a machine without an index lacks.
@@ -46,13 +47,16 @@ benchmark() {
 }
 
 tiny=deit_tiny_patch16_224@32/4 small=deit_small_patch16_224@224/16 base=vit_base_patch16_224@224/16
-batches=(64 1024 128 64) size=() few=() presets=() against=() traced=()
+batches=(64 1024 128 64) size=() few=() presets=() against=() traced=() fields=()
 if [ "$smoke" ]; then
   tiny=deit_tiny_patch16_224@32/8 small=$tiny base=$tiny batches=(4 8 4 4)
   size=(--attack_steps 1 --depth 2 --repetitions 3 --seconds 1) against=(--against eager)
   traced=(--attack_steps 1 --depth 2 --steps 2)
   few=(--num_examples=4 --batch_size=4)
   presets=(--emulate --images 8 --steps 1)
+  fields=(--config.data.train_split='train[:1088]' --config.data.validation_examples=64
+    --config.model.depth=1 --config.batch_size=64 --config.epochs=1 --config.masking.warmup_epochs=0.5
+    --config.optimizer.warmup_epochs=0.2 --config.eval.num_examples=32 --config.eval.attacks=clean,pgd-2)
 fi
 step=(--dtypes "bfloat16,float32" --seconds 20 "${size[@]}" "${against[@]}")
 case $piece in
@@ -83,7 +87,8 @@ case $piece in
       "${few[@]}"
     cp runs/gpu_autoattack/results.json "$out/autoattack.json" || failed=1 ;;
   train)
-    LIMIT=$((deadline - SECONDS)) launch/gpu_cifar10.sh "$data_dir" "$out" || failed=1 ;;
+    LIMIT=$((deadline - SECONDS)) NATURAL="${NATURAL:-} ${fields[*]}" \
+      launch/gpu_cifar10.sh "$data_dir" "$out" "${fields[@]}" || failed=1 ;;
   *) echo "the piece is '$piece'; choose one of tiny, small, base, trace, attention, flags, evaluation, precision, autoattack, train" >&2; exit 2 ;;
 esac
 exit "$failed"
