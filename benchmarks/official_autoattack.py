@@ -250,9 +250,9 @@ def main() -> None:
         if "seconds" in report["ours"]:
             report["speedup"] = report["official"]["seconds"] / report["ours"]["seconds"]
             print(f"{report['speedup']:.2f} times as fast")
-        theirs = report["official"]["robust"]
-        for name, kept in report["ours"]["robust"].items():
-            differ = [i for i, other in enumerate(theirs[name]) if kept[i] != other]
+        for name, theirs in report["official"]["robust"].items():
+            kept = report["ours"]["robust"][name]
+            differ = [i for i, other in enumerate(theirs) if kept[i] != other]
             print(f"after {name}: {len(differ)} of {len(kept)} images differ: {differ[:20]}")
     common.write_json(options.out, report)
 
