@@ -2,10 +2,12 @@
 
     vit-at report runs/NAME                                 # writes runs/NAME/report/index.html
     vit-at report runs/A runs/B --out=page.html
+    vit-at report cifar10_convit_128x5_conv --out=page.html # a packaged model, or an export
     vit-at report results/digits_sgd.json --out=table.md    # only the table, as Markdown
     vit-at report runs/NAME-sweep --out=study.json          # a study file
 
-Each WORKDIR is a work directory, a directory of work directories, or a study file.
+Each WORKDIR is a work directory, a directory of work directories, an export or a name as in
+vit_at.load, or a study file.
 """
 
 import argparse

@@ -105,10 +105,15 @@ EXPORTS = {
     "export of an export that lacks its training": Case(
         ["export", ".", "--output=o"], "no 'training' and 'checkpoint'", files(OURS)
     ),
-    "report of an export": Case(
-        ["report", "."],
-        "is no work directory: it is an export",
+    "report of an export that lacks its training": Case(
+        ["report", ".", "--out=o.html"],
+        "no 'training' and 'checkpoint'",
         files(OURS | {"config.json": "{}"}),
+    ),
+    "report of an export without a place": Case(
+        ["report", "digits_deit_64x2"],
+        "the page of .* an export .* has no default place; add --out=FILE.html",
+        corrected=["report", "digits_deit_64x2", "--out=new/table.md"],
     ),
     "export over another loader": over({"load.py": "mine"}, FOREIGN.format("load.py")),
     "export over a run": over({"config.json": CONFIG}, FOREIGN.format("config.json")),

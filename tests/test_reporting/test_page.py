@@ -11,9 +11,11 @@ import runs
 from etils import epath
 from test_study import make_run, pgd, record
 
+import vit_at
 from vit_at.attacks.autoattack.flags import MEANING
 from vit_at.errors import UserError
 from vit_at.reporting import exhibits, page
+from vit_at.workdir import registry
 from vit_at.workdir.checkpoint import load_trained
 from vit_at.workdir.results import Results
 
@@ -146,6 +148,20 @@ def test_the_masks_shown_are_those_of_half_the_warm_up(trained):
     assert (draws.patch_keep.sum((1, 2)) == 8).all()
     assert draws.attn_keep.shape == (2, 2)
     assert image.shape == (8, 8, 1)
+
+
+def test_an_export_has_a_page_of_what_it_says_of_itself_and_is_attacked(tmp_path, trained):
+    name = "digits_deit_64x2"
+    words = Page(page.write([name], tmp_path / "page.html").read_text()).words
+    for title in ("Results", "Accuracy by attack", "Attacked images", "no curves are drawn"):
+        assert title in words
+    for entry in vit_at.load(name).record:
+        assert f"{100 * entry['accuracy']:.2f}" in words
+    with pytest.raises(UserError, match="of an export"):
+        page.write([name])
+    table = page.write([registry.PACKAGED / name, trained], tmp_path / "table.md").read_text()
+    assert name in table
+    assert "AT + ARD + PRM" in table
 
 
 def test_what_a_work_directory_lacks_is_said_in_a_sentence(tmp_path, trained):

@@ -41,7 +41,7 @@ from vit_at.schema import is_regular, read_json
 from vit_at.workdir import registry
 from vit_at.workdir.checkpoint import Trained
 from vit_at.workdir.exported import EXPORT_AGAIN, WEIGHTS_FILE, sha256
-from vit_at.workdir.files import DESCRIPTION_FILE, write_atomically
+from vit_at.workdir.files import DESCRIPTION_FILE, is_export, write_atomically
 from vit_at.workdir.results import in_255ths
 
 CARD_FILE, LOADER_FILE, TIMM_FILE = "README.md", "load.py", "config.json"
@@ -252,7 +252,7 @@ def export_workdir(
     if output:
         check_directory(epath.Path(output).expanduser(), "--output")  # before weights are read
     directory = registry.place(source)
-    if not output and (directory / DESCRIPTION_FILE).exists():
+    if not output and is_export(directory):
         raise UserError(f"{source} is an export already; give another place by --output")
     path = epath.Path(output).expanduser() if output else directory / "export"
     trained = registry.read(directory, which)

@@ -25,8 +25,8 @@ from vit_at.reporting.exhibits import Exhibits
 from vit_at.reporting.facts import facts
 from vit_at.reporting.outputs import check_report
 from vit_at.reporting.run import Run
-from vit_at.workdir.checkpoint import load_trained
-from vit_at.workdir.files import write_atomically
+from vit_at.workdir import registry
+from vit_at.workdir.files import is_workdir, write_atomically
 from vit_at.workdir.outcomes import threats
 from vit_at.workdir.results import RESULTS_FILE, Results, in_255ths, read_records
 
@@ -59,10 +59,11 @@ def write(places: Sequence[str | epath.Path], out: str | epath.Path = "") -> epa
 
 
 def _default_place(runs: Sequence[Run]) -> epath.Path:
-    if len(runs) == 1 and runs[0].workdir is not None:
+    if len(runs) == 1 and runs[0].workdir is not None and is_workdir(runs[0].workdir):
         return runs[0].workdir / "report" / "index.html"
     raise UserError(
-        "the page of several runs or of a study file has no default place; add --out=FILE.html"
+        "the page of several runs, of an export or of a study file has no default place; add "
+        "--out=FILE.html"
     )
 
 
@@ -141,7 +142,7 @@ def _exhibits(run: Run) -> Exhibits:
         )
     which = run.config["eval"]["checkpoint"]
     there = (run.workdir / "checkpoints" / which).exists()
-    return Exhibits(load_trained(run.workdir, which if there else "last"))
+    return Exhibits(registry.read(run.workdir, which if there else "last"))
 
 
 def comparison(runs: Sequence[Run]) -> str:

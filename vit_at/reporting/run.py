@@ -1,6 +1,7 @@
 """One run as the report needs it: configuration, curves and records, without its weights.
 
-A run is read from its work directory, or from a study file (see ``study_file``), which holds many.
+A run is read from its work directory, from an export, or from a study file (see ``study_file``),
+which holds many.
 """
 
 import dataclasses
@@ -16,9 +17,11 @@ from vit_at.config import evaluation_threat
 from vit_at.errors import UserError
 from vit_at.schema import check, content_of
 from vit_at.training.metrics import METRICS_FILE
-from vit_at.workdir.files import read_config
+from vit_at.workdir import registry
+from vit_at.workdir.exported import exported_config
+from vit_at.workdir.files import is_export, read_config
 from vit_at.workdir.outcomes import EpsCurve, eps_curves
-from vit_at.workdir.results import Results, read_records
+from vit_at.workdir.results import Results
 
 Curve = tuple[Sequence[float], Sequence[float]]  # epochs (or other x), values
 
@@ -27,8 +30,9 @@ Curve = tuple[Sequence[float], Sequence[float]]  # epochs (or other x), values
 class Run:
     """What a run has left.
 
-    name: of its work directory. config: nested dicts. curves: {metric: (epochs, values)}.
-    records: those of ``results.json``. workdir: None if read from a study file.
+    name: of its directory. config: nested dicts. curves: {metric: (epochs, values)}.
+    records: those of ``results.json``, or of an export what it says of itself. workdir: its work
+    directory or export; None if read from a study file.
     """
 
     name: str
@@ -39,15 +43,17 @@ class Run:
 
     @classmethod
     def read(cls, workdir: str | epath.Path) -> "Run":
-        """Reads a work directory; metrics and results may be missing.
+        """Reads a work directory, where metrics and results may be missing, or an export.
 
         Raises:
-          UserError: it is not a work directory, or a file in it is damaged.
+          UserError: it is neither, or a file in it is damaged.
         """
         workdir = epath.Path(workdir)
+        records = registry.records_of(workdir)
+        if is_export(workdir):
+            return cls(workdir.name, exported_config(workdir).to_dict(), {}, records, workdir)
         config = read_config(workdir).to_dict()
-        curves = _curves(workdir / METRICS_FILE)
-        return cls(workdir.name, config, curves, read_records(workdir), workdir)
+        return cls(workdir.name, config, _curves(workdir / METRICS_FILE), records, workdir)
 
     @property
     def tested(self) -> Sequence[dict[str, Any]]:

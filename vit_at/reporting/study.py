@@ -18,7 +18,8 @@ from vit_at.config import flatten
 from vit_at.reporting import study_file
 from vit_at.reporting.run import Run
 from vit_at.training.objectives import OBJECTIVES
-from vit_at.workdir.files import CONFIG_FILE, is_workdir
+from vit_at.workdir import registry
+from vit_at.workdir.files import CONFIG_FILE, is_export, is_workdir
 from vit_at.workdir.results import AUTOATTACK, in_255ths
 
 # Fields that do not change what is trained: names, places, and how often the run is measured.
@@ -33,17 +34,18 @@ _MOST_DIFFERENCES = 4  # in a group's name
 
 
 def find(places: Sequence[str | epath.Path]) -> list[Run]:
-    """The runs of these places: work directories, directories of them, or study files.
+    """The runs of these places: see ``registry.place``, directories of runs, or study files.
 
     Raises:
       UserError: a place holds no run, or a damaged one.
     """
     runs = []
-    for place in map(epath.Path, places):
-        if place.suffix == ".json":
-            runs += study_file.read(place)
+    for source in places:
+        if epath.Path(source).suffix == ".json":
+            runs += study_file.read(epath.Path(source))
             continue
-        own = is_workdir(place)
+        place = registry.place(source)
+        own = is_workdir(place) or is_export(place)
         inner = [] if own else [path.parent for path in place.glob(f"*/{CONFIG_FILE}")]
         inner = [path for path in inner if is_workdir(path)]
         runs += [Run.read(workdir) for workdir in sorted(inner, key=_by_numbers) or [place]]

@@ -33,7 +33,7 @@ from vit_at.training.masking import Masking
 from vit_at.training.step import Step, TrainState, init_state, train_step
 from vit_at.workdir import registry
 from vit_at.workdir.checkpoint import load_trained
-from vit_at.workdir.files import DESCRIPTION_FILE, is_workdir
+from vit_at.workdir.files import is_export, is_workdir
 
 StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Collection]]
 
@@ -160,7 +160,7 @@ def initial_state(
         source, scale = config.model.pretrained, config.model.qk_scale
         if source.isidentifier():  # a packaged model's name, unless a directory has it
             source = str(registry.place(source))
-        if scale and (epath.Path(source) / DESCRIPTION_FILE).exists():
+        if scale and is_export(epath.Path(source)):
             raise UserError(
                 f"model.pretrained is {source}, an export, which has its attention scale in its "
                 f"weights, and model.qk_scale is {scale:g}; set --config.model.qk_scale=0"

@@ -8,6 +8,7 @@ import hashlib
 from typing import Any
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from vit_at import weights
 from vit_at.config import validate
@@ -45,6 +46,16 @@ def read_description(directory: epath.Path) -> dict[str, Any]:
     return about
 
 
+def exported_config(directory: epath.Path) -> ConfigDict:
+    """The configuration that the weights of an export were trained with.
+
+    Raises:
+      UserError: ``model.json`` is missing or damaged, or lacks it.
+    """
+    about = read_description(directory)
+    return as_config(about["training"], directory / DESCRIPTION_FILE, ".training")
+
+
 def load_exported(directory: str | epath.Path) -> Trained:
     """Reads the weights that ``reporting.exported.export`` wrote to a directory.
 
@@ -53,8 +64,8 @@ def load_exported(directory: str | epath.Path) -> Trained:
     """
     directory = epath.Path(directory)
     about = read_description(directory)
-    described, path = directory / DESCRIPTION_FILE, directory / WEIGHTS_FILE
-    config = as_config(about["training"], described, ".training")
+    path = directory / WEIGHTS_FILE
+    config = exported_config(directory)
     validate(config)
     if not path.exists():
         raise UserError(f"{path} is missing; copy it beside {DESCRIPTION_FILE}")

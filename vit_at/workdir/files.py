@@ -138,7 +138,7 @@ def read_config(workdir: epath.Path) -> ConfigDict:
     """The configuration of a work directory; UserError if there is none."""
     if not is_workdir(workdir):
         found = f"is an export, with a {DESCRIPTION_FILE}"
-        if not (workdir / DESCRIPTION_FILE).exists():
+        if not is_export(workdir):
             found = f"has no {CONFIG_FILE}"
         raise UserError(
             f"{workdir} is no work directory: it {found}; give one that "
@@ -149,7 +149,12 @@ def read_config(workdir: epath.Path) -> ConfigDict:
 
 def is_workdir(directory: epath.Path) -> bool:
     """Whether a directory holds the configuration of a run, and is no export."""
-    return (directory / CONFIG_FILE).exists() and not (directory / DESCRIPTION_FILE).exists()
+    return (directory / CONFIG_FILE).exists() and not is_export(directory)
+
+
+def is_export(directory: epath.Path) -> bool:
+    """Whether a directory is what ``vit-at export`` has written."""
+    return (directory / DESCRIPTION_FILE).exists()
 
 
 def read_values(path: epath.Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from vit_at.weights import HUB_PREFIX
 from vit_at.weights.files import fetch
 from vit_at.workdir.checkpoint import Trained, load_trained
 from vit_at.workdir.exported import load_exported, read_description
-from vit_at.workdir.files import DESCRIPTION_FILE
+from vit_at.workdir.files import DESCRIPTION_FILE, is_export
 from vit_at.workdir.results import read_records
 
 PACKAGED = epath.Path(__file__).parent / "packaged"
@@ -91,14 +91,14 @@ def read(directory: epath.Path, checkpoint: str = "best") -> Trained:
     Raises:
       UserError: the directory is neither, or damaged.
     """
-    if (directory / DESCRIPTION_FILE).exists():
+    if is_export(directory):
         return load_exported(directory)
     return load_trained(directory, checkpoint)
 
 
 def records_of(directory: epath.Path) -> list[dict[str, Any]]:
     """What was measured on the model of an export, when it was exported, or of a work directory."""
-    if (directory / DESCRIPTION_FILE).exists():
+    if is_export(directory):
         return read_description(directory).get("results", [])
     return read_records(directory)
 
