@@ -56,7 +56,7 @@ if [ "$smoke" ]; then
   presets=(--emulate --images 8 --steps 1)
   fields=(--config.data.train_split='train[:1088]' --config.data.validation_examples=64
     --config.model.depth=1 --config.batch_size=64 --config.epochs=1 --config.masking.warmup_epochs=0.5
-    --config.optimizer.warmup_epochs=0.2 --config.eval.num_examples=32 --config.eval.attacks=clean,pgd-2)
+    --config.optimizer.warmup_epochs=0.2 --config.eval.num_examples=32 --config.eval.attacks="clean,pgd-2")
 fi
 step=(--dtypes "bfloat16,float32" --seconds 20 "${size[@]}" "${against[@]}")
 case $piece in

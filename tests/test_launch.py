@@ -385,9 +385,14 @@ def test_a_piece_on_a_gpu_ends_in_time_and_says_so(tmp_path):
 
 
 def test_a_gpu_trains_on_the_data_that_it_is_given(tmp_path):
-    calls = gpu_piece("train", tmp_path)
-    assert len(calls) == 2
-    assert all("vit_at.main" in call and "--config.data.dir=/data" in call for call in calls)
+    natural, *adversarial = gpu_piece("train", tmp_path)
+    for call in (natural, *adversarial):
+        assert "vit_at.main" in call
+        assert "--config.data.dir=/data" in call
+    (started,) = re.findall("--workdir=(runs/[^ ]+)", natural)
+    assert "cifar10_pretrain" in natural
+    assert len(adversarial) == 2
+    assert all(call.endswith(f"--config.model.pretrained={started}") for call in adversarial)
 
 
 def test_an_unknown_piece_is_refused():
