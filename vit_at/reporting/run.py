@@ -17,11 +17,10 @@ from vit_at.config import evaluation_threat
 from vit_at.errors import UserError
 from vit_at.schema import check, content_of
 from vit_at.training.metrics import METRICS_FILE
-from vit_at.workdir import registry
-from vit_at.workdir.exported import exported_config
+from vit_at.workdir.exported import read_description, training_config
 from vit_at.workdir.files import is_export, read_config
 from vit_at.workdir.outcomes import EpsCurve, eps_curves
-from vit_at.workdir.results import Results
+from vit_at.workdir.results import Results, read_records
 
 Curve = tuple[Sequence[float], Sequence[float]]  # epochs (or other x), values
 
@@ -49,11 +48,13 @@ class Run:
           UserError: it is neither, or a file in it is damaged.
         """
         workdir = epath.Path(workdir)
-        records = registry.records_of(workdir)
         if is_export(workdir):
-            return cls(workdir.name, exported_config(workdir).to_dict(), {}, records, workdir)
+            about = read_description(workdir)
+            config = training_config(workdir, about).to_dict()
+            return cls(workdir.name, config, {}, about.get("results", []), workdir)
         config = read_config(workdir).to_dict()
-        return cls(workdir.name, config, _curves(workdir / METRICS_FILE), records, workdir)
+        curves = _curves(workdir / METRICS_FILE)
+        return cls(workdir.name, config, curves, read_records(workdir), workdir)
 
     @property
     def tested(self) -> Sequence[dict[str, Any]]:

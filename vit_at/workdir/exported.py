@@ -46,13 +46,11 @@ def read_description(directory: epath.Path) -> dict[str, Any]:
     return about
 
 
-def exported_config(directory: epath.Path) -> ConfigDict:
+def training_config(directory: epath.Path, about: dict[str, Any]) -> ConfigDict:
     """The configuration that the weights of an export were trained with.
 
-    Raises:
-      UserError: ``model.json`` is missing or damaged, or lacks it.
+    about: of ``read_description``. UserError if it is damaged there.
     """
-    about = read_description(directory)
     return as_config(about["training"], directory / DESCRIPTION_FILE, ".training")
 
 
@@ -65,7 +63,7 @@ def load_exported(directory: str | epath.Path) -> Trained:
     directory = epath.Path(directory)
     about = read_description(directory)
     path = directory / WEIGHTS_FILE
-    config = exported_config(directory)
+    config = training_config(directory, about)
     validate(config)
     if not path.exists():
         raise UserError(f"{path} is missing; copy it beside {DESCRIPTION_FILE}")
