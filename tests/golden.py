@@ -12,6 +12,7 @@ import pathlib
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import vit_at.weights
@@ -87,3 +88,19 @@ def params(model, salt: int = 0):
     shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
     names = vit_at.weights.timm_shapes(shapes, model)
     return vit_at.weights.from_timm(weights(names, salt), model)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, images):
+    return model.apply({"params": params}, images)
+
+
+def loss_and_logits(model, images, params, keep):
+    logits = model.apply({"params": params}, images, keep)
+    log_p = jax.nn.log_softmax(logits)
+    return -log_p[jnp.arange(len(images)), LABELS[: len(images)]].mean(), logits
+
+
+def error(value, expected):
+    """Largest difference, relative to the largest expected number."""
+    return np.abs(np.asarray(value) - expected).max() / np.abs(expected).max()

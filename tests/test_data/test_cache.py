@@ -3,19 +3,19 @@
 import collections
 import shutil
 
+import data_sets
 import numpy as np
 import pytest
-from test_sources import data_config, write_image
 
 from vit_at.data import cache, sources
 from vit_at.errors import UserError
 
-STREAMED = data_config(image_size=12, mean=(0, 0, 0), cache_gib=0)
+STREAMED = data_sets.config(image_size=12, mean=(0, 0, 0), cache_gib=0)
 
 
 def load(directory, split="test[:300]", **fields):
     fields = {"image_size": 12, "mean": (0, 0, 0), "cache_gib": 0} | fields
-    return sources.load(data_config(decoded_dir=str(directory), **fields), split, threads=2)
+    return sources.load(data_sets.config(decoded_dir=str(directory), **fields), split, threads=2)
 
 
 def test_a_copy_holds_the_same_images_and_is_written_once(tmp_path, monkeypatch):
@@ -40,12 +40,12 @@ def test_other_images_are_another_copy(tmp_path):
 
 def test_of_a_folder_whose_files_change_another_copy_is_made(tmp_path):
     for number in range(4):
-        write_image(tmp_path / f"images/test/a/{number}.png", color=number)
+        data_sets.write_image(tmp_path / f"images/test/a/{number}.png", color=number)
     names = {"name": f"folder:{tmp_path}/images", "split": "test"}
     same = [load(tmp_path / "copies", **names).read(np.arange(4)) for _ in range(2)]
     np.testing.assert_array_equal(*(images for images, _ in same))
     assert len(list((tmp_path / "copies").iterdir())) == 1
-    write_image(tmp_path / "images/test/a/2.png", color=77)
+    data_sets.write_image(tmp_path / "images/test/a/2.png", color=77)
     changed, _ = load(tmp_path / "copies", **names).read(np.arange(4))
     assert sorted(changed[:, 0, 0, 0]) == [0, 1, 3, 77]
     assert len(list((tmp_path / "copies").iterdir())) == 2

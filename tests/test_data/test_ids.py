@@ -1,9 +1,9 @@
 """Images chosen by a list: of a folder, of TFDS, and RobustBench's."""
 
+import data_sets
 import numpy as np
 import pytest
 import runs
-from test_sources import data_config, write_image
 
 from vit_at.data import ids, sources
 from vit_at.errors import UserError
@@ -13,7 +13,7 @@ from vit_at.errors import UserError
 def folder(tmp_path):
     for name, color in (("a", 0), ("b", 100)):
         for i in range(5):
-            write_image(tmp_path / f"val/{name}/{i}.png", color=color + i)
+            data_sets.write_image(tmp_path / f"val/{name}/{i}.png", color=color + i)
     return tmp_path
 
 
@@ -24,7 +24,7 @@ def listed(path, *lines):
 
 def test_a_list_chooses_images_in_its_order(folder):
     chosen = listed(folder, "val/b/3.png", "a/1.png", "", "b/0.png")
-    config = data_config(f"folder:{folder}")
+    config = data_sets.config(f"folder:{folder}")
     examples = sources.load(config, "val", chosen=chosen)
     images, labels = examples.read(np.arange(3))
     assert images[:, 0, 0, 0].tolist() == [103, 1, 100]
@@ -39,12 +39,12 @@ def test_a_list_chooses_images_in_its_order(folder):
 def test_a_missing_image_is_named_with_the_number_of_others(folder):
     chosen = listed(folder, "a/1.png", "a/7.png", "c/0.png")
     with pytest.raises(UserError, match=r"a/7\.png and 1 more, which folder:.* does not have"):
-        sources.load(data_config(f"folder:{folder}"), "val", chosen=chosen)
+        sources.load(data_sets.config(f"folder:{folder}"), "val", chosen=chosen)
 
 
 @pytest.mark.skipif(not runs.TFDS.exists(), reason="no photographs in TFDS's format here")
 def test_tfds_matches_class_and_file_name(tmp_path):
-    config = data_config("imagenet2012", dir=str(runs.TFDS), mean=(0, 0, 0), cache_gib=0)
+    config = data_sets.config("imagenet2012", dir=str(runs.TFDS), mean=(0, 0, 0), cache_gib=0)
     encoded = sources.open_encoded(config, "validation")
     names = encoded.names()
     assert len(names) == len(set(names)) == 300
@@ -56,7 +56,7 @@ def test_tfds_matches_class_and_file_name(tmp_path):
 
 def test_a_set_without_file_names_is_refused(tmp_path):
     with pytest.raises(UserError, match="no feature 'file_name'"):
-        sources.load(data_config(), "test", chosen=listed(tmp_path, "0/x.png"))
+        sources.load(data_sets.config(), "test", chosen=listed(tmp_path, "0/x.png"))
 
 
 def test_robustbenchs_list_is_read_from_its_package(tmp_path, monkeypatch):

@@ -2,9 +2,9 @@
 
 import logging
 
+import data_sets
 import numpy as np
 import pytest
-from test_sources import data_config, write_image
 
 import vit_at
 from vit_at import configs, main
@@ -16,7 +16,9 @@ def arranged(root, counts, size=(40, 50)):
     """counts: {'train/a': n}; half of a class's images are black, half are white."""
     for name, count in counts.items():
         for i in range(count):
-            write_image(root / name / f"{i}.png", size, "white" if i % 2 else "black", "RGB")
+            data_sets.write_image(
+                root / name / f"{i}.png", size, "white" if i % 2 else "black", "RGB"
+            )
     return root
 
 
@@ -101,7 +103,7 @@ def test_an_unknown_name_is_refused():
 def test_what_a_grey_small_recipe_loses_is_said(tmp_path, caplog, size, channels, says):
     arranged(tmp_path, {"train/a": 4}, size)
     with caplog.at_level(logging.WARNING):
-        sources.load(data_config(f"folder:{tmp_path}", mean=(0.5,) * channels), "train")
+        sources.load(data_sets.config(f"folder:{tmp_path}", mean=(0.5,) * channels), "train")
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == len(says)
     assert all(part in warning for part, warning in zip(says, warnings, strict=True))

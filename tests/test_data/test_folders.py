@@ -1,0 +1,99 @@
+"""Folders of images: labels, slices, links and error sentences."""
+
+import data_sets
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_at.data import cache, sources
+from vit_at.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train: a (30 images of value 0..29), b (10 of 100..109); test: b only."""
+    for i in range(30):
+        data_sets.write_image(tmp_path / f"train/a/{i:02}.png", color=i)
+    for i in range(10):
+        data_sets.write_image(tmp_path / f"train/b/{i:02}.png", color=100 + i)
+    data_sets.write_image(tmp_path / "test/b/x.PNG", color=7)
+    (tmp_path / "test/b/notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def test_folder_labels_pixels_and_indices(folder):
+    train = sources.load(data_sets.config(f"folder:{folder}"), "train")
+    images, labels = train.read(np.arange(40))
+    assert train.class_names == ("a", "b")
+    np.testing.assert_array_equal(np.sort(train.indices), np.arange(40))
+    values = np.r_[np.arange(30), np.arange(100, 110)]  # by position in the sorted listing
+    np.testing.assert_array_equal(images[:, 0, 0, 0], values[train.indices])
+    np.testing.assert_array_equal(labels, train.indices >= 30)
+
+
+def test_a_relative_folder_begins_in_the_data_directory(folder):
+    config = data_sets.config(f"folder:{folder.name}", dir=str(folder.parent))
+    assert len(sources.load(config, "train")) == 40
+    with pytest.raises(UserError, match=r"give the directory that holds it as data\.dir"):
+        sources.load(data_sets.config(f"folder:{folder.name}"), "train")
+
+
+def test_a_class_that_a_split_lacks_does_not_shift_its_labels(folder):
+    test = sources.load(data_sets.config(f"folder:{folder}", cache_gib=0), "test")
+    images, labels = test.read(np.array([0]))
+    assert len(test) == 1
+    assert labels.tolist() == [1]
+    assert images[0, 0, 0, 0] == 7
+
+
+def test_splits_of_other_classes_are_named(folder):
+    config = data_sets.config(f"folder:{folder}", train_split="train", test_split="test")
+    train, test = (sources.load(config, split) for split in ("train", "test"))
+    with pytest.raises(UserError, match=r"only one of data.train_split 'train' .* the classes a;"):
+        sources.check_splits(config, train, test)
+
+
+def test_folder_slices_mix_the_classes_and_partition(folder):
+    config = data_sets.config(f"folder:{folder}")
+    first, rest = (sources.load(config, f"train[{s}]") for s in (":50%", "50%:"))
+    assert set(first.read(np.arange(20))[1]) == {0, 1}
+    assert sorted([*first.indices, *rest.indices]) == list(range(40))
+
+
+def test_folder_errors(folder):
+    config = data_sets.config(f"folder:{folder}", cache_gib=0)
+    with pytest.raises(UserError, match="folder:/nowhere', which is no directory"):
+        sources.load(data_sets.config("folder:/nowhere"), "train")
+    with pytest.raises(UserError, match=r"split 'val'; it has test \(1\), train \(40\)"):
+        sources.load(config, "val")
+    broken = folder / "test/b/broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    examples = sources.load(config, "test")
+    with pytest.raises(UserError, match=r"test/b/broken\.jpg can't be decoded"):
+        examples.read(np.arange(2))
+    with pytest.raises(UserError, match=r"broken\.jpg"):  # through the threads too
+        cache.in_memory(examples, 2)
+    broken.unlink()
+    with pytest.raises(UserError, match=r"can't be read .*broken\.jpg"):
+        examples.read(np.arange(2))
+    cut = folder / "train/a/cut.jpg"
+    Image.effect_noise((64, 64), 50).save(cut)
+    cut.write_bytes(cut.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"cut\.jpg can't be decoded .*truncated"):
+        sources.load(data_sets.config(f"folder:{folder}"), "train")
+    (folder / "train/c").mkdir()
+    with pytest.raises(UserError, match=r"train/c has no images \(\.jpg"):
+        sources.load(config, "train")
+
+
+def test_links_to_files_and_folders_are_followed(folder):
+    (folder / "test/b/y.png").symlink_to(folder / "train/a/03.png")
+    (folder / "val").symlink_to(folder / "test")
+    examples = sources.load(data_sets.config(f"folder:{folder}"), "val")
+    assert sorted(examples.read(np.arange(2))[0][:, 0, 0, 0]) == [3, 7]
+
+
+def test_folder_without_classes(tmp_path):
+    data_sets.write_image(tmp_path / "0.png")
+    with pytest.raises(UserError, match="has no classes; arrange it as"):
+        sources.load(data_sets.config(f"folder:{tmp_path}"), "train")
