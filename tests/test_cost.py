@@ -36,7 +36,7 @@ def test_imagenets_cost_is_that_counted_by_hand():
     training = cost_of(config)
     assert training.parameters == 86_567_656  # timm's vit_base_patch16_224
     assert training.steps == 10 * (1_271_167 // 512)
-    unread = 196 * (10 * 768**2 + 2 * 197 * 768)  # of the last block, patches but for k and v
+    unread = 196 * (12 * 768**2 + 2 * 197 * 768)  # of the last block, patches
     forward = 2 * (17.56e9 - unread)  # 17.56 G multiply-adds in the paper
     assert training.step_flops == pytest.approx(512 * (2 * 5 + 3) * forward, rel=0.01)
     passes = 50_000 * (1 + 41 + 41 + 201) + 10 * 10_000 * (1 + 11)

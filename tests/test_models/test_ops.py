@@ -134,6 +134,29 @@ def test_attention_weights_are_the_softmax_of_scaled_products():
             np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_pooled_tokens_are_the_sum_by_the_attention_weights(platform, monkeypatch):
+    taken = pretend(platform, monkeypatch)
+
+    def textbook(q, x):
+        weights = jax.nn.softmax(0.3 * jnp.einsum("bqd,bnd->bqn", q, x))
+        return jnp.einsum("bqn,bnd->bqd", weights, x), jax.lax.stop_gradient(weights)
+
+    with jax.enable_x64(True):
+        q, x = (
+            jax.random.normal(key, (2, n, 6), "float64")
+            for key, n in zip(KEYS, (4, 5), strict=False)
+        )
+        expected, expected_vjp = jax.vjp(textbook, q, x)
+        value, vjp = jax.vjp(lambda q, x: ops.pool(q, x, 0.3), q, x)
+        for found, wanted in zip(value, expected, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-12)
+        cotangents = tuple(jnp.cos(jnp.arange(y.size)).reshape(y.shape) for y in value)
+        for found, wanted in zip(vjp(cotangents), expected_vjp(cotangents), strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-11)
+    assert all(taken) == (platform == "cuda")
+
+
 def test_attention_weights_in_bfloat16_keep_nothing_wider():
     q = jax.random.normal(KEYS[0], (2, 5, 8), "bfloat16")
     value, vjp = jax.vjp(lambda q: ops.attention_weights(q, q, 0.5), q)
@@ -160,14 +183,20 @@ def test_layer_norm_of_each_platform_is_the_same(platform, monkeypatch):
         return value, *vjp(jnp.cos(jnp.arange(value.size)).reshape(value.shape).astype(x.dtype))
 
     expected = with_gradients()
-    taken = []
-
-    def as_there(*arguments, default, **branches):
-        taken.append(branches.keys() & {platform})
-        return branches.get(platform, default)(*arguments)
-
-    monkeypatch.setattr(ops.lax, "platform_dependent", as_there)
+    taken = pretend(platform, monkeypatch)
     for a, b in zip(with_gradients(), expected, strict=True):
         a, b = a.astype("float32"), b.astype("float32")
         np.testing.assert_allclose(a, b, atol=0.01 * np.abs(b).max())
     assert any(taken), f"no branch for {platform}"
+
+
+def pretend(platform, monkeypatch):
+    """Takes the branches for a platform; the list gets, for each choice, whether there was one."""
+    taken = []
+
+    def as_there(*arguments, default, **branches):
+        taken.append(platform in branches)
+        return branches.get(platform, default)(*arguments)
+
+    monkeypatch.setattr(ops.lax, "platform_dependent", as_there)
+    return taken

@@ -38,19 +38,19 @@ def test_the_maps_are_the_attention_that_the_model_applies(name):
     first, last = (16 if "convit" in name else 16 + read), 16 + read
     assert [attention.shape for attention in maps] == [(4, 2, first, first), (4, 2, read, last)]
     assert rollout.rollout(model, params, images).shape == (4, 4, 4)
-    # What each attention module gives out, from the maps and the values it captured.
+    # What each attention module gives out, from the maps and the values of its tokens.
     capture = {"capture_intermediates": True, "mutable": ["intermediates"]}
     run = jax.jit(functools.partial(model.apply, **capture))
     _, state = jax.device_get(run({"params": params}, images))
     stacks = ["blocks" if "blocks" in params else "local_blocks", "last_block"]
     for stack, attention in zip(stacks, maps, strict=True):
-        captured, own = state["intermediates"][stack]["attn"], params[stack]["attn"]
-        results = {name: out["__call__"][0] for name, out in captured.items() if name != "__call__"}
-        values = results["v"] if "v" in results else results["qkv"][2]
-        outputs, proj = captured["__call__"][0], own["proj"]
+        captured, own = state["intermediates"][stack], params[stack]["attn"]
+        tokens, outputs = (captured[name]["__call__"][0] for name in ("norm1", "attn"))
         if stack != "last_block":  # a stack of one
-            outputs, values, proj = jax.tree.map(lambda x: x[0], (outputs, values, proj))
-        b, n, d = values.shape
+            tokens, outputs, own = jax.tree.map(lambda x: x[0], (tokens, outputs, own))
+        b, n, d = tokens.shape
+        to_values, proj = own["v" if "v" in own else "qkv"], own["proj"]
+        values = tokens @ to_values["kernel"][:, -d:] + to_values.get("bias", np.zeros(d))[-d:]
         mixed = np.einsum("bhqk,bkhc->bqhc", attention, values.reshape(b, n, 2, d // 2))
         expected = mixed.reshape(b, -1, d) @ proj["kernel"] + proj["bias"]
         np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)

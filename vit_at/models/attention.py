@@ -10,46 +10,31 @@ from vit_at.models.layers import KERNEL_INIT, dense, param_dtype
 
 
 class QueryKeyValue(nn.Module):
-    """The queries of the first tokens, and the keys and values of all tokens, by linear layers.
-
-    The features of the kernel [d, 3 d] are [q | k | v], as in timm.
-    """
+    """The weights of the queries, keys and values; their features are [q | k | v], as in timm."""
 
     use_bias: bool
     dtype: str
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, queries: int, separately: bool = False
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [b, n, d] -> q [b, queries, d], k [b, n, d], v [b, n, d].
-
-        separately: by three products instead of slices of one, where slices would be copies.
-        """
-        d, weights, init = x.shape[-1], param_dtype(self.dtype), nn.initializers.zeros
+    def __call__(self, d: int) -> tuple[jax.Array, jax.Array | None]:
+        """Kernel [d, 3 d], bias [3 d] or None, both in ``dtype``."""
+        weights, init = param_dtype(self.dtype), nn.initializers.zeros
         kernel = self.param("kernel", KERNEL_INIT, (d, 3 * d), weights)
         bias = self.param("bias", init, (3 * d,), weights) if self.use_bias else None
+        return jax.tree.map(lambda x: x.astype(self.dtype), (kernel, bias))
 
-        def linear(x, features):
-            factors = x.astype(self.dtype), kernel[:, features].astype(self.dtype)
-            # Without the barrier, XLA merges the three products again.
-            out = ops.linear(*(lax.optimization_barrier(factors) if separately else factors))
-            return out if bias is None else out + bias[features].astype(self.dtype)
 
-        if separately:
-            q, k, v = (linear(x, slice(i * d, (i + 1) * d)) for i in range(3))
-        elif queries == x.shape[1]:
-            q, k, v = jnp.split(linear(x, slice(None)), 3, -1)
-        else:
-            q = linear(x[:, :queries], slice(d))
-            k, v = jnp.split(linear(x, slice(d, None)), 2, -1)
-        return q, k, v
+def project(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """x kernel + bias in the dtype of the kernel."""
+    out = ops.linear(x.astype(kernel.dtype), kernel)
+    return out if bias is None else out + bias
 
 
 class Attention(nn.Module):
     """Multi-head self-attention; the qkv features are [q | k | v], each heads x head_dim.
 
-    The softmax runs in float32, or in float64 for float64 inputs (jax.nn's own does not).
+    The softmax runs in float32, or in float64 for float64 inputs (jax.nn's own does not). The
+    attention weights [b, h, queries, n] are sown as 'weights', but not those of cuDNN's kernel.
     """
 
     num_heads: int
@@ -62,25 +47,52 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, n, d] -> [b, n, d], or [b, queries, d] of the first tokens."""
-        b, n, d = x.shape
-        head_dim, queries = d // self.num_heads, self.queries or n
-        if self.tokens:
-            return self._fused(x)
-        qkv = QueryKeyValue(self.qkv_bias, self.dtype, name="qkv")(x, queries)
-        heads = [part.reshape(b, -1, self.num_heads, head_dim) for part in qkv]
-        q, k, v = (x.transpose(0, 2, 1, 3) for x in heads)
-        weights = ops.attention_weights(q, k, self.qk_scale or head_dim**-0.5)
-        out = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
-        out = out.transpose(0, 2, 1, 3).reshape(b, queries, d)
-        return dense(d, self.dtype, name="proj")(out)
+        d = x.shape[-1]
+        qkv = QueryKeyValue(self.qkv_bias, self.dtype, name="qkv")(d)
+        scale = self.qk_scale or (d // self.num_heads) ** -0.5
+        attend = self._of_first if self.queries else self._fused if self.tokens else self._of_all
+        return dense(d, self.dtype, name="proj")(attend(x, *qkv, scale))
 
-    def _fused(self, x: jax.Array) -> jax.Array:
-        """The same for all tokens; only q, k, v, the output and a number per row are kept."""
+    def _of_all(self, x, kernel, bias, scale):
         b, n, d = x.shape
-        parts = QueryKeyValue(self.qkv_bias, self.dtype, name="qkv")(x, n, separately=True)
-        heads = [part.reshape(b, n, self.num_heads, d // self.num_heads) for part in parts]
+        parts = jnp.split(project(x, kernel, bias), 3, -1)
+        heads = (part.reshape(b, n, self.num_heads, -1) for part in parts)
+        q, k, v = (part.transpose(0, 2, 1, 3) for part in heads)
+        weights = ops.attention_weights(q, k, scale)
+        self.sow("intermediates", "weights", weights)
+        out = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+        return out.transpose(0, 2, 1, 3).reshape(b, n, d)
+
+    def _of_first(self, x, kernel, bias, scale):
+        """Of few queries, without any token's key or value, which would cost most.
+
+        q . (K x_j) = (K^T q) . x_j, and sum_j w_j V x_j = V (sum_j w_j x_j). The keys' bias adds
+        the same to each logit of a query, which the softmax ignores.
+        """
+        (b, n, d), h, m = x.shape, self.num_heads, self.queries
+        of_q, of_k, of_v = (slice(i * d, (i + 1) * d) for i in range(3))
+        x = x.astype(kernel.dtype)
+        q = project(x[:, :m], kernel[:, of_q], None if bias is None else bias[of_q])
+        to_keys, to_values = (kernel[:, part].reshape(d, h, -1) for part in (of_k, of_v))
+        q = jnp.einsum("bmhc,dhc->bhmd", q.reshape(b, m, h, -1), to_keys)
+        pooled, weights = ops.pool(q.reshape(b, h * m, d), x, scale)
+        self.sow("intermediates", "weights", weights.reshape(b, h, m, n))
+        out = jnp.einsum("bhmd,dhc->bmhc", pooled.reshape(b, h, m, d), to_values)
+        out = out.reshape(b, m, d)
+        return out if bias is None else out + bias[of_v]
+
+    def _fused(self, x, kernel, bias, scale):
+        """``_of_all``, but only q, k, v, the output and a number per row are kept."""
+        b, n, d = x.shape
+
+        def heads(features):
+            # Without the barrier, XLA merges the three products, and then its slices are copies.
+            factors = lax.optimization_barrier((x.astype(kernel.dtype), kernel[:, features]))
+            part = project(*factors, None if bias is None else bias[features])
+            return part.reshape(b, n, self.num_heads, d // self.num_heads)
+
+        qkv = [heads(slice(i * d, (i + 1) * d)) for i in range(3)]
         lengths = jnp.full((b,), self.tokens, jnp.int32) if self.tokens < n else None
         options = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
-        scale = self.qk_scale or None
-        out = jax.nn.dot_product_attention(*heads, scale=scale, implementation="cudnn", **options)
-        return dense(d, self.dtype, name="proj")(out.reshape(b, n, d))
+        out = jax.nn.dot_product_attention(*qkv, scale=scale, implementation="cudnn", **options)
+        return out.reshape(b, n, d)

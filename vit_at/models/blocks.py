@@ -237,8 +237,8 @@ def last_blocks(
     """x [b, n, d] -> the first tokens [b, read, d] after ``count`` blocks and the final norm; for
     ``read`` 1, the class token [b, d].
 
-    The head reads only these tokens, so the last block, ``last_block``, computes no other: this
-    saves nearly a twelfth of the work of twelve blocks. The others are the stack ``blocks``.
+    The head reads only these tokens, so the last block, ``last_block``, computes no other, and no
+    keys and values: this saves nearly all of its work. The others are the stack ``blocks``.
     """
     fields = (model.mlp_ratio, model.norm_eps, model.dtype)
     if count > 1:
@@ -256,12 +256,12 @@ def last_blocks(
 
 
 def multiply_adds(
-    blocks: Sequence[tuple[int, int, int]], d: int, mlp_ratio: float
+    blocks: Sequence[tuple[int, int, int, int]], d: int, mlp_ratio: float
 ) -> tuple[float, float]:
     """(in all linear layers, in all products of two activations) of the blocks, for one image.
 
-    blocks: (number of such blocks, tokens, queries) of each kind. Keys and values are computed for
-      all tokens, everything else for the queries alone.
+    blocks: (number of such blocks, tokens, queries, width of a token's attention: d, or heads x d
+      where ``attention`` computes no keys and values) of each kind.
     """
-    linear = sum(n * d * d * (2 * t + q * (2 + 2 * mlp_ratio)) for n, t, q in blocks)
-    return linear, sum(n * 2.0 * q * t * d for n, t, q in blocks)
+    linear = sum(n * q * d * d * (4 + 2 * mlp_ratio) for n, _, q, _ in blocks)
+    return linear, sum(n * 2.0 * q * t * width for n, t, q, width in blocks)

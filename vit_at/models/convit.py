@@ -49,7 +49,10 @@ def _local_init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax
 
 
 class GatedPositionalAttention(nn.Module):
-    """Attention that a learnt gate per head mixes from content and relative position."""
+    """Attention that a learnt gate per head mixes from content and relative position.
+
+    The attention weights [b, h, n, n] are sown as 'weights'.
+    """
 
     num_heads: int
     qk_scale: float  # of the content logits; 0: head_dim ** -0.5
@@ -75,6 +78,7 @@ class GatedPositionalAttention(nn.Module):
         gate = jax.nn.sigmoid(gate)[:, None, None]
         by_content = ops.softmax(content, self.dtype)
         attention = (1 - gate) * by_content + gate * ops.softmax(position, weights)
+        self.sow("intermediates", "weights", attention)
         out = jnp.einsum("bhqk,bkhc->bqhc", attention.astype(self.dtype), v)
         return layers.dense(d, self.dtype, name="proj")(out.reshape(b, n, d))
 
@@ -123,7 +127,8 @@ class ConViT(blocks.Transformer):
 
     def multiply_adds(self) -> tuple[float, float]:
         n, d, local = self.num_tokens, self.embed_dim, self.local_blocks
-        kinds = [(local, n, n), (self.depth - local - 1, n + 1, n + 1), (1, n + 1, 1)]
+        kinds = [(local, n, n, d), (self.depth - local - 1, n + 1, n + 1, d)]
+        kinds.append((1, n + 1, 1, self.num_heads * d))
         linear, attention = blocks.multiply_adds(kinds, d, self.mlp_ratio)
         position = local * 3 * n * n * self.num_heads
         return linear + self.stem_multiply_adds() + position + d * self.num_classes, attention

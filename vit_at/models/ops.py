@@ -1,4 +1,4 @@
-"""GELU, LayerNorm, softmax, attention weights, linear layers and convolutions with their gradients.
+"""GELU, LayerNorm, softmax, attention, linear layers and convolutions with their gradients.
 
 All but the last are bound by memory, and automatic differentiation keeps several arrays of each for
 the backward pass. Written out, GELU keeps only its input, LayerNorm its input and two numbers per
@@ -164,6 +164,67 @@ def _attention_weights_backward(scale, residuals, cotangent):
 
 
 attention_weights.defvjp(_attention_weights_forward, _attention_weights_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def pool(q: Array, x: Array, scale: float) -> tuple[Array, Array]:
+    """(weights x, weights) of the weights softmax(scale q x^T): x is the keys and the values.
+
+    q [b, queries, d], x [b, n, d] -> [b, queries, d], weights [b, queries, n] without a gradient.
+    For few queries: on a GPU, products with so few rows are sums, as XLA would pad them to eight.
+    """
+    weights = softmax(_rows_by_tokens(q, x) * scale, q.dtype)
+    return _weighted_tokens(weights, x), weights
+
+
+def _rows_by_tokens(rows: Array, x: Array) -> Array:
+    """rows [b, queries, d] times x [b, n, d] -> [b, queries, n], float32 at least."""
+
+    def product(rows, x):
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.einsum("bqd,bnd->bqn", rows, x, preferred_element_type=wide)
+
+    def sums(rows, x):
+        return (_wide(rows)[:, :, None] * _wide(x)[:, None]).sum(-1)
+
+    return lax.platform_dependent(rows, x, cuda=sums, default=product)
+
+
+def _weighted_tokens(weights: Array, x: Array) -> Array:
+    """weights [b, queries, n] times x [b, n, d] -> [b, queries, d]."""
+
+    def sums(weights, x):
+        return (_wide(weights)[..., None] * _wide(x)[:, None]).sum(2).astype(x.dtype)
+
+    product = functools.partial(jnp.einsum, "bqn,bnd->bqd")
+    return lax.platform_dependent(weights, x, cuda=sums, default=product)
+
+
+def _pool_forward(q, x, scale):
+    pooled, weights = pool(q, x, scale)
+    return (pooled, weights), (q, x, weights)
+
+
+def _pool_backward(scale, residuals, cotangents):
+    (q, x, weights), (cotangent, _) = residuals, cotangents
+    to_product = (_to_logits(weights, _rows_by_tokens(cotangent, x)) * scale).astype(q.dtype)
+
+    def product(*pairs):  # through the logits and through the sum at once
+        left, right = (jnp.concatenate(pair, 1) for pair in pairs)
+        return jnp.einsum("bqn,bqd->bnd", left, right)
+
+    def sums(*pairs):
+        both = (
+            (_wide(w)[..., None] * _wide(y)[:, :, None]).sum(1) for w, y in zip(*pairs, strict=True)
+        )
+        return sum(both).astype(x.dtype)
+
+    pairs = (to_product, weights), (q, cotangent)
+    to_x = lax.platform_dependent(*pairs, cuda=sums, default=product)
+    return _weighted_tokens(to_product, x), to_x
+
+
+pool.defvjp(_pool_forward, _pool_backward)
 
 
 def linear(x: Array, kernel: Array) -> Array:

@@ -77,7 +77,7 @@ class VisionTransformer(blocks.Transformer):
     def multiply_adds(self) -> tuple[float, float]:
         read = len(self.TOKENS)
         n, d = read + self.num_tokens, self.embed_dim
-        kinds = [(self.depth - 1, n, n), (1, n, read)]
+        kinds = [(self.depth - 1, n, n, d), (1, n, read, self.num_heads * d)]
         linear, attention = blocks.multiply_adds(kinds, d, self.mlp_ratio)
         return linear + self.stem_multiply_adds() + read * d * self.num_classes, attention
 

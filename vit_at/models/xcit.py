@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from vit_at.errors import UserError
 from vit_at.models import blocks, layers, ops
-from vit_at.models.attention import QueryKeyValue
+from vit_at.models.attention import QueryKeyValue, project
 from vit_at.models.xcit_stem import Affine, ConvPatchEmbed, PositionalEncoding, conv_plan
 
 _TRUNKS = {  # width, depth, heads
@@ -66,8 +66,8 @@ class CrossCovarianceAttention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, n, d] -> [b, n, d]."""
         (b, n, d), h, wide = x.shape, self.num_heads, layers.param_dtype(self.dtype)
-        qkv = QueryKeyValue(True, self.dtype, name="qkv")(x, n)
-        q, k, v = (part.reshape(b, n, h, d // h) for part in qkv)
+        qkv = project(x, *QueryKeyValue(True, self.dtype, name="qkv")(d))
+        q, k, v = (part.reshape(b, n, h, d // h) for part in jnp.split(qkv, 3, -1))
         q, k = (y.astype(wide) for y in (q, k))
         q, k = (y * jax.lax.rsqrt(jnp.maximum((y**2).sum(1, keepdims=True), 1e-24)) for y in (q, k))
         temperature = self.param("temperature", nn.initializers.ones, (h, 1, 1), wide)

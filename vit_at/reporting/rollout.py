@@ -4,7 +4,7 @@ A block with attention A, averaged over heads, passes on (A + I) / 2: half throu
 through the residual path. The product over all blocks is each patch's contribution to the class
 token.
 
-The attention weights are recomputed from the captured outputs of each block's query-key layer.
+The attention weights are those that each block sows.
 """
 
 from typing import Any
@@ -16,7 +16,6 @@ from vit_at.models.convit import ConViT
 from vit_at.models.vit import VisionTransformer
 
 Array = jax.Array
-_CAPTURED = ("qkv", "qk", "pos_proj")
 
 
 def has_rollout(model: Any) -> bool:
@@ -46,36 +45,10 @@ def attention_maps(model: Any, params: Any, images: Array) -> list[Array]:
     Token 0 is the class token, which ConViT's first blocks lack. The last block computes only the
     tokens that the head reads: its map is [b, heads, 1, n], or 2 queries for a distilled DeiT.
     """
-    _, state = model.apply(
-        {"params": params},
-        images,
-        capture_intermediates=lambda module, _: module.name in _CAPTURED,
-        mutable=["intermediates"],
-    )
-    stacks = state["intermediates"]
-    maps = []
+    _, state = model.apply({"params": params}, images, mutable=["intermediates"])
+    stacks, maps = state["intermediates"], []
     for stack in ("local_blocks", "blocks", "last_block"):
-        if stack not in stacks:
-            continue
-        captured = {n: out["__call__"][0] for n, out in stacks[stack]["attn"].items()}
-        if stack == "last_block":  # not stacked
-            captured = jax.tree.map(lambda x: x[None], captured)
-        gates = params[stack]["attn"].get("gating_param")
-        for block in range(len(jax.tree.leaves(captured)[0])):
-            of_block = jax.tree.map(lambda x, i=block: x[i], captured)
-            maps.append(_attention(model, of_block, None if gates is None else gates[block]))
+        if stack in stacks:
+            (weights,) = stacks[stack]["attn"]["weights"]
+            maps.extend([weights] if stack == "last_block" else weights)
     return maps
-
-
-def _attention(model: Any, captured: dict[str, Any], gate: Array | None) -> Array:
-    """softmax(scale q k) of one block; with a gate, mixed with its positional attention."""
-    head_dim = model.embed_dim // model.num_heads
-    q, k = captured["qkv"][:2] if "qkv" in captured else jnp.split(captured["qk"], 2, -1)
-    q, k = (x.astype(jnp.float32).reshape(*x.shape[:2], -1, head_dim) for x in (q, k))
-    scale = model.qk_scale or head_dim**-0.5
-    content = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * scale)
-    if gate is None:
-        return content
-    gate = jax.nn.sigmoid(gate)[:, None, None]
-    position = jax.nn.softmax(jnp.moveaxis(captured["pos_proj"], -1, 0))
-    return (1 - gate) * content + gate * position
