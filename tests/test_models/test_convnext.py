@@ -12,7 +12,7 @@ import runs
 from vit_at import configs, models, weights
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
-from vit_at.models import convnext, ops
+from vit_at.models import convnext, convolution
 from vit_at.reporting.exported import timm_arguments
 from vit_at.training.setup import initial_state
 
@@ -32,10 +32,6 @@ def loss_and_logits(model, images, params):
     return -log_p[jnp.arange(2), golden.LABELS].mean(), logits
 
 
-def error(value, expected):
-    return np.abs(np.asarray(value) - expected).max() / np.abs(expected).max()
-
-
 @pytest.mark.parametrize(("stem", "dtype"), [runs.slow("patch", "float64"), ("conv", "float32")])
 def test_reference(stem, dtype):
     """Scanned in float64; in float32, block by block, with blocks computed again."""
@@ -48,8 +44,8 @@ def test_reference(stem, dtype):
             params = models.unstack_blocks(apply, params)
         step = jax.jit(jax.grad(functools.partial(loss_and_logits, model), has_aux=True))
         g, logits = step(images.astype(dtype), params)
-    assert error(logits, expected["logits"]) < (1e-6 if wide else 1e-5)
-    assert error(g, expected["g"]) < (1e-6 if wide else 5e-5)
+    assert golden.error(logits, expected["logits"]) < (1e-6 if wide else 1e-5)
+    assert golden.error(g, expected["g"]) < (1e-6 if wide else 5e-5)
 
 
 def test_stem_of_the_larger_models():
@@ -70,7 +66,7 @@ def test_stem_of_the_larger_models():
         m: {n: draw(m, n, x.shape) for n, x in leaves.items()} for m, leaves in shapes.items()
     }
     features = model.apply({"params": params}, images)[:, ::2, ::2]
-    assert error(features, golden.arrays("convnext_conv_base_stem")["features"]) < 1e-5
+    assert golden.error(features, golden.arrays("convnext_conv_base_stem")["features"]) < 1e-5
 
 
 @pytest.mark.parametrize("stem", WIDTHS)
@@ -128,7 +124,7 @@ def test_bfloat16_and_stochastic_depth():
     assert len(np.unique(logits, axis=0)) > 1
     plain = jax.jit(apply)(params, images)
     assert plain.dtype == jnp.float32
-    assert error(plain[0], golden.arrays("convnext_patch")["logits"][0]) < 0.1
+    assert golden.error(plain[0], golden.arrays("convnext_patch")["logits"][0]) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -165,7 +161,7 @@ def test_gradients_of_the_depthwise_convolution():
             value, vjp = jax.vjp(function, x, kernel)
             return value, *vjp(weight)
 
-        found, expected = (results(f, x, kernel) for f in (ops.depthwise, definition))
+        found, expected = (results(f, x, kernel) for f in (convolution.depthwise, definition))
         for got, wanted in zip(found, expected, strict=True):
             np.testing.assert_allclose(got, wanted, atol=1e-12)
 
@@ -192,7 +188,8 @@ def test_gradients_of_a_convolution(size, stride, padding):
             value, vjp = jax.vjp(function, x, kernel)
             return value, *vjp(weight)
 
-        found = results(lambda x, kernel: ops.convolve(x, kernel, strides, margins), x, kernel)
+        convolve = functools.partial(convolution.convolve, strides=strides, padding=margins)
+        found = results(convolve, x, kernel)
         for got, wanted in zip(found, results(definition, x, kernel), strict=True):
             np.testing.assert_allclose(got, wanted, atol=1e-12)
 

@@ -49,10 +49,6 @@ def loss_and_logits(model, images, params, keep):
     return -log_p[jnp.arange(2), golden.LABELS].mean(), logits
 
 
-def error(value, expected):
-    return np.abs(np.asarray(value) - expected).max() / np.abs(expected).max()
-
-
 def gradients(apply, images, params, expected):
     """(logits, input gradient, gated input gradient)."""
     step = jax.jit(jax.grad(functools.partial(loss_and_logits, apply), has_aux=True))
@@ -69,9 +65,9 @@ def test_reference(tag):
         model, params, images = create(tag, "float64")
         assert model.num_blocks == len(expected["keep"]) == model.depth + 2
         logits, g, gm = gradients(model, images, params, expected)
-    assert error(logits, expected["logits"]) < 1e-6
-    assert error(g, expected["g"]) < 1e-5
-    assert error(gm, expected["gm"]) < 1e-5
+    assert golden.error(logits, expected["logits"]) < 1e-6
+    assert golden.error(g, expected["g"]) < 1e-5
+    assert golden.error(gm, expected["gm"]) < 1e-5
 
 
 @pytest.mark.slow
@@ -83,9 +79,9 @@ def test_reference_block_by_block_in_float32():
     laid_out = models.unstack_blocks(apply, params)
     assert len(laid_out["blocks"].blocks) == 3
     logits, g, gm = gradients(model, images.astype(jnp.float32), laid_out, expected)
-    assert error(logits, expected["logits"]) < 1e-5
-    assert error(g, expected["g"]) < 5e-5
-    assert error(gm, expected["gm"]) < 5e-5
+    assert golden.error(logits, expected["logits"]) < 1e-5
+    assert golden.error(g, expected["g"]) < 5e-5
+    assert golden.error(gm, expected["gm"]) < 5e-5
 
 
 def test_masked_backward_passes_are_not_computed():
@@ -125,7 +121,7 @@ def test_bfloat16_and_stochastic_depth():
     np.testing.assert_array_equal(logits, backwards[::-1])
     assert len(np.unique(logits, axis=0)) > 1
     plain = jax.jit(apply)(params, images)
-    assert error(plain[0], golden.arrays("xcit_p4")["logits"][0]) < 0.1
+    assert golden.error(plain[0], golden.arrays("xcit_p4")["logits"][0]) < 0.1
 
 
 @pytest.mark.slow

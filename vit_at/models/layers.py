@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vit_at.models import ops
+from vit_at.models import convolution, ops
 
 # As in the original ViT. timm's truncated normal of 0.02 ignores the width: with it, narrow models
 # hardly learn from scratch with SGD.
@@ -41,10 +41,10 @@ def conv_fields(dtype: str) -> dict[str, Any]:
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **_: Any) -> jax.Array:
-    """``ops.convolve`` as Flax calls it; what is left out has its default."""
+    """``convolution.convolve`` as Flax calls it; what is left out has its default."""
     if isinstance(padding, str):  # SAME or VALID
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    return ops.convolve(x, kernel, tuple(strides), tuple(padding))
+    return convolution.convolve(x, kernel, tuple(strides), tuple(padding))
 
 
 def _linear(x: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
@@ -102,7 +102,7 @@ class DepthwiseConv(nn.Module):
         init = nn.initializers.lecun_normal()
         kernel = self.param("kernel", init, (self.size, self.size, 1, d), weights)
         bias = self.param("bias", nn.initializers.zeros, (d,), weights)
-        x = ops.depthwise(x.astype(self.dtype), kernel.astype(self.dtype))
+        x = convolution.depthwise(x.astype(self.dtype), kernel.astype(self.dtype))
         return x + bias.astype(self.dtype)
 
 
