@@ -71,16 +71,16 @@ def test_gate_is_its_definition(name, monkeypatch):
         assert max(jax.tree.leaves(difference)) > 1e-3 * scale
 
 
-def _equations(jaxpr):
+def _equations(jaxpr, of_branches):
     for equation in jaxpr.eqns:
         yield equation
-        if equation.primitive.name != "cond":
+        if of_branches or equation.primitive.name != "cond":
             for inner in jax_core.jaxprs_in_params(equation.params):
-                yield from _equations(inner)
+                yield from _equations(inner, of_branches)
 
 
 def _products(jaxpr):
-    return sum(e.primitive.name == "dot_general" for e in _equations(jaxpr))
+    return sum(e.primitive.name == "dot_general" for e in _equations(jaxpr, of_branches=True))
 
 
 @pytest.mark.parametrize("name", MOST)
@@ -90,7 +90,10 @@ def test_masked_backward_pass_is_not_computed(name):
     gradient = jax.jit(jax.grad(functools.partial(golden.loss_and_logits, model), has_aux=True))
     keep = jnp.zeros(model.num_blocks, bool)
     jaxpr = jax.make_jaxpr(gradient)(images, params, keep).jaxpr
-    branches = [e.params["branches"] for e in _equations(jaxpr) if e.primitive.name == "cond"]
+    conditionals = [e for e in _equations(jaxpr, of_branches=False) if e.primitive.name == "cond"]
+    pairs = [equation.params["branches"] for equation in conditionals]
+    # The others choose the way of one product by the platform.
+    branches = [pair for pair in pairs if max(_products(branch.jaxpr) for branch in pair) > 1]
     assert branches, "no branch depends on the mask"
     for skipped, computed in branches:
         assert _products(skipped.jaxpr) == 0
