@@ -5,6 +5,7 @@ from PIL import Image
 
 
 def config(name="digits", **fields) -> ConfigDict:
+    """The ``data`` fields of a configuration, as the loaders take them: grey images of 8x8."""
     defaults = {"dir": "", "image_size": 8, "mean": (0.5,), "cache_gib": 4.0, "decoded_dir": ""}
     defaults |= {"allow_overlap": False, "transform": "squash", "stratified": False}
     return ConfigDict({"name": name, **defaults, **fields})

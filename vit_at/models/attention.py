@@ -24,6 +24,12 @@ class QueryKeyValue(nn.Module):
         return jax.tree.map(lambda x: x.astype(self.dtype), (kernel, bias))
 
 
+def parts(kernel: jax.Array, bias: jax.Array | None) -> list[tuple[jax.Array, jax.Array | None]]:
+    """Kernel [d, d] and bias [d] or None, each of the queries, of the keys and of the values."""
+    biases = [None] * 3 if bias is None else jnp.split(bias, 3)
+    return list(zip(jnp.split(kernel, 3, axis=1), biases, strict=True))
+
+
 def project(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
     """x kernel + bias in the dtype of the kernel."""
     out = ops.linear(x.astype(kernel.dtype), kernel)
@@ -55,8 +61,8 @@ class Attention(nn.Module):
 
     def _of_all(self, x, kernel, bias, scale):
         b, n, d = x.shape
-        parts = jnp.split(project(x, kernel, bias), 3, -1)
-        heads = (part.reshape(b, n, self.num_heads, -1) for part in parts)
+        features = jnp.split(project(x, kernel, bias), 3, -1)
+        heads = (part.reshape(b, n, self.num_heads, -1) for part in features)
         q, k, v = (part.transpose(0, 2, 1, 3) for part in heads)
         weights = ops.attention_weights(q, k, scale)
         self.sow("intermediates", "weights", weights)
@@ -70,28 +76,27 @@ class Attention(nn.Module):
         the same to each logit of a query, which the softmax ignores.
         """
         (b, n, d), h, m = x.shape, self.num_heads, self.queries
-        of_q, of_k, of_v = (slice(i * d, (i + 1) * d) for i in range(3))
+        to_query, (to_key, _), (to_value, value_bias) = parts(kernel, bias)
+        to_key, to_value = (part.reshape(d, h, -1) for part in (to_key, to_value))
         x = x.astype(kernel.dtype)
-        q = project(x[:, :m], kernel[:, of_q], None if bias is None else bias[of_q])
-        to_keys, to_values = (kernel[:, part].reshape(d, h, -1) for part in (of_k, of_v))
-        q = jnp.einsum("bmhc,dhc->bhmd", q.reshape(b, m, h, -1), to_keys)
+        q = project(x[:, :m], *to_query).reshape(b, m, h, -1)
+        q = jnp.einsum("bmhc,dhc->bhmd", q, to_key)
         pooled, weights = ops.pool(q.reshape(b, h * m, d), x, scale)
         self.sow("intermediates", "weights", weights.reshape(b, h, m, n))
-        out = jnp.einsum("bhmd,dhc->bmhc", pooled.reshape(b, h, m, d), to_values)
+        out = jnp.einsum("bhmd,dhc->bmhc", pooled.reshape(b, h, m, d), to_value)
         out = out.reshape(b, m, d)
-        return out if bias is None else out + bias[of_v]
+        return out if value_bias is None else out + value_bias
 
     def _fused(self, x, kernel, bias, scale):
         """``_of_all``, but only q, k, v, the output and a number per row are kept."""
         b, n, d = x.shape
 
-        def heads(features):
+        def heads(kernel, bias):
             # Without the barrier, XLA merges the three products, and then its slices are copies.
-            factors = lax.optimization_barrier((x.astype(kernel.dtype), kernel[:, features]))
-            part = project(*factors, None if bias is None else bias[features])
-            return part.reshape(b, n, self.num_heads, d // self.num_heads)
+            factors = lax.optimization_barrier((x.astype(kernel.dtype), kernel))
+            return project(*factors, bias).reshape(b, n, self.num_heads, d // self.num_heads)
 
-        qkv = [heads(slice(i * d, (i + 1) * d)) for i in range(3)]
+        qkv = [heads(*part) for part in parts(kernel, bias)]
         lengths = jnp.full((b,), self.tokens, jnp.int32) if self.tokens < n else None
         options = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
         out = jax.nn.dot_product_attention(*qkv, scale=scale, implementation="cudnn", **options)
