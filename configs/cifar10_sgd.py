@@ -2,9 +2,9 @@
 
     vit-at train cifar10_sgd
 
-A ViT becomes robust only from pre-trained weights, here of ImageNet; :scratch goes without, and
---config.model.pretrained=FILE takes others. The paper's code uses batch 64, its text 128. An epoch
-of PGD-10 costs 23 forward passes an image.
+At full eps a ViT becomes robust only from pre-trained weights, here of ImageNet; :scratch goes
+without, and --config.model.pretrained=FILE takes others. The paper's code uses batch 64, its
+text 128. An epoch of PGD-10 costs 23 forward passes an image.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
-"""Digits (packaged), AT of a small ViT with SGD, Linf 0.15: two minutes on two CPU cores.
+"""Digits (packaged), AT of a small ViT with SGD, Linf 0.15: three minutes on two CPU cores.
 
     vit-at train digits_sgd
 
 1 797 real 8x8 digits (UCI). They are nearly two-tone, so eps 8/255 hardly changes the accuracy, and
 the recipe takes 0.15. From scratch, eps has to warm up (threat.eps_warmup_epochs) or nothing is
-learned. Expected clean / PGD-20 accuracy: 96 % / 70 %; with :natural 94 % / 10 %. See the README.
+learned. Expected clean / PGD-20 accuracy: 94 % / 70 %; with :natural 93 % / 9 %. See docs/study.md.
 """
 
 from collections.abc import Callable

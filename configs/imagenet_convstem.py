@@ -37,4 +37,5 @@ def get_config(variants: str = "") -> ConfigDict:
     config.optimizer.schedule, config.optimizer.warmup_epochs = "cosine", 20.0
     config.eval.validation_attack = "pgd-5"
     config.eval.batch_size = 512
+    config.eval.num_examples = 5000
     return common.apply_variants(config, variants)

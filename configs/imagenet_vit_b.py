@@ -1,8 +1,9 @@
-"""ImageNet-1k, AT of ViT-B with SGD, Linf 4/255: the paper's 68.4 % clean, 34.4 % AutoAttack.
+"""ImageNet-1k, AT of ViT-B with ARD, PRM and SGD, Linf 4/255: the paper's largest recipe.
 
     vit-at train imagenet_vit_b
 
-10 epochs, batch 512, PGD-5, ARD and PRM over the first 2 epochs, from ImageNet-21k weights.
+10 epochs, batch 512, PGD-5, ARD and PRM over the first 2 epochs, from ImageNet-21k weights. Not
+measured here; the authors' weights of 2024 have 68.38 % clean, 34.40 % AutoAttack (RobustBench).
 """
 
 from ml_collections import ConfigDict
@@ -26,4 +27,5 @@ def get_config(variants: str = "") -> ConfigDict:
     config.masking.patch_size = 16
     config.eval.validation_attack = "pgd-5"
     config.eval.batch_size = 512
+    config.eval.num_examples = 5000  # AutoAttack on all 50,000 would cost 7 times the training
     return common.apply_variants(config, variants)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Estimates what a recipe costs on a TPU slice: compute and communication.
 
-    python launch/cost.py imagenet_vit_b [--chip=v6e] [--utilisation=0.4]
+    python launch/cost.py imagenet_vit_b [--chip=v6e] [--utilisation=0.4] [--robust=0.4]
 
 An update computes F operations (``metrics.step_flops``, most of them the attack's) and all-reduces
 the gradient of P float32 parameters. With ``sharding=fsdp`` it gathers the parameters and
@@ -12,7 +12,8 @@ second, and a share u of C in use,
     efficiency = compute / (compute + send)
 
 This is a lower bound, as it assumes no overlap. C and W are from data sheets, u is an assumption,
-and nothing here has been measured on such a slice.
+and nothing here has been measured on such a slice. AutoAttack's cost is that of the images that
+withstand it, an assumed share: the others cost little (of 256 CIFAR-10 images, one of 100 passes).
 """
 
 import sys
@@ -30,6 +31,9 @@ from vit_at.reporting.list_recipes import Cost, cost_of
 
 FLOAT32 = 4  # bytes
 _FULL_PRECISION_PASSES = 6  # bfloat16 products that make one of float32
+# Of an image that withstands all: 100 steps of APGD and of 9 targets each, 100 of FAB for 9 targets
+# with a forward pass to check the point, and Square's 5,000 queries.
+_AUTOATTACK_PASSES = 2 * (100 + 900) + 3 * 900 + 5000
 TEST_IMAGES = {
     "cifar10": 10_000,
     "cifar100": 10_000,
@@ -58,20 +62,27 @@ class Chip(NamedTuple):
 CHIPS = {"v5e": Chip(197e12, 200e9, 256), "v6e": Chip(918e12, 400e9, 256)}
 
 
-def evaluation_flops(config: ConfigDict, forward_flops: float) -> float:
-    """Operations of all evaluations of a run; a float32 product counts as six bfloat16 products."""
+def evaluation_flops(config: ConfigDict, forward_flops: float, robust: float) -> float:
+    """Operations of all evaluations of a run; a float32 product counts as six bfloat16 products.
+
+    robust: the share of the test images that withstand AutoAttack.
+    """
     validation = config.data.validation_examples
-    images = TEST_IMAGES[config.data.name] * _passes(config, config.eval.attacks)
+    tested = config.eval.num_examples or TEST_IMAGES[config.data.name]
+    images = tested * _passes(config, config.eval.attacks, robust)
     if config.eval.every_epochs:
-        often = config.epochs // config.eval.every_epochs
-        images += often * validation * _passes(config, f"clean,{config.eval.validation_attack}")
+        often, attacks = config.epochs // config.eval.every_epochs, config.eval.validation_attack
+        images += often * validation * _passes(config, f"clean,{attacks}", robust)
     return images * forward_flops * _FULL_PRECISION_PASSES
 
 
-def _passes(config: ConfigDict, attacks: str) -> int:
+def _passes(config: ConfigDict, attacks: str, robust: float) -> float:
     """Work for one image in forward passes: 2 for each attack step and 1 at the end."""
-    parsed = parse_attacks(attacks, Threat.of(evaluation_threat(config)))
-    return sum(1 + 2 * a.threat.steps * (a.kind in ("pgd", "cw")) for a in parsed)
+    found = 0.0
+    for attack in parse_attacks(attacks, Threat.of(evaluation_threat(config))):
+        found += 1 + 2 * attack.threat.steps * (attack.kind in ("pgd", "cw"))
+        found += robust * _AUTOATTACK_PASSES * (attack.kind == "autoattack")
+    return found
 
 
 def sent_bytes(parameters: int, chips: int) -> float:
@@ -90,16 +101,18 @@ def chip_hours(flops: float, chip: Chip, utilisation: float) -> float:
     return flops / (utilisation * chip.flops) / 3600
 
 
-def report(config: ConfigDict, chip_name: str, utilisation: float) -> str:
+def report(config: ConfigDict, chip_name: str, utilisation: float, robust: float) -> str:
     """A recipe's cost, and its efficiency on slices of 8, 64 and 256 chips, as text."""
     chip, cost, batch_size = CHIPS[chip_name], cost_of(config), config.batch_size
     training = chip_hours(cost.steps * cost.step_flops, chip, utilisation)
-    evaluation = chip_hours(evaluation_flops(config, cost.forward_flops), chip, utilisation)
+    operations = evaluation_flops(config, cost.forward_flops, robust)
+    evaluation = chip_hours(operations, chip, utilisation)
     lines = [
         f"{config.name}: {cost.parameters:,} parameters, {cost.steps:,} updates of "
         f"{with_prefix(cost.step_flops)}FLOP, batch {batch_size}",
         f"chip-hours on {chip_name} at {utilisation:.0%} of its peak, estimated: "
-        f"{training:.2g} training, {evaluation:.2g} evaluation",
+        f"{training:.2g} training, {evaluation:.2g} evaluation, if {robust:.0%} of the images "
+        "are robust",
         "chips  images a chip  sent MB  efficiency",
     ]
     for chips in (8, 64, 256):
@@ -118,10 +131,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="such as imagenet_vit_b")
     parser.add_argument("--chip", choices=CHIPS, default="v5e")
     parser.add_argument("--utilisation", type=float, default=0.4, help="assumed share of the peak")
+    parser.add_argument("--robust", type=float, default=0.4, help="assumed AutoAttack accuracy")
     options = parser.parse_args(arguments)
     with one_sentence_errors():
         for recipe in options.recipes:
-            print(report(configs.load(recipe), options.chip, options.utilisation))
+            print(report(configs.load(recipe), options.chip, options.utilisation, options.robust))
     return 0
 
 

@@ -1,17 +1,20 @@
 """Costs on paper: counted by hand, and read off a program's text."""
 
+import json
 import pathlib
 import sys
 
 import hlo
 import pytest
 
-from vit_at.configs import digits_sgd, imagenet_vit_b
+from vit_at.configs import cifar10_sgd, digits_sgd, imagenet_vit_b
 from vit_at.errors import UserError
 from vit_at.reporting.list_recipes import Cost, cost_of
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "launch"))
 import cost
+
+RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
 
 HLO = """
 %body (p: f32[10,4]) -> f32[10,4] {
@@ -39,10 +42,22 @@ def test_imagenets_cost_is_that_counted_by_hand():
     unread = 196 * (12 * 768**2 + 2 * 197 * 768)  # of the last block, patches
     forward = 2 * (17.56e9 - unread)  # 17.56 G multiply-adds in the paper
     assert training.step_flops == pytest.approx(512 * (2 * 5 + 3) * forward, rel=0.01)
-    passes = 50_000 * (1 + 41 + 41 + 201) + 10 * 10_000 * (1 + 11)
-    assert cost.evaluation_flops(config, training.forward_flops) == pytest.approx(
-        6 * passes * forward, rel=0.01
-    )
+    autoattack = 1 + 0.3 * (2 * 100 + 2 * 9 * 100 + 3 * 9 * 100 + 5000)
+    passes = 5_000 * (1 + 41 + 41 + 201 + autoattack) + 10 * 10_000 * (1 + 11)
+    operations = cost.evaluation_flops(config, training.forward_flops, robust=0.3)
+    assert operations == pytest.approx(6 * passes * forward, rel=0.01)
+
+
+def test_autoattacks_passes_are_those_that_were_counted():
+    """337,028 forward and 83,285 backward passes for 256 images, 43 of which withstand all."""
+    record = json.loads((RESULTS / "autoattack_cpu2.json").read_text())["ours"]
+    counts = record["model_evaluations"].values()
+    passes = sum(attack["forward"] + attack["backward"] for attack in counts)
+    config = cifar10_sgd.get_config()
+    config.unlock().eval.num_examples, config.eval.every_epochs = 256, 0
+    config.eval.attacks = "autoattack"
+    robust = record["robust"]["square"] / 256
+    assert cost.evaluation_flops(config, 1.0, robust) == pytest.approx(6 * passes, rel=0.01)
 
 
 def test_bytes_and_efficiency():

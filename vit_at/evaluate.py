@@ -121,8 +121,8 @@ def evaluate(
       image_size, mean, std: of weights and functions; 0 and (): the file's or the data set's.
       num_examples: the first so many images of it; 0: all.
       norm, eps, step_size: of the attacks, in pixel units of images in [0, 1]; '' and None: as in
-        ``eval.threat``. Several eps give a curve, with step sizes in proportion; 0 is clean images.
-        Several norms, comma-separated, with one eps for each, give their union.
+        ``eval.threat``, with steps in proportion to eps. Several eps give a curve, in which 0 is
+        clean images. Several norms, comma-separated, with one eps for each, give their union.
       restarts: random starts of PGD and CW, at most 1000; an image counts as robust if all fail.
       batch_size: over all devices; 0: the configuration's.
       precision: of float32 products on an NVIDIA GPU, see docs/evaluate.md.
@@ -225,7 +225,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=fractions,
         help="of images in [0, 1], such as 8/255 or 0,4/255,8/255",
     )
-    add("--step_size", type=fraction, help="in the same units")
+    add("--step_size", type=fraction, help="in the same units; default: scaled with eps")
     add("--restarts", type=int, default=1, help="random starts of PGD and CW")
     add("--batch_size", type=int, default=0, help="over all devices")
     how = "of float32 products on an NVIDIA GPU; default: float32"

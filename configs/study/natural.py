@@ -1,4 +1,4 @@
-"""Natural training of size :small, the weights that ``attack``, ``stem`` and ``extra`` start from.
+"""Natural training of size :small, the weights that the other studies start from.
 
     vit-at sweep study/natural:small
 

@@ -51,8 +51,10 @@ CASES = {
     "step of 0": _command("--step_size=0", says="--step_size is 0; it must be over 0"),
     "negative step": _command("--step_size=-1/255", says="--step_size is -0.0039"),
     "step longer than the ball": _command("--step_size=0.9", says="at most twice eval.threat.eps"),
-    "eps below half a step": _command("--eps=0.001", says="eval.threat.step_size is 0.05"),
-    "norm without eps": _command("--norm=l2", says="give --eps and --step_size too"),
+    "eps below half a step": _command(
+        "--eps=0.001", "--step_size=0.05", says="eval.threat.step_size is 0.05"
+    ),
+    "norm without eps": _command("--norm=l2", says="give --eps too"),
     "unknown norm": _command("--norm=l0", says="invalid choice: 'l0'"),
     "L2 eps beyond any image": _command(
         "--norm=l2", "--eps=1e4", "--step_size=1", says="at most 100"

@@ -24,7 +24,7 @@ CASES = {
         "--norm=linf,linf", "--eps=0.1,0.2", says="has a norm twice; name each once"
     ),
     "two norms without eps": _command(
-        "--norm=linf,l2", says="give --eps and --step_size too|give one eps for each norm"
+        "--norm=linf,l2", says="give --eps too|give one eps for each norm"
     ),
     "two norms and one eps": _command(
         "--norm=linf,l2", "--eps=0.1", says="--eps has 1 values; give one eps for each norm"

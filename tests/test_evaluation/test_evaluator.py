@@ -302,7 +302,7 @@ def test_exported_weights_are_evaluated_like_the_work_directory(workdir, tmp_pat
         (["--split=tset"], "has no split 'tset'"),
         (["--eps=8"], "threat.eps is 8"),
         (["--eps=8/0"], "invalid fraction value: '8/0'"),
-        (["--norm=l2"], "give --eps and --step_size too"),
+        (["--norm=l2"], "give --eps too"),
         (["--restarts=0"], "--restarts is 0"),
         (["--batch_size=10"], "--batch_size is 10, which 4 devices"),
         (["--checkpoint=newest"], "invalid choice: 'newest'"),
@@ -332,5 +332,8 @@ def test_the_records_state_the_threat_of_evaluation(tmp_path):
     assert (protocol["eps"], protocol["step_size"]) == (0.1, 0.02)
     (again,) = vit_at.evaluate(tmp_path, "pgd-2", batch_size=16)
     assert again["protocol"]["step_size"] == 0.02
-    (other,) = vit_at.evaluate(tmp_path, "pgd-2", batch_size=16, eps=0.05, step_size=0.01)
-    assert (other["protocol"]["eps"], other["protocol"]["step_size"]) == (0.05, 0.01)
+    (other,) = vit_at.evaluate(tmp_path, "pgd-2", batch_size=16, eps=0.05, step_size=0.03)
+    assert (other["protocol"]["eps"], other["protocol"]["step_size"]) == (0.05, 0.03)
+    for norm, eps, scaled in (("linf", 0.05, 0.01), ("l2", 1.0, 0.2)):
+        (other,) = vit_at.evaluate(tmp_path, "pgd-2", batch_size=16, norm=norm, eps=eps)
+        assert other["protocol"]["step_size"] == pytest.approx(scaled)

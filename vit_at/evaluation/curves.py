@@ -24,8 +24,8 @@ def threats(
 ) -> list[Threat]:
     """One threat; one for each eps over 0 of several; or one for each of several norms.
 
-    The last one is left in ``config.eval.threat``. If eps or norm are several, the step size is in
-    the configuration's proportion to eps, unless it is given.
+    The last one is left in ``config.eval.threat``. The step size is in the configuration's
+    proportion to eps, unless it is given: the steps of another ball might not leave its centre.
 
     Raises:
       UserError: a threat that can't be, or that the options leave open.
@@ -35,7 +35,7 @@ def threats(
     if norms != [before.norm] and not eps:
         raise UserError(
             f"--norm is {norm}, but the run is evaluated under {before.norm}, whose eps means "
-            "something else; give --eps and --step_size too"
+            "something else; give --eps too"
         )
     if len(norms) > 1:
         pairs = _pairs(norms, eps, step_size)
@@ -43,13 +43,12 @@ def threats(
         pairs = [(norms[0], size) for size in sorted(set(eps) - {0})] or [(norms[0], 0.0)]
     else:
         pairs = [(norms[0], eps[0] if eps else before.eps)]
-        step_size = before.step_size if step_size is None else step_size
-    ratio = before.step_size / before.eps
     found = []
     for name, size in pairs:
         own = config.eval.threat
         own.norm, own.eps = name, size
-        own.step_size = ratio * size if step_size is None else step_size
+        scaled = before.step_size * (size / before.eps)  # exact for the configuration's own eps
+        own.step_size = scaled if step_size is None else step_size
         for option, value in (("--eps", own.eps), ("--step_size", own.step_size)):
             if not value > 0:
                 raise UserError(f"{option} is {value:g}; it must be over 0, such as 8/255")
