@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import jax.numpy as jnp
 import pytest
 import runs as toy
 from etils import epath
@@ -16,6 +17,7 @@ from test_study import record
 from vit_at.errors import UserError
 from vit_at.reporting import sweep
 from vit_at.reporting.jobs import Job, jobs_of
+from vit_at.workdir.checkpoint import Checkpoints
 from vit_at.workdir.files import write_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -37,8 +39,8 @@ def fill(run: Job, accuracy: float, **changes) -> None:
     config = run.config.copy_and_resolve_references().unlock()
     config.update_from_flattened_dict(changes)
     write_config(run.workdir, config)
-    attacks = config.eval.attacks.split(",")
-    (run.workdir / "results.json").write_text(json.dumps([record(a, accuracy) for a in attacks]))
+    records = [record(a, accuracy, seed=config.seed) for a in config.eval.attacks.split(",")]
+    (run.workdir / "results.json").write_text(json.dumps(records))
 
 
 def test_the_digits_sweep_is_three_trainings_of_three_seeds(tmp_path):
@@ -91,6 +93,48 @@ def test_only_what_was_measured_under_the_same_configuration_is_finished(tmp_pat
     assert [run.finished for run in runs[:3]] == [True, False, False]
     flagged = jobs_of(DIGITS, epath.Path(tmp_path), ["--config.epochs=3"])
     assert [run.finished for run in flagged[:3]] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 7}, {"data": "digits/1.0.0 train"}, {"transform": "resize10-crop8"}],
+)
+def test_what_was_measured_otherwise_does_not_finish_a_run(tmp_path, change):
+    run = jobs_of(DIGITS, epath.Path(tmp_path))[0]
+    fill(run, 0.5)
+    assert run.finished
+    attacks = run.config.eval.attacks.split(",")
+    records = [record(attack, 0.5, **change) for attack in attacks]
+    (run.workdir / "results.json").write_text(json.dumps(records))
+    assert not run.finished
+
+
+def test_a_run_that_was_evaluated_before_its_end_is_not_finished(tmp_path):
+    """Records are of step 7: of the best weights, and then of those that a longer run left."""
+    run = jobs_of(DIGITS, epath.Path(tmp_path))[0]
+    fill(run, 0.5)
+    values = {"step": 9, "best": {"step": 7, "robust": 0.5}, "stopped": False}
+    state, checkpoints = {"params": {"x": jnp.zeros(3)}}, Checkpoints(run.workdir)
+    finished = []
+    for step, best, ended in ((9, 7, False), (10, 7, True), (11, 10, True)):
+        values |= {"step": step, "best": {"step": best, "robust": 0.5}, "ended": ended}
+        checkpoints.last.save(step, state, values)
+        checkpoints.wait()
+        finished.append(run.finished)
+    checkpoints.close()
+    assert finished == [False, True, False]
+
+
+def test_fields_that_end_alike_keep_their_whole_name(tmp_path):
+    body = "add('', {'threat.eps': 0.1, 'seed': 1})\nadd('', {'eval.threat.eps': 0.1, 'seed': 1})"
+    names = [job.name for job in jobs_of(recipe(tmp_path, body), epath.Path(tmp_path))]
+    assert names == ["threat.eps=0.1-seed=1", "eval.threat.eps=0.1-seed=1"]
+
+
+def test_a_flag_for_all_runs_does_not_override_what_the_sweep_sets(tmp_path):
+    place = recipe(tmp_path, "for seed in range(3):\n    add('', {'seed': seed})")
+    with pytest.raises(UserError, match=r"--config.seed is given for all runs, but the sweep of"):
+        jobs_of(place, epath.Path(tmp_path), ["--config.seed=7"])
 
 
 def test_the_table_averages_over_finished_seeds_only(tmp_path):

@@ -358,7 +358,12 @@ def test_a_directory_without_a_run_is_refused(workdir):
     with pytest.raises(UserError, match="is no work directory"):
         load_trained(workdir, "best")
     write_config(workdir, runs.resolved())
-    with pytest.raises(UserError, match="holds no 'best' checkpoint yet"):
+    with pytest.raises(UserError, match="holds no 'best' checkpoint yet; train it first"):
+        load_trained(workdir, "best")
+    checkpoints = Checkpoints(workdir)
+    checkpoints.last.save(3, state_of(3).trees, {"step": 3})
+    checkpoints.close()
+    with pytest.raises(UserError, match="take the last weights with --checkpoint=last"):
         load_trained(workdir, "best")
 
 

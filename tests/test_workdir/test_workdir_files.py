@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 from unittest import mock
 
 import numpy as np
@@ -59,6 +60,12 @@ def test_a_work_directory_is_refused_while_another_process_uses_it(tmp_path, hol
         assert part in str(caught.value)
     with locked(epath.Path(tmp_path), "evaluation"):  # a lock of its own
         pass
+
+
+def test_the_final_evaluation_waits_for_another_one(tmp_path, holder):
+    threading.Timer(0.5, holder.kill).start()
+    with locked(epath.Path(tmp_path), "training", wait=True):
+        assert holder.wait(timeout=10) == -signal.SIGKILL
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path, holder):

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     with one_sentence_errors():
         if options.parallel < 1:
             raise UserError(f"--parallel is {options.parallel}; it must be 1 or more")
-        root = epath.Path(options.root) if options.root else None
+        root = epath.Path(options.root).expanduser() if options.root else None
         jobs = jobs_of(options.recipe, root, options.flags)
         if not jobs:
             raise UserError(f"the sweep of {options.recipe} adds no run")

@@ -267,7 +267,8 @@ class Loop:
         data = self._setup.train_set
         classes = {"num_classes": data.num_classes, "class_names": list(data.class_names)}
         run = {"run": self._setup.fingerprint}
-        how = {"best": self._best, "stopped": self._stopped}
+        ended = self._stopped or step == self._setup.total_steps
+        how = {"best": self._best, "stopped": self._stopped, "ended": ended}
         return {"step": step} | how | classes | run
 
 
@@ -308,5 +309,5 @@ def _final_evaluation(
     logging.info("testing the %s on %d images of %s", tested, len(examples), examples.name)
     evaluator = _evaluator(setup, config.eval.attacks, examples)
     about = {"seed": config.seed, "weights": weights}
-    with locked(workdir, "evaluation"):
+    with locked(workdir, "evaluation", wait=True):
         return evaluate_and_store(evaluator, params, examples, Results(workdir), **about)

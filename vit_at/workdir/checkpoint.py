@@ -8,9 +8,10 @@ Orbax writes into a temporary directory and renames it, so a checkpoint is compl
 checkpoint also holds a fingerprint of each array, which detects changed bits.
 """
 
+import contextlib
 import errno
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -261,14 +262,35 @@ class Trained(NamedTuple):
 
 def has_checkpoint(workdir: epath.Path) -> bool:
     """Whether a run has saved its state there: it resumes from it, or ``restore`` raises."""
-    directory = workdir / "checkpoints" / "last"
-    if not directory.exists():
-        return False
-    series = Series(directory, None, read_only=True)
+    with _opened(workdir, "last") as series:
+        return series is not None and series.latest_step() is not None
+
+
+def last_values(workdir: epath.Path) -> dict[str, Any] | None:
+    """The values of a run's newest state, such as 'step', 'best' and 'ended'; None if it has none.
+
+    Of a state that can't be read, {'ended': False}: the run goes on from the one before it.
+    """
+    with _opened(workdir, "last") as series:
+        step = series and series.latest_step()
+        if step is None:
+            return None
+        try:
+            return series.values(step)
+        except (ValueError, OSError, KeyError):
+            return {"ended": False}
+
+
+@contextlib.contextmanager
+def _opened(workdir: epath.Path, kind: str) -> Iterator[Series | None]:
+    """The checkpoints of a kind, to be read only; None if the run has none."""
+    directory = workdir / "checkpoints" / kind
+    series = Series(directory, None, read_only=True) if directory.exists() else None
     try:
-        return series.latest_step() is not None
+        yield series
     finally:
-        series.close()
+        if series:
+            series.close()
 
 
 def check_store(workdir: epath.Path) -> None:
@@ -302,7 +324,10 @@ def load_trained(workdir: str | epath.Path, which: str, dtype: str = "float32") 
     series = Series(workdir / "checkpoints" / kind, None, read_only=True)
     step = series.latest_step() if (workdir / "checkpoints" / kind).exists() else None
     if step is None:
-        raise UserError(f"{workdir} holds no '{which}' checkpoint yet; train it first")
+        remedy = "train it first"
+        if kind == "best" and has_checkpoint(workdir):
+            remedy = "take the last weights with --checkpoint=last, or resume the run"
+        raise UserError(f"{workdir} holds no '{which}' checkpoint yet; {remedy}")
     try:
         values = series.values(step)
         model = build(config, values["num_classes"], dtype)

@@ -79,17 +79,19 @@ def check_space(directory: epath.Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def locked(workdir: epath.Path, use: str) -> Iterator[None]:
+def locked(workdir: epath.Path, use: str, *, wait: bool = False) -> Iterator[None]:
     """Locks a work directory for one use, 'training' or 'evaluation'.
 
     The operating system locks ``.<use>.lock`` and releases it when the process ends, however it
     ends. If another process holds the lock, a UserError names it. In a bucket, ``lease`` does this.
+
+    wait: until the other process releases it, in place of the error.
     """
     if jax.process_index():
         yield
         return
     if is_remote(workdir):
-        with leased(str(workdir / f".{use}.lease"), use):
+        with leased(str(workdir / f".{use}.lease"), use, wait=wait):
             yield
         return
     with open(workdir / f".{use}.lock", "a+") as file:
@@ -97,10 +99,14 @@ def locked(workdir: epath.Path, use: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise UserError(
-                f"{workdir} is in use by another {use} ({file.read().strip() or 'unknown'}); wait "
-                "until it ends, or choose another work directory"
-            ) from error
+            holder = f"another {use} ({file.read().strip() or 'unknown'})"
+            if not wait:
+                raise UserError(
+                    f"{workdir} is in use by {holder}; wait until it ends, or choose another work "
+                    "directory"
+                ) from error
+            logging.info("%s is in use by %s; waiting until it ends", workdir, holder)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:  # a file system without locks
             logging.warning("%s can't be locked (%s): run it only once", workdir, error.strerror)
         file.seek(0)

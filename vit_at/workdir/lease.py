@@ -25,10 +25,10 @@ BEAT, STALE = 10.0, 45.0  # seconds
 
 
 @contextlib.contextmanager
-def leased(path: str, use: str) -> Iterator[None]:
+def leased(path: str, use: str, *, wait: bool = False) -> Iterator[None]:
     """Holds the object ``path`` while the body runs.
 
-    use: 'training' or 'evaluation'; for the message.
+    use: 'training' or 'evaluation'; for the message. wait: until another process releases it.
 
     Raises:
       UserError: another process holds it.
@@ -37,7 +37,7 @@ def leased(path: str, use: str) -> Iterator[None]:
 
     store, place = fsspec.core.url_to_fs(path)
     lease = _Lease(store, place)
-    lease.acquire(use)
+    lease.acquire(use, wait)
     ended = threading.Event()
     beating = threading.Thread(target=lease.beat, args=(ended,), daemon=True)
     beating.start()
@@ -83,7 +83,7 @@ class _Lease:
             ) from error
         return True
 
-    def acquire(self, use: str) -> None:
+    def acquire(self, use: str, wait: bool) -> None:
         """Creates the object; takes over a stale one."""
         while not self._created():
             found = self._read()
@@ -92,6 +92,8 @@ class _Lease:
             holder = _known(found)
             owner = holder.get("owner", "unknown")
             if not _died_here(holder) and self._changes(found, owner):
+                if wait:
+                    continue
                 raise UserError(
                     f"{self._place.rpartition('/')[0]} is in use by another {use} ({owner}); wait "
                     "until it ends, or choose another work directory"
