@@ -59,7 +59,7 @@ def about(name):
 
 def record(attack, accuracy, num_examples=100, digest="", **protocol):
     digest = digest or weights_digest(trained().params)
-    protocol = {"data": "made"} | protocol
+    protocol = {"data": "cifar10/3.0.2 test"} | protocol
     protocol |= {"num_examples": num_examples, "weights": {"digest": digest}}
     entry = {"attack": attack, "accuracy": accuracy, "standard_error": 0.01}
     return entry | {"protocol": protocol}
@@ -73,6 +73,10 @@ def test_description_has_robustbench_fields():
         record("clean", 0.1, digest="another"),
         record("autoattack-standard", 0.4567, **linf),
         record("autoattack-standard", 0.1, num_examples=500, norm="linf", eps=16 / 255),
+        record("autoattack-union", 0.2, num_examples=200, union=[linf, linf | {"norm": "l2"}]),
+        record("clean", 0.99, num_examples=300, data="cifar10/3.0.2 train"),
+        record("clean", 0.5, num_examples=300, data="cifar10_corrupted/fog_1/1.0.0 test"),
+        record("clean", 0.6, num_examples=300, transform="resize40-crop32"),
     ]
     about = exported.describe(trained(), records)
     expected = {
@@ -89,7 +93,7 @@ def test_description_has_robustbench_fields():
     }
     assert {key: about[key] for key in expected} == expected
     assert {"link", "name", "authors", "venue"} <= about.keys()
-    assert len(about["results"]) == 4
+    assert len(about["results"]) == 8
     assert exported.describe(trained(), [])["clean_acc"] is None
 
 
@@ -155,13 +159,15 @@ def test_an_export_replaces_only_its_own_files(tmp_path):
     (tmp_path / "README.md").unlink()
     export_to(about)
     assert (tmp_path / "README.md").read_text() == card
-    with pytest.raises(UserError, match=r"README\.md and config\.json and load\.py and model"):
+    (tmp_path / "model.json").unlink()  # as if the export had been killed before its last file
+    export_to(about)
+    with pytest.raises(UserError, match=r"holds README\.md and model\.json, which"):
         export_to(about | {"training": about["training"] | {"seed": 7}})
 
 
 def test_no_path_of_the_machine_is_exported(tmp_path):
     config = trained().config.copy_and_resolve_references().unlock()
-    config.data.dir = "/home/me/tfds"
+    config.data.dir, config.data.decoded_dir = "/home/me/tfds", "/home/me/decoded"
     config.data.name = "folder:/home/me/flowers/"
     config.data.extra.name = "npz:/home/me/edm.npz"
     config.model.pretrained = "/home/me/weights/deit.pth"

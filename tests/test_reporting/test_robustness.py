@@ -22,6 +22,16 @@ def test_the_headline_is_the_strongest_attack_at_the_eps_of_evaluation(tmp_path)
     )
 
 
+def test_the_headline_is_of_the_own_test_images(tmp_path):
+    train = [record("clean", 1.0, num_examples=1000, data="digits/1.0.0 train")]
+    train += [pgd(0.9, **EPS, num_examples=1000, data="digits/1.0.0 train")]
+    own = [record("clean", 0.8), pgd(0.5, **EPS)]
+    (run,) = study.find([make_run(tmp_path / "a", train + own, threat__eps=0.15)])
+    assert robustness.headline(run).startswith("50.0 % of 100 test images withstand")
+    (other,) = study.find([make_run(tmp_path / "b", train, threat__eps=0.15)])
+    assert robustness.headline(other).startswith("90.0 % of 1000 images of digits/1.0.0 train with")
+
+
 def test_a_comparison_leaves_curves_to_their_chart_and_natural_training_apart(tmp_path):
     for name, accuracy, objective in (
         ("a", 0.7, "at"),

@@ -15,7 +15,7 @@ DIGEST = "0123456789abcdef"
 def record(attack, accuracy, checkpoint="best", **protocol):
     weights = {"digest": DIGEST, "checkpoint": checkpoint, "step": 7}
     protocol = {
-        "data": "made test",
+        "data": "digits/1.0.0 test",
         "num_examples": 100,
         "resolution": 8,
         "seed": 0,
@@ -33,7 +33,7 @@ def record(attack, accuracy, checkpoint="best", **protocol):
 
 def make_run(workdir, records=(), metrics="", **changes):
     """A work directory as a run leaves it, without weights."""
-    config = runs.smoke(**changes)
+    config = runs.smoke(**{"data__test_split": "test"} | changes)
     workdir.mkdir(parents=True)
     (workdir / CONFIG_FILE).write_text(json.dumps(config.to_dict()))
     (workdir / "results.json").write_text(json.dumps(list(records)))
@@ -73,6 +73,22 @@ def test_only_the_weights_that_the_configuration_tests_count(tmp_path):
     both = [record("clean", 0.5, checkpoint="last"), record("clean", 0.75)]
     (run,) = study.find([make_run(tmp_path / "a", both)])
     assert [r["accuracy"] for r in run.tested] == [0.75]
+
+
+def test_weights_of_earlier_steps_do_not_count(tmp_path):
+    later = record("clean", 0.75)
+    later["protocol"]["weights"] |= {"digest": "1" * 16, "step": 9}
+    records = [record("clean", 0.5), later, record("clean", 0.25)]
+    (run,) = study.find([make_run(tmp_path / "a", records)])
+    assert [r["accuracy"] for r in run.tested] == [0.75]
+
+
+def test_a_run_counts_once_with_its_own_seed(tmp_path):
+    """Not each evaluation of it, nor the run again beside a copy."""
+    records = [pgd(0.1, seed=1), pgd(0.7), pgd(0.2, seed=2)]
+    places = [make_run(tmp_path / name, records) for name in ("a", "b")]
+    table = study.compare(study.groups(study.find([places[0], *places])))
+    assert table.rows == (("AT (a)", 1, ("70.0",)), ("AT (b)", 1, ("70.0",)))
 
 
 def test_pretrained_weights_of_each_seed_s_own_do_not_split_a_group(tmp_path):
@@ -141,10 +157,12 @@ def test_results_of_another_transform_have_a_column_of_their_own():
         pgd(0.5),
         pgd(0.4, transform="resize256-crop224"),
         pgd(0.3, transform="squash", ids="robustbench 0123"),
+        pgd(0.6, precision="bf16x9"),
     ]
     columns = [study.Column.of(found) for found in (*records, pgd(0.5, transform="squash"))]
-    assert len(set(columns)) == 3
-    assert columns[0] == columns[3]
-    headings = [column.heading(columns) for column in columns[:3]]
-    assert headings[1] == "PGD-20, resize256-crop224, all images"
-    assert headings[2] == "PGD-20, squash, images of robustbench 0123"
+    assert len(set(columns)) == 4
+    assert columns[0] == columns[4]
+    headings = [column.heading(columns) for column in columns[:4]]
+    assert headings[1] == "PGD-20, resize256-crop224, all images, float32"
+    assert headings[2] == "PGD-20, squash, images of robustbench 0123, float32"
+    assert headings[3] == "PGD-20, squash, all images, bf16x9"

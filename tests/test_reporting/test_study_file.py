@@ -28,6 +28,7 @@ def runs(tmp_path):
         for objective in ("at", "mart"):
             entries = [record("clean", 0.9), pgd(accuracy)]
             changes = {"seed": seed, "objective": objective, "data__dir": "/somewhere"}
+            changes |= {"data__decoded_dir": f"/somewhere/{seed}"}
             make_run(place / f"{objective}{seed}", entries, METRICS, **changes)
     return place
 
@@ -37,7 +38,9 @@ def test_a_study_file_gives_the_same_runs_table_and_page(runs, tmp_path):
     before, after = study.find([runs]), study.find([path])
     for old, new in zip(before, after, strict=True):
         assert new.name == old.name
-        assert new.config == old.config | {"data": old.config["data"] | {"dir": ""}}
+        assert new.config == old.config | {
+            "data": old.config["data"] | {"dir": "", "decoded_dir": ""}
+        }
         assert new.records == old.records
         assert new.workdir is None
     tables = [study.compare(study.groups(found)).markdown() for found in (before, after)]
@@ -53,7 +56,7 @@ def test_what_runs_share_is_stored_once_and_no_path_of_the_machine(runs, tmp_pat
     assert [entry["config"] for entry in stored["runs"]] == [
         {"objective": objective, "seed": seed} for objective in ("at", "mart") for seed in (0, 1)
     ]
-    assert text.count("made test") == 2  # once for each attack
+    assert text.count("digits/1.0.0 test") == 2  # once for each attack
     assert "/somewhere" not in text
     assert str(tmp_path) not in text
 

@@ -37,6 +37,7 @@ from vit_at.reporting.for_timm import (
 )
 from vit_at.reporting.model_card import model_card
 from vit_at.reporting.outputs import check_directory
+from vit_at.reporting.run import is_own
 from vit_at.schema import is_regular, read_json
 from vit_at.workdir import registry
 from vit_at.workdir.checkpoint import Trained
@@ -79,12 +80,13 @@ def export(
 
     Raises:
       UserError: the directory can't be written, or has files of these names that are not from an
-        export of the same configuration, or were edited since; nothing was written.
+        export of the same configuration, or were edited since; nothing was written. Files as they
+        would be written, of an export that was killed, are its own.
     """
     path = epath.Path(path)
     check_directory(path, "--output")
-    earlier = _check_own(path, metadata)
     contents = _contents(params, model, metadata, extras or {})
+    earlier = _check_own(path, metadata, contents)
     path.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         write_atomically(path / name, content)
@@ -125,19 +127,25 @@ def _as_json(value: dict[str, Any]) -> bytes:
     return f"{json.dumps(value, indent=2)}\n".encode()
 
 
-def _check_own(directory: epath.Path, metadata: dict[str, Any]) -> set[str]:
+def _check_own(
+    directory: epath.Path, metadata: dict[str, Any], contents: dict[str, bytes]
+) -> set[str]:
     """The files of an earlier export of this configuration; UserError if any other is there."""
     present = {name for name in FILES if (directory / name).exists()}
-    own: set[str] = set()
+    own = {name for name in present & contents.keys() if _holds(directory / name, contents[name])}
     # Raised where model.json is not of an export.
     with contextlib.suppress(UserError, LookupError, TypeError, AttributeError):
-        own = _own_files(directory, metadata)
+        own |= _own_files(directory, metadata)
     if foreign := sorted(present - own):
         raise UserError(
             f"{directory} holds {' and '.join(foreign)}, which an export of this run has not "
             "written, or not in this form; move them away, or choose another --output"
         )
     return own
+
+
+def _holds(path: epath.Path, content: bytes) -> bool:
+    return is_regular(path) and path.read_bytes() == content
 
 
 def _own_files(directory: epath.Path, metadata: dict[str, Any]) -> set[str]:
@@ -169,7 +177,7 @@ def describe(trained: Trained, records: Sequence[dict[str, Any]]) -> dict[str, A
         for r in records
         if r["protocol"]["weights"]["digest"] == digest
     ]
-    robust = _percent(own, "autoattack", config.threat)
+    robust = _percent(own, "autoattack", config)
     return {
         "link": "",
         "name": config.name,
@@ -180,7 +188,7 @@ def describe(trained: Trained, records: Sequence[dict[str, Any]]) -> dict[str, A
         "venue": "Unpublished",
         "architecture": config.model.name,
         "eps": in_255ths(config.threat.eps),
-        "clean_acc": _percent(own, "clean", config.threat),
+        "clean_acc": _percent(own, "clean", config),
         "reported": robust,
         "autoattack_acc": robust,
         "unreliable": False,
@@ -196,7 +204,7 @@ def describe(trained: Trained, records: Sequence[dict[str, Any]]) -> dict[str, A
 def _without_paths(config: ConfigDict) -> ConfigDict:
     """The configuration without the machine's paths: of folders and files, their names only."""
     public = config.copy_and_resolve_references().unlock()
-    public.data.dir = ""
+    public.data.dir = public.data.decoded_dir = ""
     public.data.name = _last_part(config.data.name)
     public.data.extra.name = _last_part(config.data.extra.name)
     if not config.model.pretrained.startswith(weights.HUB_PREFIX):
@@ -209,17 +217,19 @@ def _last_part(data: str) -> str:
     return re.sub(r"^(folder|npy|npz):.*/(?=[^/])", r"\1:", data, flags=re.DOTALL).rstrip("/")
 
 
-def _percent(records: Sequence[dict[str, Any]], attack: str, threat: ConfigDict) -> str | None:
-    """The accuracy in per cent under the trained threat, on the most images; None if not measured.
+def _percent(records: Sequence[dict[str, Any]], attack: str, config: ConfigDict) -> str | None:
+    """The accuracy in per cent under the trained threat, on the most of the own test images.
 
-    A string with two digits after the point, as RobustBench has it.
+    A string with two digits after the point, as RobustBench has it; None if not measured.
     """
+    threat = config.threat
 
     def fits(record):
         protocol = record["protocol"]
         norm, eps = protocol.get("norm", threat.norm), protocol.get("eps", threat.eps)
         same_threat = norm == threat.norm and abs(eps - threat.eps) < 1e-6
-        return record["attack"].startswith(attack) and same_threat
+        known = same_threat and "union" not in protocol and is_own(record, config.data)
+        return record["attack"].startswith(attack) and known
 
     measured = [record for record in records if fits(record)]
     if not measured:

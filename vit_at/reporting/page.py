@@ -208,14 +208,21 @@ def _protocol(run: Run) -> list[tuple[str, str]]:
     rows = facts(run.config)
     if run.tested:
         measured = run.tested[0]["protocol"]
-        weights, packages = measured["weights"], measured["packages"]
+        weights, packages = measured["weights"], measured.get("packages", {})
         rows += [
             ("tested on", f"{measured['data']}, {measured['num_examples']} images"),
             ("images made square by", measured.get("transform", "squash")),
-            ("weights", f"{weights['digest']} ({weights['checkpoint']}, step {weights['step']})"),
+            ("weights", f"{weights['digest']}{_of_checkpoint(weights)}"),
             ("versions", ", ".join(f"{name} {version}" for name, version in packages.items())),
         ]
     return rows
+
+
+def _of_checkpoint(weights: dict[str, Any]) -> str:
+    """' (best, step 1146)' where a record says so; those of functions and files do not."""
+    step = [f"step {weights['step']}"] if "step" in weights else []
+    words = [*filter(None, [weights.get("checkpoint")]), *step]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def published(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from vit_at.evaluation.transfer import Matrix
 from vit_at.reporting import charts, pictures
 from vit_at.reporting.charts import Section
-from vit_at.reporting.run import Run
+from vit_at.reporting.run import Run, is_own
 from vit_at.reporting.study import Group, Table, accuracies, attack_name, mean_and_deviation
 from vit_at.workdir.outcomes import EpsCurve, in_255ths, threats
 
@@ -18,17 +18,19 @@ _NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 def headline(run: Run) -> str:
     """One sentence: the lowest accuracy under the threat of evaluation, and that on clean images.
 
-    '' of a run that was not evaluated.
+    Of the run's own test split, where there is such a record; '' of a run that was not evaluated.
     """
-    attacked = [r for r in run.tested if threats(r["protocol"])]
+    own = [r for r in run.tested if is_own(r, run.config["data"])]
+    records = own or run.tested
+    attacked = [r for r in records if threats(r["protocol"])]
     attacked = [r for r in attacked if _ball(r) == run.ball] or attacked
-    measured = max(
-        attacked or run.tested, key=lambda r: r["protocol"]["num_examples"], default=None
-    )
+    measured = max(attacked or records, key=lambda r: r["protocol"]["num_examples"], default=None)
     if measured is None:
         return ""
-    images = f"{measured['protocol']['num_examples']} test images"
-    clean = [r for r in run.tested if r["attack"] == "clean" and _images(r) == _images(measured)]
+    about = measured["protocol"]
+    which = "test images" if own else f"images of {about['data']}"
+    images = f"{about['num_examples']} {which}"
+    clean = [r for r in records if r["attack"] == "clean" and _images(r) == _images(measured)]
     right = f"{_percent(clean[-1]['accuracy'])} are right without attack" if clean else ""
     if not attacked:
         return f"Of {images}, {right}; no attack has been evaluated."

@@ -58,10 +58,15 @@ class Run:
 
     @property
     def tested(self) -> Sequence[dict[str, Any]]:
-        """The records of the weights that ``eval.checkpoint`` names; all records if it has none."""
+        """The records of the weights that ``eval.checkpoint`` names; all records if it has none.
+
+        Of weights of several steps, as of a run that was evaluated before its end, the newest.
+        """
         which = self.config["eval"]["checkpoint"]
         own = [r for r in self.records if r["protocol"]["weights"].get("checkpoint") == which]
-        return own or self.records
+        own = own or list(self.records)
+        newest = max(map(_step, own), default=0)
+        return [record for record in own if _step(record) == newest]
 
     @property
     def ball(self) -> tuple[str, float]:
@@ -92,6 +97,27 @@ class Run:
     def series(self, name: str) -> Curve:
         """Epochs and values of a metric; empty if it was not logged."""
         return self.curves.get(name, ([], []))
+
+
+def is_own(record: dict[str, Any], data: Mapping[str, Any]) -> bool:
+    """Whether a record is of ``data``'s test split or a slice of it, made square as there."""
+    name, _, split = record["protocol"]["data"].rpartition(" ")
+    kind, _, place = data["name"].partition(":")
+    same = name == kind or name.startswith(f"{kind}/")  # of TFDS, with its version
+    if kind in ("folder", "npy"):
+        same = name.startswith(f"{kind}:") and _last(name) == _last(place)
+    transform = record["protocol"].get("transform", "squash")
+    test = data["test_split"]
+    tests = split == test or split.startswith(f"{test}[")
+    return same and tests and transform == data["transform"]
+
+
+def _last(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+
+
+def _step(record: dict[str, Any]) -> int:
+    return record["protocol"]["weights"].get("step", 0)
 
 
 def _curves(path: epath.Path) -> dict[str, Curve]:

@@ -5,6 +5,7 @@ groups   runs that differ only in the seed, named by what tells them from the ot
 compare  the groups' accuracies, mean and standard deviation over the seeds, as a Table
 """
 
+import collections
 import dataclasses
 import json
 import re
@@ -39,8 +40,8 @@ def find(places: Sequence[str | epath.Path]) -> list[Run]:
     Raises:
       UserError: a place holds no run, or a damaged one.
     """
-    runs = []
-    for source in places:
+    runs: list[Run] = []
+    for source in dict.fromkeys(str(place).rstrip("/") for place in places):
         if epath.Path(source).suffix == ".json":
             runs += study_file.read(epath.Path(source))
             continue
@@ -82,16 +83,26 @@ class Group:
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """Groups runs by their configuration without the seed, in the order of each group's first."""
-    gathered: dict[str, list[Run]] = {}
+    """Groups runs by their configuration without the seed, in the order of each group's first.
+
+    Runs of one seed, such as a run and its export, are no two seeds: they get groups of their own.
+    """
+    gathered: dict[tuple[str, int], list[Run]] = {}
+    seen: collections.Counter[tuple[str, int]] = collections.Counter()
     for run in runs:
-        gathered.setdefault(json.dumps(_relevant(run), sort_keys=True), []).append(run)
+        relevant, seed = json.dumps(_relevant(run), sort_keys=True), run.config["seed"]
+        gathered.setdefault((relevant, seen[relevant, seed]), []).append(run)
+        seen[relevant, seed] += 1
     flat = [_relevant(members[0]) for members in gathered.values()]
     fields = dict.fromkeys(field for config in flat for field in config)
     differing = [f for f in fields if len({json.dumps(c[f]) for c in flat if f in c}) > 1]
-    return [
-        Group(_name(config, differing, members[0]), tuple(members))
+    names = [
+        _name(config, differing, members[0])
         for config, members in zip(flat, gathered.values(), strict=True)
+    ]
+    return [
+        Group(name if names.count(name) == 1 else f"{name} ({members[0].name})", tuple(members))
+        for name, members in zip(names, gathered.values(), strict=True)
     ]
 
 
@@ -165,10 +176,12 @@ class Column:
     union: str | None
     transform: str
     ids: str | None
+    precision: str
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Column":
-        fields = {"attack": record["attack"], "transform": "squash"} | record["protocol"]
+        usual = {"attack": record["attack"], "transform": "squash", "precision": "float32"}
+        fields = usual | record["protocol"]
         own: dict[str, Any] = {f.name: fields.get(f.name) for f in dataclasses.fields(cls)}
         for name in ("eps", "step_size"):
             own[name] = own[name] and round(own[name], 9)
@@ -192,6 +205,7 @@ class Column:
             "union": self.union,
             "transform": self.transform,
             "ids": f"images of {self.ids}" if self.ids else "all images",
+            "precision": self.precision,
         }
         differing = [w for f, w in words.items() if len({getattr(o, f) for o in same}) > 1]
         return ", ".join(parts + [word for word in differing if word])
@@ -231,11 +245,15 @@ def _cell(values: Sequence[float], group: Group) -> str:
 
 
 def accuracies(group: Group) -> dict[Column, list[float]]:
-    """{column: a value for each seed that was measured under its protocol}."""
+    """{column: a value for each run that was measured under its protocol}.
+
+    Of a run's evaluations with several seeds of the attack, that with the run's own seed.
+    """
     found: dict[Column, list[float]] = {}
     for run in group.runs:
-        for record in run.main:
-            found.setdefault(Column.of(record), []).append(record["accuracy"])
+        own_last = sorted(run.main, key=lambda r: r["protocol"].get("seed") == run.config["seed"])
+        for column, record in {Column.of(record): record for record in own_last}.items():
+            found.setdefault(column, []).append(record["accuracy"])
     return found
 
 

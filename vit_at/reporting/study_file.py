@@ -11,7 +11,8 @@
     protocols  for each attack, the fields of the protocol that all its records share
     runs       a line for each: name, the other fields, records, curves
 
-Weights and per-image outcomes are not stored, nor is ``data.dir``, a path of the machine.
+Weights and per-image outcomes are not stored, nor are ``data.dir`` and
+``data.decoded_dir``, paths of the machine.
 """
 
 import json
@@ -38,7 +39,7 @@ _DIGITS = 5  # of a curve's numbers; accuracies are stored in full
 def write(path: epath.Path, runs: Sequence[Run]) -> None:
     """Writes the study file of these runs, whole or not at all."""
     stored = _load(path) if path.exists() else {}
-    configs = [flatten(run.config) | {"data.dir": ""} for run in runs]
+    configs = [flatten(run.config) | {"data.dir": "", "data.decoded_dir": ""} for run in runs]
     config = _shared(configs)
     by_attack: dict[str, list[dict[str, Any]]] = {}
     for run in runs:

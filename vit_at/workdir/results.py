@@ -182,9 +182,10 @@ def _key(entry: dict[str, Any]) -> str:
 
 
 def _notes(protocol: dict[str, Any]) -> list[str]:
-    """How the images of a protocol were chosen and made square, where not all and by squash."""
-    notes = {"transform": protocol.get("transform"), "ids": protocol.get("ids")}
-    return [f"{name} {value}" for name, value in notes.items() if value not in (None, "squash")]
+    """What is unusual: how images were chosen and made square, and the products' precision."""
+    notes = {name: protocol.get(name) for name in ("transform", "ids", "precision")}
+    usual = (None, "squash", "float32")
+    return [f"{name} {value}" for name, value in notes.items() if value not in usual]
 
 
 def _identity(entry: dict[str, Any]) -> str:
