@@ -11,7 +11,8 @@ import inspect
 import io
 import re
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -21,7 +22,8 @@ from vit_at.configs import default
 from vit_at.errors import UserError, nearest
 
 FLAG = "--config."  # what an override begins with
-_FRACTION = re.compile(r"(--config\.[^=]+=)(\d+\.?\d*)/(\d+\.?\d*)$")
+_NUMBER = r"\s*(\d+\.?\d*|\.\d+)\s*"
+_FRACTION = re.compile(f"{_NUMBER}/{_NUMBER}")
 
 
 @functools.cache
@@ -42,19 +44,19 @@ def meanings() -> dict[str, str]:
 
 
 def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
-    """The configuration with the values of '--config.FIELD=VALUE', which may be fractions.
+    """The configuration with the values of '--config.FIELD=VALUE'; numbers may be fractions.
 
     Raises:
       UserError: an unknown field, or a value of another type.
     """
-    known = list(flatten(config))
+    known = flatten(config)
     for argument in arguments:
         field = argument.removeprefix(FLAG).partition("=")[0]
         if field not in known:
             raise UserError(
                 f"config field '{field}' is unknown; the nearest are {nearest(field, known)}"
             )
-    words = ["vit-at", *map(_decimal, arguments)]
+    words = ["vit-at", *(_decimal(argument, known) for argument in arguments)]
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
     try:
@@ -66,12 +68,14 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     return values.config
 
 
-def _decimal(argument: str) -> str:
-    """'--config.threat.eps=8/255' -> '--config.threat.eps=0.0313...'."""
-    match = _FRACTION.match(argument)
-    if not match or not float(match[3]):
+def _decimal(argument: str, fields: Mapping[str, Any]) -> str:
+    """'--config.threat.eps=8/255' -> '--config.threat.eps=0.0313...'; other fields as they are."""
+    flag, _, value = argument.partition("=")
+    match = _FRACTION.fullmatch(value)
+    number = isinstance(fields[flag.removeprefix(FLAG)], float)
+    if not (match and number and float(match[2])):
         return argument
-    return f"{match[1]}{float(match[2]) / float(match[3])!r}"
+    return f"{flag}={float(match[1]) / float(match[2])!r}"
 
 
 def _illegal_value(message: str, config: ConfigDict) -> str:

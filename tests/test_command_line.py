@@ -30,8 +30,12 @@ def test_overrides_of_every_type_take_effect(parse):
         "--config.data.flip=True",
         "--config.data.mean=(0.1,0.2,0.3)",
         "--config.objective=trades",
+        "--config.eval.threat.eps=.5 / 255",
+        "--config.name=1/2",
     )
     assert config.threat.eps == 8 / 255
+    assert config.eval.threat.eps == 0.5 / 255
+    assert config.name == "1/2"  # text is no number
     assert config.threat.step_size == 2 / 255
     assert config.epochs == 3
     assert config.data.flip is True
@@ -301,6 +305,17 @@ def test_the_traceback_of_an_explained_error_is_kept_in_the_work_directory(tmp_p
     assert str(kept) in said
     assert said.count("\n") == 1
     assert "OSError: [Errno 27] File too large: 'results.json'" in kept.read_text()
+
+
+def test_an_interruption_while_a_command_is_imported_is_a_sentence(monkeypatch, capsys):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["models"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted; the same command starts again\n"
 
 
 def test_a_bug_passes_the_boundary_and_an_interruption_is_130(tmp_path, capsys):

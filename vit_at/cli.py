@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 import vit_at
-from vit_at.errors import Parser, nearest
+from vit_at.errors import Parser, nearest, one_sentence_errors
 
 # {command: (its module, what the help says)}. A module has ``main(arguments) -> exit status``, and
 # ``add_arguments(parser)`` for completion. By names, so that a command loads only what it needs.
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status, 2 for a mistake of the user's."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in COMMANDS:
-        return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
+        with one_sentence_errors():  # its own begins after its imports, which take seconds
+            return importlib.import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
     parser, _ = _parsers()
     if arguments and not arguments[0].startswith("-"):
         near = nearest(arguments[0], COMMANDS)

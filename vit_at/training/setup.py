@@ -5,6 +5,7 @@ Every mistake in a configuration is refused here, before the first file is writt
 
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -157,7 +158,7 @@ def initial_state(
     config, model = setup.config, setup.model
     key = jax.random.key(config.seed)
     if config.model.pretrained and not replaced:
-        source, scale = config.model.pretrained, config.model.qk_scale
+        source, scale = os.path.expanduser(config.model.pretrained), config.model.qk_scale
         if source.isidentifier():  # a packaged model's name, unless a directory has it
             source = str(registry.place(source))
         if scale and is_export(epath.Path(source)):
