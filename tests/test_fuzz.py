@@ -182,6 +182,8 @@ def folder_config(root, channels=3) -> ConfigDict:
         {
             "name": f"folder:{root}",
             "dir": "",
+            "train_split": "train",
+            "test_split": "test",
             "image_size": 8,
             "transform": "squash",
             "stratified": False,

@@ -23,6 +23,7 @@ def load(name, split="train", **fields):
     def deed(folder):
         defaults = {"dir": str(folder), "image_size": 8, "mean": (0.5,), "cache_gib": 4.0}
         defaults |= {"transform": "squash", "stratified": False, "decoded_dir": ""}
+        defaults |= {"train_split": "train", "test_split": "test"}
         where = name if name != "folder" else f"folder:{folder}"
         sources.load(ConfigDict({"name": where, **defaults, **fields}), split)
 

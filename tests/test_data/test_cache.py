@@ -51,6 +51,15 @@ def test_of_a_folder_whose_files_change_another_copy_is_made(tmp_path):
     assert len(list((tmp_path / "copies").iterdir())) == 2
 
 
+def test_other_classes_of_a_folder_are_another_copy(tmp_path):
+    for name in ("train/a", "train/b", "test/b"):
+        data_sets.write_image(tmp_path / f"images/{name}/0.png")
+    names = {"name": f"folder:{tmp_path}/images", "split": "test"}
+    for train, label in (("train", 1), ("test", 0)):
+        copied = load(tmp_path / "copies", train_split=train, **names)
+        assert copied.labels().tolist() == [label]
+
+
 def test_an_interrupted_copy_leaves_nothing(tmp_path, monkeypatch):
     def fails(*arguments):
         raise KeyboardInterrupt

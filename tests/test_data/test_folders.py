@@ -46,8 +46,21 @@ def test_a_class_that_a_split_lacks_does_not_shift_its_labels(folder):
     assert images[0, 0, 0, 0] == 7
 
 
+def test_folders_of_splits_that_are_not_used_add_no_classes(folder):
+    """Such as test/unknown, as Kaggle's archives have it."""
+    data_sets.write_image(folder / "test/B/x.png")
+    for name in ("a", "b"):
+        data_sets.write_image(folder / f"val/{name}/x.png")
+    config = data_sets.config(f"folder:{folder}", test_split="val[:50%]+val[50%:]")
+    train, val, test = (sources.load(config, split) for split in ("train", "val", "test"))
+    sources.check_splits(config, train, val)
+    assert train.class_names == val.class_names == ("a", "b")
+    np.testing.assert_array_equal(train.read(np.arange(40))[1], train.indices >= 30)
+    assert test.class_names == ("B", "a", "b")  # now this split is used, too
+
+
 def test_splits_of_other_classes_are_named(folder):
-    config = data_sets.config(f"folder:{folder}", train_split="train", test_split="test")
+    config = data_sets.config(f"folder:{folder}")
     train, test = (sources.load(config, split) for split in ("train", "test"))
     with pytest.raises(UserError, match=r"only one of data.train_split 'train' .* the classes a;"):
         sources.check_splits(config, train, test)

@@ -17,8 +17,13 @@ SEVERITIES = 5  # of each corruption in CIFAR-10-C
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-def open_folder(root: Path, split: str, *, stratified: bool = False) -> Encoded:
-    """Opens root/<split>/<class>/<image>; labels number the sorted classes of all splits.
+def open_folder(
+    root: Path, split: str, *, used: Sequence[str] = (), stratified: bool = False
+) -> Encoded:
+    """Opens root/<split>/<class>/<image>; labels number the sorted classes of the splits in use.
+
+    These are ``split`` and those of ``used`` that are there, so that training and test images have
+    the same numbers, and other folders, such as Kaggle's test/unknown, add no class.
 
     Images are ordered by a hash of class/file, so a slice such as test[:48] holds every class, as
     in TFDS; where stratified, in proportion to its size. `indices` are positions in the sorted
@@ -30,12 +35,15 @@ def open_folder(root: Path, split: str, *, stratified: bool = False) -> Encoded:
             "directory that holds it as data.dir (--data_dir)"
         )
     splits = {folder: _files(root / folder) for folder in folders(root)}
-    classes = sorted({name for folder in splits for name in folders(root / folder)})
-    if not classes:
+    if not any(splits.values()):
         raise UserError(f"{root} has no classes; arrange it as {root}/<split>/<class>/<image>")
     lengths = {name: len(files) for name, files in splits.items()}
     indices, paths = [], []
     parts = split_rows(split, lengths, str(root))
+    # In TFDS's notation: 'train[:80%]+val' uses train and val.
+    named = {part.partition("[")[0].strip() for name in used for part in name.split("+")}
+    in_use = (named & splits.keys()).union(name for name, _ in parts)
+    classes = sorted({name for folder in in_use for name in folders(root / folder)})
     for name, positions in parts:
         keys = [hashlib.md5(file.encode()).digest() for file in splits[name]]
         order = np.array(sorted(range(len(keys)), key=keys.__getitem__), int)
@@ -53,7 +61,7 @@ def open_folder(root: Path, split: str, *, stratified: bool = False) -> Encoded:
         where=lambda row: str(paths[row]),
         names=lambda: [f"{path.parent.name}/{path.name}" for path in paths],
         origin=[(name, rows) for (name, _), rows in zip(parts, indices, strict=True)],
-        fingerprint=lambda: _fingerprint(paths),
+        fingerprint=lambda: _fingerprint(paths, classes),
     )
 
 
@@ -109,9 +117,9 @@ def open_npy(path: Path, split: str) -> Encoded:
     )
 
 
-def _fingerprint(paths: Sequence[Path]) -> str:
-    """A digest of names, sizes and times of modification."""
-    found = hashlib.sha256()
+def _fingerprint(paths: Sequence[Path], classes: Sequence[str] = ()) -> str:
+    """A digest of names, sizes and times of modification, and of the classes that labels number."""
+    found = hashlib.sha256("\n".join(classes).encode())
     for path in paths:
         about = path.stat()
         found.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())

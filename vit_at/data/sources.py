@@ -25,8 +25,9 @@ def load(
     """Opens a split of a data set; keeps it decoded in memory if it is small enough.
 
     Args:
-      data: config.data; its fields name, dir, image_size, transform, stratified, mean, cache_gib
-        and decoded_dir are used. The length of mean is the number of channels.
+      data: config.data; its fields name, dir, image_size, transform, stratified, mean, cache_gib,
+        decoded_dir and, for a folder's classes, train_split and test_split are used. The length of
+        mean is the number of channels.
       split: in TFDS's notation, also for folders: "train", "train[:90%]", "test[:48]".
       threads: number of threads that fill the cache; 0 means one per core.
       chosen: a list of images, see ``ids``: only these, in its order; '': all.
@@ -97,7 +98,8 @@ def select(examples: Examples, count: int) -> Examples:
 def open_encoded(data: ConfigDict, split: str) -> backends.Encoded:
     """Opens a split with its images still encoded; data, split and errors are as in `load`."""
     if data.name.startswith("folder:"):
-        encoded = folders.open_folder(path_of(data), split, stratified=data.stratified)
+        used = (data.train_split, data.test_split)
+        encoded = folders.open_folder(path_of(data), split, used=used, stratified=data.stratified)
     elif data.name.startswith("npy:"):
         encoded = folders.open_npy(path_of(data), split)
     else:
