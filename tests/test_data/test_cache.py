@@ -1,6 +1,7 @@
 """Decoded copies on disk: the same images, written once and whole, and refusals."""
 
 import collections
+import os
 import shutil
 
 import data_sets
@@ -58,6 +59,18 @@ def test_other_classes_of_a_folder_are_another_copy(tmp_path):
     for train, label in (("train", 1), ("test", 0)):
         copied = load(tmp_path / "copies", train_split=train, **names)
         assert copied.labels().tolist() == [label]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_who_may_read_a_copy_is_said_by_the_umask(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        load(tmp_path)
+    finally:
+        os.umask(before)
+    (copy,) = tmp_path.iterdir()
+    assert copy.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert {path.stat().st_mode & 0o777 for path in copy.iterdir()} == {0o666 & ~umask}
 
 
 def test_an_interrupted_copy_leaves_nothing(tmp_path, monkeypatch):

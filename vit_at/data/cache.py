@@ -112,13 +112,14 @@ def _written(directory: Path, examples: Examples) -> Iterator[tuple[np.ndarray, 
         ) from error
     try:
         logging.info("decoding %d images of %s once, into %s", count, examples.name, directory)
-        shape = (count, *examples.image_shape)
-        images = np.lib.format.open_memmap(part / IMAGES, "w+", np.uint8, shape)
+        shape, copy = (count, *examples.image_shape), part / "copy"
+        copy.mkdir()  # with the umask's permissions; mkdtemp's are the owner's alone
+        images = np.lib.format.open_memmap(copy / IMAGES, "w+", np.uint8, shape)
         labels = np.empty(count, np.int32)
         yield images, labels
         images.flush()
-        np.save(part / LABELS, labels)
+        np.save(copy / LABELS, labels)
         with contextlib.suppress(OSError):  # another process was faster
-            part.rename(directory)
+            copy.rename(directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)
