@@ -73,6 +73,16 @@ def test_who_may_read_a_copy_is_said_by_the_umask(umask, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in copy.iterdir()} == {0o666 & ~umask}
 
 
+@pytest.mark.parametrize("letter", ["a", "ä"])  # one byte, and two
+def test_the_copy_of_a_folder_with_a_long_path_has_a_name_that_fits(letter, tmp_path):
+    for length in (90, 91):
+        folder = tmp_path.joinpath("i", *[letter * length] * 3)
+        data_sets.write_image(folder / "test/a/0.png", color=length)
+        copied = load(tmp_path / "copies", name=f"folder:{folder}", split="test")
+        assert copied.read(np.array([0]))[0][0, 0, 0, 0] == length
+    assert len(list((tmp_path / "copies").iterdir())) == 2
+
+
 def test_an_interrupted_copy_leaves_nothing(tmp_path, monkeypatch):
     def fails(*arguments):
         raise KeyboardInterrupt

@@ -247,6 +247,23 @@ def test_severities_of_an_array_file_are_its_fifths(exported):
     assert correct_of("--data=npy:images.npy", "--split=severity5[:2]") == right[16:18].sum()
 
 
+def test_the_ledger_of_data_with_a_long_path_has_a_name_that_fits(exported):
+    options = ["--attacks=apgd-ce", "--num_examples=4", "--batch_size=8"]
+    folder = pathlib.Path("a" * 130, "b" * 130)
+    folder.mkdir(parents=True)
+    for name in ("images.npy", "labels.npy"):
+        (folder / name).write_bytes(pathlib.Path(name).read_bytes())
+    for data in ("images.npy", folder / "images.npy"):
+        assert evaluate.main(["export", f"--data=npy:{data}", *options]) == 0
+    digest = results(pathlib.Path("export"))[-1]["protocol"]["weights"]["digest"]
+    before, after = "apgd-ce_linf_0.15_npy-", f"_4_seed0_{digest}"
+    names = sorted((p.name for p in pathlib.Path("export/autoattack").iterdir()), key=len)
+    assert names[0] == f"{before}images.npy-test{after}"  # short names stay as they are
+    assert names[1].startswith(f"{before}{'a' * 130}-bb")
+    assert names[1].endswith(after)
+    assert len(names[1]) == 255
+
+
 def test_a_folder_with_some_of_the_classes_is_labelled_by_their_names(exported, capsys):
     images = np.load("images.npy")
     kept = {"two": images[:8], "one": images[8:]}  # sorted, 'one' is 0 and 'two' 1

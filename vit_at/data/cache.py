@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from vit_at.data.examples import Examples
+from vit_at.data.examples import Examples, file_name
 from vit_at.distributed import devices
 from vit_at.errors import UserError, in_one_line
 
@@ -75,7 +75,7 @@ def _name(examples: Examples, fingerprint: str) -> str:
     digest = hashlib.sha256(f"{about} {fingerprint}".encode())
     digest.update(np.ascontiguousarray(examples.indices, np.int64).tobytes())
     readable = re.sub(r"[^\w.]+", "-", examples.name).strip("-")
-    return f"{readable}-{examples.image_shape[0]}px-{digest.hexdigest()[:12]}"
+    return file_name("", readable, f"-{examples.image_shape[0]}px-{digest.hexdigest()[:12]}")
 
 
 def _read(directory: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -1,12 +1,17 @@
-"""``Examples``: labelled images that are read by position, whatever they come from."""
+"""``Examples``: labelled images that are read by position, whatever they come from.
+
+``file_name`` names what is kept of them on disk.
+"""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 _READ_AT_ONCE = 256  # images
+_LONGEST_NAME = 255  # bytes that file systems allow
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,3 +81,12 @@ class Examples:
         labels_of = self._labels_of and (lambda rows: number[self._labels_of(rows)])
         changes = {"_read_rows": read_rows, "_labels_of": labels_of}
         return dataclasses.replace(self, class_names=tuple(class_names), **changes)
+
+
+def file_name(before: str, readable: str, after: str) -> str:
+    """The three in a row; ``readable``, if it is too long for a file's name, cut with a digest."""
+    content, spare = readable.encode(), _LONGEST_NAME - len((before + after).encode())
+    if len(content) > spare:
+        digest = f"-{hashlib.sha256(content).hexdigest()[:12]}"
+        readable = content[: spare - len(digest)].decode(errors="ignore") + digest
+    return f"{before}{readable}{after}"

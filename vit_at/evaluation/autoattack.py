@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from vit_at import models
 from vit_at.attacks import autoattack
 from vit_at.attacks.autoattack import audit
-from vit_at.data.examples import Examples
+from vit_at.data.examples import Examples, file_name
 from vit_at.distributed import precision
 from vit_at.evaluation.protocol import Attack
 
@@ -96,4 +96,5 @@ def _ledger_name(attack: Attack, examples: Examples, seed: int, digest: str) -> 
     data = re.sub(r"[^a-z0-9.]+", "-", data).strip("-")
     threat = f"{attack.threat.norm}_{float(attack.threat.eps)!r}"
     how = "" if attack.precision == "float32" else f"_{attack.precision}"
-    return f"{attack.version}_{threat}_{data}_{len(examples)}_seed{seed}_{digest}{how}"
+    after = f"_{len(examples)}_seed{seed}_{digest}{how}"
+    return file_name(f"{attack.version}_{threat}_", data, after)
