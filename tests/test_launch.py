@@ -177,7 +177,10 @@ def machine(folder, data, fails="", status=0, tools=("uv", "gcloud", "rsync")):
         ("", "cuda12,hub", "uv pip"),
         ("gs://b/tfds", "cuda12,hub", "gcloud storage rsync -q -r gs://b/tfds {}"),
         ("/mnt/tfds", "cuda12,hub", "rsync -a --partial /mnt/tfds/ {}"),
+        ("~/tfds", "cuda12,hub", "rsync -a --partial {home}/tfds/ {}"),
+        ("./tfds", "cuda12,hub", "rsync -a --partial {here}/tfds/ {}"),
         ("cifar10", "cuda12,hub,prepare", "vit-at prepare cifar10 --data_dir={}"),
+        ("set/config", "cuda12,hub,prepare", "vit-at prepare set/config --data_dir={}"),
     ],
 )
 def test_an_empty_machine_gets_the_project_once_and_the_data(data, extras, last, tmp_path):
@@ -185,7 +188,8 @@ def test_an_empty_machine_gets_the_project_once_and_the_data(data, extras, last,
     python = tmp_path / "venv" / "bin" / "python"
     assert calls[0] == f"uv venv -q --clear --python 3.12 {tmp_path / 'venv'}"
     assert calls[1] == f"uv pip install -q --python {python} -c launch/lock.txt -e .[{extras}]"
-    assert calls[-1].startswith(last.format(tmp_path / "tensorflow_datasets"))
+    places = {"home": tmp_path, "here": pathlib.Path.cwd()}
+    assert calls[-1].startswith(last.format(tmp_path / "tensorflow_datasets", **places))
     again = machine(tmp_path, data)
     assert again == calls[2:]  # the data is compared each time
 
