@@ -51,6 +51,9 @@ setup() { # the tree as committed, in an environment of its own, on every worker
 }
 
 value() { printf '%s\n' "${@:2}" | sed -n "s/^--$1=//p"; } # of a flag among ARGS
+recipe() { # --config=RECIPE, or RECIPE alone
+  value config "$@" | grep . || printf '%s\n' "$@" | sed -n '/^-/!{p;q}'
+}
 
 check() { # before anything is rented
   case $(value workdir "$@") in
@@ -88,8 +91,8 @@ cost() { # what is about to be rented, as far as this machine can tell
   local chip=v5e
   case $accelerator in v6e*) chip=v6e ;; esac
   echo "about to rent $accelerator in $zone (SPOT=${SPOT:-1}); by estimate:" >&2
-  python3 launch/cost.py "$(value config "$@")" --chip="$chip" >&2 2> /dev/null ||
-    echo "no estimate: vit_at is not installed here" >&2
+  python3 launch/cost.py "$(recipe "$@")" --chip="$chip" >&2 2> "$said" ||
+    echo "no estimate, as launch/cost.py ends with: $(tail -n 1 "$said")" >&2
 }
 
 all() {

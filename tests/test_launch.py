@@ -55,6 +55,20 @@ def test_a_tpu_pod_is_created_set_up_run_and_deleted():
     assert all(word in steps[4] for word in RUN)
 
 
+@pytest.mark.parametrize("recipe", ["imagenet_vit_b:smoke", "--config=imagenet_vit_b:smoke"])
+def test_what_is_about_to_be_rented_is_estimated(recipe, tmp_path):
+    """However the recipe is given; where there is no estimate, the reason is said."""
+    words = [LAUNCH / "tpu_pod.sh", "--dry_run", "all", "--workdir=gs://b/r", recipe]
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for body, answer in (
+        ('echo "it costs: $@"', "it costs: launch/cost.py imagenet_vit_b:smoke --chip=v5e"),
+        ("echo error: why >&2; exit 2", "no estimate, as launch/cost.py ends with: error: why"),
+    ):
+        stand_in(tmp_path, "python3", body)
+        lines = said("bash", "-c", '"$@" 2>&1', "-", *words, **settings).splitlines()
+        assert lines[1] == answer
+
+
 def test_tpu_pod_without_a_deed_explains_itself():
     assert "create | setup | run ARGS... | delete" in said(LAUNCH / "tpu_pod.sh", status=2)
 
