@@ -247,6 +247,17 @@ def test_severities_of_an_array_file_are_its_fifths(exported):
     assert correct_of("--data=npy:images.npy", "--split=severity5[:2]") == right[16:18].sum()
 
 
+def test_labels_of_an_array_file_may_lack_the_highest_class(exported, capsys):
+    images, labels = np.load("images.npy"), np.load("labels.npy") % 2
+    np.save("labels.npy", labels)
+    right = predictions(exported, images) == labels
+    assert correct_of("--data=npy:images.npy") == right.sum()
+    np.save("labels.npy", labels + 2)
+    with pytest.raises(SystemExit):
+        correct_of("--data=npy:images.npy")
+    assert "has 4 classes, but the model 3" in capsys.readouterr().err
+
+
 def test_the_ledger_of_data_with_a_long_path_has_a_name_that_fits(exported):
     options = ["--attacks=apgd-ce", "--num_examples=4", "--batch_size=8"]
     folder = pathlib.Path("a" * 130, "b" * 130)

@@ -246,7 +246,8 @@ def in_classes_of(examples: Examples, subject: Subject) -> Examples:
     """The examples with the labels of the subject's classes.
 
     Where both have class names, and those of the examples are some or all of the subject's, labels
-    are mapped by name. The prediction is over all classes of the subject.
+    are mapped by name. Those of an .npy file are numbers already, of which the highest may be
+    missing. The prediction is over all classes of the subject.
 
     Raises:
       UserError: the names don't say which class is which, and the numbers of classes differ.
@@ -256,6 +257,8 @@ def in_classes_of(examples: Examples, subject: Subject) -> Examples:
         return examples
     if set(examples.class_names) <= set(names):
         return examples.relabelled(names)
+    if examples.name.startswith("npy:") and examples.num_classes < subject.num_classes:
+        return examples.relabelled(tuple(map(str, range(subject.num_classes))))
     if examples.num_classes != subject.num_classes:
         raise UserError(
             f"{examples.name} has {examples.num_classes} classes, but the model "
