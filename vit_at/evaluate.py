@@ -15,6 +15,7 @@ and --from the accuracy on adversarial images that were made for other models.
 
 import argparse
 import inspect
+import os
 import pathlib
 import sys
 import types
@@ -151,8 +152,9 @@ def evaluate(
     sharding.check_batch_size("--batch_size", config.eval.batch_size, mesh)
     check_precision("--precision", precision, mesh)
     parsed = curves.attacks(attacks, threats, restarts, 0 in sizes, precision)
+    labels_file = pathlib.Path(os.path.expanduser(write_labels))
     if write_labels:
-        pseudo_labels.check_file(pathlib.Path(write_labels))
+        pseudo_labels.check_file(labels_file)
     models = transfer.subjects(subject, from_runs, checkpoint, parsed, data) if from_runs else {}
     threads = config.data.threads
     examples = sources.load(
@@ -187,7 +189,7 @@ def evaluate(
             subject.apply, subject.params, examples, clean, mesh, **options
         )
         if jax.process_index() == 0:
-            pseudo_labels.write(pathlib.Path(write_labels), examples, labels)
+            pseudo_labels.write(labels_file, examples, labels)
     return records
 
 

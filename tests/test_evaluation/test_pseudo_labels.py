@@ -36,6 +36,14 @@ def test_they_are_the_classes_and_probabilities_of_the_model(written):
     assert [p.name for p in written.parent.iterdir() if p.is_file()] == ["labels.npz"]
 
 
+def test_they_may_lie_in_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = {"num_examples": 4, "batch_size": 4, "workdir": str(tmp_path / "results")}
+    evaluate(MODEL, "clean", write_labels="~/labels.npz", **options)
+    with np.load(tmp_path / "labels.npz") as arrays:
+        assert len(arrays["label"]) == 4
+
+
 def test_a_run_trains_on_them(written, tmp_path):
     like = load(vit_at.load(MODEL).config.data, "train")
     extra = open_npz(written, like)
