@@ -64,6 +64,7 @@ class Protocol(TypedDict):
     weights: Weights
     transform: NotRequired[str]
     ids: NotRequired[str]
+    contents: NotRequired[str]
     seed: NotRequired[Seed]
     norm: NotRequired[str]
     eps: NotRequired[Positive]

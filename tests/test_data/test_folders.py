@@ -1,8 +1,11 @@
 """Folders of images: labels, slices, links and error sentences."""
 
+import shutil
+
 import data_sets
 import numpy as np
 import pytest
+import runs
 from PIL import Image
 
 from vit_at.data import cache, sources
@@ -29,6 +32,26 @@ def test_folder_labels_pixels_and_indices(folder):
     values = np.r_[np.arange(30), np.arange(100, 110)]  # by position in the sorted listing
     np.testing.assert_array_equal(images[:, 0, 0, 0], values[train.indices])
     np.testing.assert_array_equal(labels, train.indices >= 30)
+
+
+@pytest.mark.parametrize("cached", [0, 4])
+def test_the_contents_of_a_folder_are_known_by_classes_names_and_sizes(
+    folder, tmp_path_factory, cached
+):
+    """Those of a copy are equal; a label that was corrected makes them others."""
+
+    def contents(place, count=0):
+        config = data_sets.config(f"folder:{place}", cache_gib=cached)
+        return sources.load(config, "train", count=count).contents
+
+    copy = tmp_path_factory.mktemp("copy")
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    before = contents(folder)
+    assert contents(copy) == before
+    assert contents(folder, count=5) not in (before, "")
+    (folder / "train/a/03.png").rename(folder / "train/b/3.png")
+    assert contents(folder) != before
+    assert runs.examples(5).contents == ""
 
 
 def test_a_relative_folder_begins_in_the_data_directory(folder):

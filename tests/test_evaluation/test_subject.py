@@ -266,8 +266,9 @@ def test_the_ledger_of_data_with_a_long_path_has_a_name_that_fits(exported):
         (folder / name).write_bytes(pathlib.Path(name).read_bytes())
     for data in ("images.npy", folder / "images.npy"):
         assert evaluate.main(["export", f"--data=npy:{data}", *options]) == 0
-    digest = results(pathlib.Path("export"))[-1]["protocol"]["weights"]["digest"]
-    before, after = "apgd-ce_linf_0.15_npy-", f"_4_seed0_{digest}"
+    protocol = results(pathlib.Path("export"))[-1]["protocol"]
+    after = f"_4_seed0_{protocol['weights']['digest']}_{protocol['contents']}"
+    before = "apgd-ce_linf_0.15_npy-"
     names = sorted((p.name for p in pathlib.Path("export/autoattack").iterdir()), key=len)
     assert names[0] == f"{before}images.npy-test{after}"  # short names stay as they are
     assert names[1].startswith(f"{before}{'a' * 130}-bb")

@@ -114,6 +114,17 @@ def test_what_a_small_eps_breaks_counts_as_broken_at_a_larger_one():
     assert {row["clean_prediction"] for row in rows} == {""}  # of an earlier version
 
 
+def test_what_was_measured_before_images_changed_is_left_out():
+    measured = [made("clean", [1, 1]), made("pgd-9", [1, 0], 0.1), made("pgd-9", [0, 0], 0.2)]
+    for m, contents in zip(measured, ("old", "new", "new"), strict=True):
+        m.record["protocol"]["contents"] = contents
+    (curve,) = eps_curves(measured)
+    assert curve.eps == [0.1, 0.2]
+    rows = rows_of(table(measured))
+    assert [row.get("clean", "") for row in rows] == ["", ""]
+    assert [row["pgd-9 linf 0.1"] for row in rows] == ["1", "0"]
+
+
 def test_columns_that_share_a_name_say_what_tells_them_apart():
     measured = [made("pgd-9", [1], 0.2), made("pgd-9", [0], 0.2)]
     measured[1].record["protocol"]["restarts"] = 5
@@ -126,7 +137,7 @@ def test_columns_that_share_a_name_say_what_tells_them_apart():
     ("options", "expected"),
     [
         (("", (), None), [("linf", 0.1, 0.05)]),
-        (("", (0.2,), None), [("linf", 0.2, 0.05)]),
+        (("", (0.2,), None), [("linf", 0.2, 0.1)]),
         (("", (0.2, 0, 0.05), None), [("linf", 0.05, 0.025), ("linf", 0.2, 0.1)]),
         (("", (0.05, 0.2), 0.03), [("linf", 0.05, 0.03), ("linf", 0.2, 0.03)]),
         (("l2,linf", (1, 0.1), None), [("l2", 1, 0.5), ("linf", 0.1, 0.05)]),

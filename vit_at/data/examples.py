@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ class Examples:
     ids: str = ""
     # rows -> labels, without decoding an image; None: by _read_rows.
     _labels_of: Callable[[np.ndarray], np.ndarray] | None = None
+    _contents_of: Callable[[np.ndarray], str] = lambda rows: ""  # as ``backends.Encoded.contents``
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -47,6 +49,11 @@ class Examples:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @functools.cached_property
+    def contents(self) -> str:
+        """A digest of the images' classes, names and sizes, where they may change; else ''."""
+        return self._contents_of(self._rows)
 
     @property
     def nbytes(self) -> int:

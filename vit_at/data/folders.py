@@ -62,6 +62,7 @@ def open_folder(
         names=lambda: [f"{path.parent.name}/{path.name}" for path in paths],
         origin=[(name, rows) for (name, _), rows in zip(parts, indices, strict=True)],
         fingerprint=lambda: _fingerprint(paths, classes),
+        contents=lambda rows: _digest("\n".join(_named_size(paths[i]) for i in rows)),
     )
 
 
@@ -114,6 +115,7 @@ def open_npy(path: Path, split: str) -> Encoded:
         names=lambda: [f"{labels[i]}/{i}" for i in indices],
         origin=[("test", splits[name][rows]) for name, rows in parts],
         fingerprint=lambda: _fingerprint([path, beside]),
+        contents=lambda rows: _digest(f"{path.stat().st_size} {labels[indices[rows]].tolist()}"),
     )
 
 
@@ -124,6 +126,14 @@ def _fingerprint(paths: Sequence[Path], classes: Sequence[str] = ()) -> str:
         about = path.stat()
         found.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
     return found.hexdigest()
+
+
+def _named_size(path: Path) -> str:
+    return f"{path.parent.name}/{path.name} {path.stat().st_size}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _read_npy(path: Path, dtype: str, dimensions: tuple[int, ...]) -> np.ndarray:

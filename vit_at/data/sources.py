@@ -57,6 +57,7 @@ def load(
         data.transform,
         listed.about if listed else "",
         partial(_labels_of, encoded),
+        encoded.contents,
     )
     examples = select(examples, count)
     if examples.nbytes <= data.cache_gib * 2**30:

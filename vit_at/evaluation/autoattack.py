@@ -96,5 +96,6 @@ def _ledger_name(attack: Attack, examples: Examples, seed: int, digest: str) -> 
     data = re.sub(r"[^a-z0-9.]+", "-", data).strip("-")
     threat = f"{attack.threat.norm}_{float(attack.threat.eps)!r}"
     how = "" if attack.precision == "float32" else f"_{attack.precision}"
+    how += f"_{examples.contents}" if examples.contents else ""
     after = f"_{len(examples)}_seed{seed}_{digest}{how}"
     return file_name(f"{attack.version}_{threat}_", data, after)

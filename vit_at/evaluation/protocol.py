@@ -104,8 +104,8 @@ def record(
     }
     if attack.precision != "float32":
         protocol["precision"] = attack.precision
-    if examples.ids:
-        protocol["ids"] = examples.ids
+    optional = {"ids": examples.ids, "contents": examples.contents}
+    protocol |= {name: value for name, value in optional.items() if value}
     if attack.kind != "clean":
         threat = attack.threat
         protocol |= {"norm": threat.norm, "eps": float(threat.eps), "loss": attack.loss}

@@ -119,6 +119,7 @@ def eps_curves(measured: Sequence[Measured]) -> list[EpsCurve]:
 
     Only the step size may differ within a curve. Of evaluations at one eps, the last counts.
     """
+    measured = _current(measured)
     clean = {(m.about, _images(m)): m for m in measured if m.record["attack"] == "clean"}
     groups: dict[str, dict[float, Measured]] = {}
     for m in measured:
@@ -138,6 +139,13 @@ def eps_curves(measured: Sequence[Measured]) -> list[EpsCurve]:
     return curves
 
 
+def _current(measured: Sequence[Measured]) -> list[Measured]:
+    """Without evaluations of images that have changed since, by those that were made last."""
+    contents = [m.record["protocol"].get("contents") for m in measured]
+    last = {m.about: found for m, found in zip(measured, contents, strict=True)}
+    return [m for m, found in zip(measured, contents, strict=True) if found == last[m.about]]
+
+
 def _images(measured: Measured) -> str:
     """Identifies the images, in their order."""
     return measured.index.astype(np.int64).tobytes().hex()
@@ -153,6 +161,7 @@ def table(measured: Sequence[Measured]) -> str:
     was not measured. For an attack at several eps, a further column has the smallest eps at which
     it broke the image: 0 if the clean image is wrong already, empty if none did.
     """
+    measured = _current(measured)
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}
     names = _columns(measured)
     for m, name in zip(measured, names, strict=True):

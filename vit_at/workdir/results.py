@@ -170,7 +170,8 @@ def _rescued(
 def _key(entry: dict[str, Any]) -> str:
     """'DIGEST/DATA/359 clean', or '.../359 pgd-20 linf 0.15 step 0.0375 x1 seed 0'."""
     protocol = entry["protocol"]
-    place = f"{protocol['weights']['digest']}/{protocol['data']}"
+    contents = f" {protocol['contents']}" if "contents" in protocol else ""
+    place = f"{protocol['weights']['digest']}/{protocol['data']}{contents}"
     key = f"{place}/{protocol['num_examples']} {entry['attack']}"
     key += "".join(f" {note}" for note in _notes(protocol))
     for threat in threats(protocol):
