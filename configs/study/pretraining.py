@@ -3,8 +3,9 @@
     python -m vit_at.main --config=configs/digits_sgd.py:natural   # for :cpu, the weights
     vit-at sweep configs/study/pretraining.py:cpu
 
-The larger sizes start from published weights. At :cpu it is a natural training of one seed on the
-same digits, and eps does not warm up, as that would be another remedy for the same illness.
+The sizes for a GPU start from published weights, :small from the natural training of
+``natural.py``. At :cpu it is a natural training of one seed on the same digits, and eps does not
+warm up, as that would be another remedy for the same illness.
 """
 
 from collections.abc import Callable
