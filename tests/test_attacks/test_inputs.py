@@ -93,3 +93,22 @@ def test_pgd_works_on_traced_arrays():
     threat = Threat(steps=2)
     attack = jax.jit(lambda x, y: pgd_attack(logits_fn, x, y, jax.random.key(0), threat))
     assert attack(IMAGES, LABELS).shape == IMAGES.shape
+
+
+def test_pgd_under_jit_takes_arrays_from_around_it_and_checks_their_values():
+    images, labels, wrong = jnp.asarray(IMAGES), jnp.asarray(LABELS), jnp.asarray(LABELS + 1)
+
+    def attack(images, labels, key):
+        return pgd_attack(logits_fn, images, labels, key, Threat(steps=2))
+
+    key = jax.random.key(0)
+    expected = attack(images, labels, key)
+    for found in (
+        jax.jit(lambda key: attack(images, labels, key))(key),
+        jax.jit(lambda images: attack(images, labels, key))(images),
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    with pytest.raises(UserError, match="images range from 127.5"):
+        jax.jit(lambda key: attack(255 * IMAGES, labels, key))(key)
+    with pytest.raises(UserError, match="labels range from 1 to 5"):
+        jax.jit(lambda images: attack(images, wrong, key))(images)

@@ -57,6 +57,7 @@ def check_range(images: Any) -> None:
     """Raises UserError for images outside [0, 1], NaN included."""
     if isinstance(images, jax.core.Tracer):
         return
+    images = np.asarray(images)  # under jit, the minimum of a captured array is traced
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise UserError(
@@ -69,6 +70,7 @@ def check_classes(labels: Any, num_classes: int) -> None:
     """Raises UserError for labels that are no classes of the model."""
     if isinstance(labels, jax.core.Tracer):
         return
+    labels = np.asarray(labels)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise UserError(
