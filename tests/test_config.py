@@ -113,7 +113,7 @@ REFUSED = [
     ({"masking__keep_max": 1.2}, ["masking.keep_max is 1.2", "from 0 to 1"]),
     ({"masking__prm": True, "masking__patch_size": 5}, ["masking.patch_size 5", "image_size 32"]),
     ({"objective": "natural", "masking__ard": True}, ["masking.ard", "natural"]),
-    ({"data__std": (0.2, 0.0, 0.2)}, ["data.std", "over 0"]),
+    ({"data__std": (0.2, 0.0, 0.2)}, ["data.std", "from 0.001 to 1"]),
     ({"data__std": (0.2,)}, ["data.mean has 3 channels and data.std 1"]),
     ({"data__mean": (0.5, 0.5), "data__std": (0.5, 0.5)}, ["data.mean has 2", "1 (grey) or 3"]),
     ({"data__validation_examples": 0}, ["eval.checkpoint is 'best'", "eval.checkpoint=last"]),

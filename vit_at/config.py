@@ -65,9 +65,7 @@ _NUMBERS = {
     "masking.warmup_epochs optimizer.warmup_epochs checkpoint.every_minutes",
     10**9: "optimizer.clip_norm eval.threat.eps eval.threat.step_size",
 }
-_BELOW_ONE = (
-    "label_smoothing ema_decay model.drop_path optimizer.momentum optimizer.b1 optimizer.b2"
-)
+_SHARES = "label_smoothing ema_decay model.drop_path optimizer.momentum optimizer.b1 optimizer.b2"
 _ANY_NUMBER = "threat.eps threat.step_size"
 _SWITCHES = (
     "model.remat model.allow_few_tokens data.allow_overlap data.stratified data.flip masking.ard "
@@ -140,7 +138,7 @@ def _text(value: Any) -> bool:
 # (fields, whether a value is of their type, the type in words)
 _TYPES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (" ".join(_WHOLE), lambda v: type(v) is int, "a whole number"),
-    (" ".join([*_NUMBERS.values(), _BELOW_ONE, _ANY_NUMBER]), _number, "a number"),
+    (" ".join([*_NUMBERS.values(), _SHARES, _ANY_NUMBER]), _number, "a number"),
     (_SWITCHES, lambda v: isinstance(v, bool), "True or False"),
     (_TEXTS, _text, f"text of at most {_TEXT_LENGTH} printable characters"),
     (
@@ -193,7 +191,7 @@ def _validate_ranges(flat: dict[str, Any]) -> None:
             if not 0 <= flat[field] <= high:
                 allowed = "from 0 to 1" if high == 1 else f"0 or more and at most {high}"
                 raise UserError(f"{field} is {_shown(flat[field])}; it must be {allowed}")
-    for field in _BELOW_ONE.split():
+    for field in _SHARES.split():
         if not 0 <= flat[field] < 1:
             raise UserError(
                 f"{field} is {_shown(flat[field])}; it must be from 0 up to but not including 1"
@@ -201,9 +199,41 @@ def _validate_ranges(flat: dict[str, Any]) -> None:
 
 
 def _validate_threat(config: ConfigDict) -> None:
-    for name, threat in (("threat", config.threat), ("eval.threat", evaluation_threat(config))):
-        values = len(config.data.mean) * config.data.image_size**2
-        _validate_ball(name, threat, values)
+    training, *further = training_balls(config.threat)
+    balls = {"threat": training, "eval.threat": evaluation_threat(config)}
+    for name, ball in (balls | {f"threat.also[{b.norm}]": b for b in further}).items():
+        _validate_ball(name, ball, len(config.data.mean) * config.data.image_size**2)
+
+
+def fraction(text: str) -> float:
+    """'8/255' or '0.03', as perturbation sizes are written, as a number; ValueError: neither."""
+    top, _, bottom = text.partition("/")
+    if bottom and not float(bottom):
+        raise ValueError(f"'{text}' divides by 0")
+    return float(top) / float(bottom or 1)
+
+
+def training_balls(threat: ConfigDict) -> list[ConfigDict]:
+    """``threat``, then a copy of it for each NORM:EPS:STEP_SIZE of ``threat.also``, in any case.
+
+    UserError: one can't be read, or its norm is unknown or named before.
+    """
+    norms, found = CHOICES["threat.norm"], {threat.norm: threat}
+    for text in filter(None, map(str.strip, threat.also.lower().split(","))):
+        norm, *numbers = text.split(":")
+        try:
+            eps, step_size = map(fraction, numbers)
+        except ValueError:
+            raise UserError(
+                f"threat.also has '{text}'; write NORM:EPS:STEP_SIZE, such as 'l2:0.5:0.125'"
+            ) from None
+        if norm in found or norm not in norms:
+            raise UserError(
+                f"threat.also has '{text}', whose norm is named before or unknown; name each of "
+                f"{', '.join(norms)} at most once"
+            )
+        found[norm] = ConfigDict({**threat, "norm": norm, "eps": eps, "step_size": step_size})
+    return list(found.values())
 
 
 def evaluation_threat(config: ConfigDict) -> ConfigDict:
@@ -232,21 +262,17 @@ def evaluated_weights(config: ConfigDict) -> str:
 
 def _validate_ball(name: str, threat: ConfigDict, values: int) -> None:
     """values: of an image."""
-    if threat.norm == "linf" and not 0 < threat.eps <= 1:
-        meant = f"did you mean {threat.eps:g}/255?" if threat.eps > 1 else "write such as 8/255"
+    largest, what, example = {
+        "linf": (1, "eps is in pixel units of", "8/255"),
+        "l2": (100, "an L2 eps is a length in pixel units of", "0.5"),
+        "l1": (values, "an L1 eps is a sum over the values of", "12"),
+    }[threat.norm]
+    if not 0 < threat.eps <= largest:
+        slip = threat.norm == "linf" and threat.eps > 1
+        meant = f"did you mean {threat.eps:g}/255?" if slip else f"write such as {example}"
         raise UserError(
-            f"{name}.eps is {threat.eps:g}; eps is in pixel units of images in [0, 1], so it must "
-            f"be over 0 and at most 1: {meant}"
-        )
-    if threat.norm == "l2" and not 0 < threat.eps <= 100:
-        raise UserError(
-            f"{name}.eps is {threat.eps:g}; an L2 eps is a length in pixel units of images in "
-            "[0, 1] and must be over 0 and at most 100, for example 0.5"
-        )
-    if threat.norm == "l1" and not 0 < threat.eps <= values:
-        raise UserError(
-            f"{name}.eps is {threat.eps:g}; an L1 eps is a sum over the values of an image in "
-            f"[0, 1] and must be over 0 and at most their number, {values}, for example 12"
+            f"{name}.eps is {threat.eps:g}; {what} images in [0, 1], so it must be over 0 and at "
+            f"most {largest}: {meant}"
         )
     if not 0 < threat.step_size <= 2 * threat.eps:
         raise UserError(
@@ -262,16 +288,12 @@ def _validate_data(config: ConfigDict) -> None:
             f"data.mean has {len(data.mean)} channels and data.std {len(data.std)}; both must have "
             "1 (grey) or 3 (colour)"
         )
-    if not all(0 <= mean <= 1 for mean in data.mean):
-        raise UserError(
-            f"data.mean is {data.mean}; it is in pixel units of images in [0, 1], so every channel "
-            "must be from 0 to 1: divide values of 0 to 255 by 255"
-        )
-    if not all(1e-3 <= std <= 1 for std in data.std):
-        raise UserError(
-            f"data.std is {data.std}; it is in pixel units of images in [0, 1], so every channel "
-            "must be over 0 (at least 0.001) and at most 1: divide values of 0 to 255 by 255"
-        )
+    for field, low, allowed in (("mean", 0, "from 0 to 1"), ("std", 1e-3, "from 0.001 to 1")):
+        if not all(low <= value <= 1 for value in data[field]):
+            raise UserError(
+                f"data.{field} is {data[field]}; it is in pixel units of images in [0, 1], so "
+                f"every channel must be {allowed}: divide values of 0 to 255 by 255"
+            )
     if data.crop_padding >= data.image_size:
         raise UserError(
             f"data.crop_padding is {data.crop_padding}, so a crop may show nothing of the "
@@ -341,16 +363,6 @@ def _validate_combinations(config: ConfigDict) -> None:
         raise UserError(
             f"accumulate_steps {config.accumulate_steps} does not divide batch_size "
             f"{config.batch_size}; choose one that does"
-        )
-
-
-def check_tokens(config: ConfigDict, num_tokens: int) -> None:
-    """Refuses a patch that leaves a model too few tokens to learn from."""
-    if num_tokens < 16 and not config.model.allow_few_tokens:
-        raise UserError(
-            f"model.patch_size leaves {num_tokens} tokens of a {config.data.image_size}-pixel "
-            "image, and with fewer than 16 a transformer hardly learns; choose a smaller patch, "
-            "or set model.allow_few_tokens=True"
         )
 
 

@@ -27,7 +27,7 @@ from etils import epath
 
 from vit_at.attacks import NORMS
 from vit_at.cli import add_process_arguments, join_processes
-from vit_at.config import CHECKPOINTS
+from vit_at.config import CHECKPOINTS, fraction
 from vit_at.console import quiet_logging
 from vit_at.data import sources
 from vit_at.distributed import devices, processes, sharding
@@ -39,15 +39,6 @@ from vit_at.evaluation.protocol import parse_attacks
 from vit_at.evaluation.subject import in_classes_of
 from vit_at.workdir.files import disk_errors, locked
 from vit_at.workdir.results import Results, as_text
-
-
-def fraction(text: str) -> float:
-    """'8/255' or '0.03' as a number: how perturbation sizes are written on the command line."""
-    top, _, bottom = text.partition("/")
-    try:
-        return float(top) / float(bottom or 1)
-    except ZeroDivisionError as error:
-        raise ValueError(f"'{text}' divides by 0") from error
 
 
 def fractions(text: str) -> tuple[float, ...]:

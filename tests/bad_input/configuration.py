@@ -144,8 +144,8 @@ TUPLES = {
     "data.mean  ": ("(127.0,)", "divide values of 0 to 255 by 255"),
     "data.mean   ": ('("a",)', "data.mean"),
     "data.mean    ": ("(0.5, 0.5, 0.5)", "3 channels and data.std 1"),
-    "data.std": ("(0.0,)", "over 0"),
-    "data.std ": ("(1e-30,)", "at least 0.001"),
+    "data.std": ("(0.0,)", "from 0.001 to 1"),
+    "data.std ": ("(1e-30,)", "from 0.001 to 1"),
     "optimizer.drop_before_end": ("(-1.0,)", "0 or more"),
 }
 NAN = float("nan")

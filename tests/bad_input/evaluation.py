@@ -60,7 +60,7 @@ CASES = {
         "--norm=l2", "--eps=1e4", "--step_size=1", says="at most 100"
     ),
     "L1 eps beyond any image": _command(
-        "--norm=l1", "--eps=65", "--step_size=1", says="number, 64"
+        "--norm=l1", "--eps=65", "--step_size=1", says="at most 64"
     ),
     "no restarts": _command("--restarts=0", says="--restarts is 0; it must be 1 or more"),
     "negative restarts": _command("--restarts=-1", says="--restarts is -1"),

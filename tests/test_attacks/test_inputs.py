@@ -108,7 +108,7 @@ def test_pgd_under_jit_takes_arrays_from_around_it_and_checks_their_values():
         jax.jit(lambda images: attack(images, labels, key))(images),
     ):
         np.testing.assert_allclose(found, expected, atol=1e-6)
-    with pytest.raises(UserError, match="images range from 127.5"):
+    with pytest.raises(UserError, match=r"images range from 127\.5"):
         jax.jit(lambda key: attack(255 * IMAGES, labels, key))(key)
     with pytest.raises(UserError, match="labels range from 1 to 5"):
         jax.jit(lambda images: attack(images, wrong, key))(images)

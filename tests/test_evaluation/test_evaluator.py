@@ -13,9 +13,9 @@ from etils import epath
 import vit_at
 from vit_at import evaluate
 from vit_at.attacks import Threat
+from vit_at.config import fraction
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
-from vit_at.evaluate import fraction
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store
 from vit_at.evaluation.protocol import parse_attacks, weights_digest
 from vit_at.reporting import exported

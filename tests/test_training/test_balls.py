@@ -76,14 +76,34 @@ def test_all_objectives_take_several_balls(objective):
     [
         ("l2", "threat.also has 'l2'; write NORM:EPS:STEP_SIZE"),
         ("l2:half:0.1", "write NORM:EPS:STEP_SIZE"),
-        ("linf:0.1:0.1", "linf is named before; name a norm once"),
-        ("l2:0.5:1.1", "at most twice eps"),
-        ("l3:0.5:0.1", "norm is 'l3', which is unknown"),
+        ("linf:0.1:0.1", "norm is named before or unknown; .* at most once"),
+        ("LINF:0.1:0.1", "norm is named before or unknown; .* at most once"),
+        ("l2:0.5:0.1,L2:0.4:0.1", "norm is named before or unknown"),
+        ("l2:0.5:1.1", r"also\[l2\]\.step_size is 1.1; .* at most twice"),
+        ("l2:500:100", r"also\[l2\]\.eps is 500; an L2 eps .* at most 100"),
+        ("l2:nan:0.1", r"also\[l2\]\.eps is nan"),
+        ("l2:1/0:0.1", "write NORM:EPS:STEP_SIZE"),
+        ("l1:1e6:1", r"also\[l1\]\.eps is 1e\+06; an L1 eps .* at most 256"),
+        ("l3:0.5:0.1", "named before or unknown; name each of linf, l2, l1 at most once"),
     ],
 )
 def test_a_ball_that_cannot_be_is_one_sentence(also, sentence):
     with pytest.raises(UserError, match=sentence):
         runs.resolved(threat__also=also)
+
+
+def test_a_further_ball_of_255ths_is_refused_as_the_first_is():
+    """An eps of 8 in linf would train on any image in [0, 1]."""
+    with pytest.raises(UserError, match=r"also\[linf\]\.eps is 8; .* did you mean 8/255"):
+        runs.resolved(threat__norm="l2", threat__also="linf:8:2")
+
+
+def test_further_balls_may_be_written_in_any_case_and_as_fractions():
+    config = runs.resolved(threat__norm="l2", threat__also="Linf:8/255:2/255, l1:12:1")
+    first, *further = Threat.all_of(config.threat)
+    assert first == Threat.of(config.threat)
+    steps = config.threat.steps
+    assert further == [Threat("linf", 8 / 255, 2 / 255, steps), Threat("l1", 12.0, 1.0, steps)]
 
 
 def test_natural_training_refuses_further_balls():

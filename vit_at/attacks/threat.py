@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vit_at.attacks.norms import NORMS, resize
+from vit_at.config import training_balls
 from vit_at.errors import UserError
 
 Array = jax.Array
@@ -55,31 +56,8 @@ class Threat:
 
     @classmethod
     def all_of(cls, options: ConfigDict) -> "list[Threat]":
-        """The training threat, then those of ``also``: NORM:EPS:STEP_SIZE, comma-separated.
-
-        UserError: one can't be read, its norm is unknown or named before, or a number is not
-        allowed.
-        """
-        found = [cls.of(options)]
-        for text in filter(None, map(str.strip, options.also.split(","))):
-            norm, *numbers = text.split(":")
-            try:
-                eps, step_size = map(float, numbers)
-            except ValueError:
-                raise UserError(
-                    f"threat.also has '{text}'; write NORM:EPS:STEP_SIZE, such as 'l2:0.5:0.125'"
-                ) from None
-            if norm in [threat.norm for threat in found]:
-                raise UserError(
-                    f"threat.also has '{text}', but {norm} is named before; name a norm once"
-                )
-            if not (0 < eps < float("inf") and 0 < step_size <= 2 * eps):
-                raise UserError(
-                    f"threat.also has '{text}'; eps must be over 0, and the step size over 0 and "
-                    "at most twice eps"
-                )
-            found.append(cls(norm, eps, step_size, options.steps))
-        return found
+        """The training threat, then those of ``config.threat.also``."""
+        return [cls.of(ball) for ball in training_balls(options)]
 
     def scaled(self, factor: float | Array) -> "Threat":
         """The same threat with eps and step size multiplied by ``factor``."""

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vit_at.config import check_tokens
 from vit_at.errors import UserError, nearest
 from vit_at.models import blocks, convit, convnext, swin, vit, xcit
 from vit_at.models.blocks import stack_blocks as stack_blocks
@@ -122,7 +121,12 @@ def build(config: ConfigDict, num_classes: int, dtype: str) -> nn.Module:
         dtype=dtype,
         **overrides,
     )
-    check_tokens(config, model.num_tokens)
+    if model.num_tokens < 16 and not options.allow_few_tokens:
+        raise UserError(
+            f"model.patch_size leaves {model.num_tokens} tokens of a "
+            f"{config.data.image_size}-pixel image, and with fewer than 16 a transformer hardly "
+            "learns; choose a smaller patch, or set model.allow_few_tokens=True"
+        )
     if config.masking.ard and not model.num_blocks:
         raise UserError(
             f"masking.ard is True, but {options.name} has no attention whose gradient could be "
