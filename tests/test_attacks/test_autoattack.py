@@ -143,6 +143,23 @@ def test_square_counts_nan_as_a_success():
     assert not result.failures
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float64])
+@pytest.mark.parametrize("name", ["fab", "square"])
+def test_logits_may_be_of_any_precision(name, dtype):
+    """Their scans hold float32."""
+    with jax.enable_x64(dtype == jnp.float64):
+        params, images, labels = problem()
+        eps = median_eps(params, images, labels, "linf")
+        model = functools.partial(lambda params, x: linear(params, x).astype(dtype), params)
+        options = {"eps": 2 * eps, "attacks": [name], "batch_size": 8, **SHORT}
+        result = autoattack.run(model, images.astype(np.float32), labels, **options)
+        broken = ~result.robust[name]
+        correct = losses.is_correct(np.asarray(model(result.adversarial)), labels, np)
+    np.testing.assert_array_equal(correct, ~broken)
+    assert broken[3:].mean() > 0.5
+    assert not result.failures
+
+
 def test_an_unconfirmed_success_continues_with_the_next_run(monkeypatch):
     params, images, labels = problem()
     eps = median_eps(params, images, labels, "linf")

@@ -55,10 +55,13 @@ def read(images: Any, places: np.ndarray) -> np.ndarray:
 def as_batch_function(
     model: Callable[..., jax.Array], randomised: bool
 ) -> Callable[..., jax.Array]:
-    """The model as (images, keys [b] or None) -> logits; a randomised one uses a key an image."""
+    """The model as (images, keys [b] or None) -> logits in float32, as the state of the attacks.
+
+    A randomised one uses a key for each image.
+    """
     if not randomised:
-        return lambda images, keys=None: model(images)
-    return jax.vmap(lambda image, key: model(image[None], key)[0])
+        return lambda images, keys=None: model(images).astype(jnp.float32)
+    return jax.vmap(lambda image, key: model(image[None], key)[0].astype(jnp.float32))
 
 
 @functools.lru_cache(maxsize=8)
