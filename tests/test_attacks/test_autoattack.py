@@ -143,6 +143,21 @@ def test_square_counts_nan_as_a_success():
     assert not result.failures
 
 
+def test_square_goes_on_at_a_tie_that_is_correct():
+    """The label has the lower index, so that it wins where both logits are equal."""
+
+    def coarse(images):  # 0 from a mean of 0.5 to 0.53, and positive above
+        other = jnp.floor((images.mean((1, 2, 3)) - 0.5) / 0.03)
+        return jnp.stack([jnp.zeros_like(other), other], 1)
+
+    images, labels = np.full((8, 4, 4, 1), 0.5, np.float32), np.zeros(8, int)
+    options = {"eps": 0.05, "attacks": ["square"], "batch_size": 8, **SHORT}
+    result = autoattack.run(coarse, images, labels, **options)
+    assert result.robust["clean"].all()
+    assert not result.robust["square"].any()
+    assert result.work["square"]["unconfirmed"] == 0
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float64])
 @pytest.mark.parametrize("name", ["fab", "square"])
 def test_logits_may_be_of_any_precision(name, dtype):

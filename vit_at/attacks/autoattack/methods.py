@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vit_at.attacks import apgd, apgd_l1, fab, square
 from vit_at.attacks.autoattack.settings import Settings
@@ -23,6 +24,7 @@ from vit_at.attacks.threat import Threat
 
 Array = jax.Array
 _LOSSES = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "targeted dlr"}
+_TIE = np.finfo(np.float32).tiny
 
 
 class Problem(NamedTuple):
@@ -256,6 +258,9 @@ class Square(Method):
             logits = context.logits_fn(points)
             wrong = best_wrong_class(logits, problem.labels)
             margin = pick(logits, problem.labels) - pick(logits, wrong)
+            # A tie that counts as correct is no success.
+            correct = is_correct(logits, problem.labels)
+            margin = jnp.where(correct, jnp.maximum(margin, _TIE), margin)
             # A comparison with NaN is false, and would keep the image.
             return jnp.where(jnp.isfinite(logits).all(-1), margin, -jnp.inf)
 
