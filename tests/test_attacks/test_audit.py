@@ -1,8 +1,11 @@
 """The audit raises a flag for a model with the fault it is about, and none for a sound one."""
 
+import dataclasses
 import functools
 import pathlib
+import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,7 @@ from test_autoattack import attack, linear, median_eps, problem
 from vit_at.attacks import autoattack
 from vit_at.attacks.autoattack import audit
 from vit_at.attacks.autoattack.flags import MEANING
+from vit_at.errors import UserError
 
 PARAMS, IMAGES, LABELS = problem(16)
 EPS = median_eps(PARAMS, IMAGES, LABELS, "linf")
@@ -40,6 +44,59 @@ def test_a_sound_model_raises_no_flag(short):
     assert curve == sorted(curve, reverse=True)
     assert curve[-1] == 0
     assert set(found.record()) == {"flags", "eps_curve", "steps_curve"}
+
+
+def test_the_audit_takes_what_autoattack_takes(short):
+    """A pair (module, variables) and rows by their places, as any evaluation of a linen module."""
+
+    class Rows:
+        shape, dtype = IMAGES.shape, IMAGES.dtype
+
+        def __getitem__(self, places):
+            return IMAGES[np.asarray(places, int)]
+
+    class Linear(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(5)(x.reshape(len(x), -1))
+
+    kernel, bias = PARAMS
+    pair = (Linear(), {"params": {"Dense_0": {"kernel": kernel, "bias": bias}}})
+    options = {"eps": EPS, "attacks": ["apgd-ce"], "batch_size": 16}
+    result = autoattack.run(pair, Rows(), list(LABELS), **options)
+    surrogates = {"itself": result.adversarial}
+    found = audit.audit(pair, Rows(), list(LABELS), result, surrogates=surrogates)
+    assert found.flags == {}
+    assert found.eps_curve[EPS] == result.robust["apgd-ce"].mean()
+
+
+def test_the_audit_of_a_randomised_evaluation_is_refused():
+    def noisy(x, key):
+        return MODEL(x) + jax.random.normal(key, (len(x), 5))
+
+    with pytest.raises(UserError, match="attacks is 'rand', but the audit takes no randomised"):
+        run(noisy, dataclasses.replace(SETTINGS, attacks="rand"))
+
+
+def test_the_audit_attacks_in_the_precision_of_the_evaluation(short, monkeypatch):
+    """On a CPU there is one precision, so the attacks are replaced."""
+    within = []
+
+    def attacked(*args, precision, **options):
+        within.append((precision, jax.config.jax_default_matmul_precision))
+        return types.SimpleNamespace(robust={"apgd-ce": np.ones(len(LABELS), bool)})
+
+    monkeypatch.setattr(audit, "check_precision", lambda *args: None)
+    monkeypatch.setattr(audit.autoattack, "run", attacked)
+    monkeypatch.setattr(audit, "_logits", lambda *args: np.zeros((len(LABELS), 5)))
+    monkeypatch.setattr(audit, "check_function", lambda *args: {})
+    run(evaluated=dataclasses.replace(SETTINGS, precision="bf16x9"))
+    assert set(within) == {("bf16x9", "BF16_BF16_F32_X9")}
+
+
+def test_a_precision_that_the_devices_lack_is_refused():
+    with pytest.raises(UserError, match="precision is 'bf16x9'"):
+        run(evaluated=dataclasses.replace(SETTINGS, precision="bf16x9"))
 
 
 def test_randomised():

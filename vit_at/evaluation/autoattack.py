@@ -16,7 +16,6 @@ from vit_at import models
 from vit_at.attacks import autoattack
 from vit_at.attacks.autoattack import audit
 from vit_at.data.examples import Examples, file_name
-from vit_at.distributed import precision
 from vit_at.evaluation.protocol import Attack
 
 LEDGERS = "autoattack"  # in a work directory
@@ -80,8 +79,7 @@ def evaluate_autoattack(
         few = np.arange(min(_AUDITED, len(labels)))
         first = {name: robust[few] for name, robust in result.robust.items()}
         first = dataclasses.replace(result, robust=first)
-        with precision.products(attack.precision):
-            audited = audit.audit(logits_fn, images[few], labels[few], first)
+        audited = audit.audit(logits_fn, images[few], labels[few], first)
         details["audit"] = audited.record()
         lines.append(audited.summary())
     if progress:

@@ -19,12 +19,14 @@ import numpy as np
 
 from vit_at.attacks import autoattack, curves, losses
 from vit_at.attacks.autoattack import Budget, Result, Settings
-from vit_at.attacks.autoattack.checks import Classifier
+from vit_at.attacks.autoattack.checks import Classifier, as_batch_function, read
 from vit_at.attacks.autoattack.flags import MARGIN, check_model, in_words
 from vit_at.attacks.autoattack.functions import as_function
 from vit_at.attacks.norms import NORMS
 from vit_at.attacks.threat import Threat
 from vit_at.distributed import sharding
+from vit_at.distributed.precision import check_precision, products
+from vit_at.errors import UserError
 
 Array = jax.Array
 CURVE_EPS = (0.5, 1.0, 2.0, 4.0)  # times eps; then the whole image range
@@ -68,14 +70,31 @@ def audit(
       evaluated: the result of that call on the same images; or the settings of one: then with the
         flags of the model, and without those that judge a result.
       surrogates: {name: adversarial images of another model, [N, H, W, C]}.
+
+    Raises:
+      UserError: the attacks are 'rand', or the devices can't compute in the precision.
     """
-    result = evaluated if isinstance(evaluated, Result) else None
     settings = evaluated if isinstance(evaluated, Settings) else evaluated.settings
+    if settings.randomised:
+        raise UserError(
+            "attacks is 'rand', but the audit takes no randomised model; audit the function with "
+            "its key fixed, and attacks='standard'"
+        )
+    check_precision("precision", settings.precision, settings.mesh)
+    images = images if hasattr(images, "shape") else np.asarray(images)
+    images, labels = read(images, np.arange(len(labels))), np.asarray(labels)
+    with products(settings.precision):
+        return _audit(logits_fn, images, labels, evaluated, settings, surrogates or {})
+
+
+def _audit(logits_fn, images, labels, evaluated, settings, surrogates) -> Audit:
+    result = evaluated if isinstance(evaluated, Result) else None
     own = {} if result else check_function(logits_fn, images, labels, settings)
     if "randomised" in (result.flags if result else own):
         return Audit(own, {}, {})
 
-    same = {name: getattr(settings, name) for name in ("norm", "batch_size", "seed", "mesh")}
+    fields = ("norm", "batch_size", "seed", "mesh", "precision")
+    same = {name: getattr(settings, name) for name in fields}
 
     @functools.cache
     def robust(threat, attack="apgd-ce"):
@@ -97,7 +116,7 @@ def audit(
         longest = max(by_steps, key=lambda t: t.steps)
         flags |= _compare_losses(robust(longest), robust(longest, "apgd-dlr"))
     if result is not None:
-        flags |= judge_transfer(logits_fn, labels, result, surrogates or {})
+        flags |= judge_transfer(logits_fn, labels, result, surrogates)
     return Audit(flags, eps_curve, steps_curve)
 
 
@@ -155,6 +174,7 @@ def judge_transfer(
 
 
 def _logits(logits_fn, images, batch_size) -> np.ndarray:
-    """Logits [N, K], in batches and not jitted."""
+    """Logits [N, K] of what ``autoattack.run`` takes, in batches and not jitted."""
+    model = as_batch_function(as_function(logits_fn), randomised=False)
     batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    return np.concatenate([np.asarray(logits_fn(jnp.asarray(b, jnp.float32))) for b in batches])
+    return np.concatenate([np.asarray(model(jnp.asarray(b, jnp.float32))) for b in batches])
