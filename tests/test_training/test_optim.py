@@ -184,10 +184,12 @@ def test_muons_update_of_a_matrix_is_orthogonal_and_as_large_as_adams():
     np.testing.assert_allclose(updates["head"], -first * np.sign(gradient["head"]), rtol=1e-3)
 
 
+@pytest.mark.parametrize("in_channels", [1, 3])
 @pytest.mark.parametrize(
     ("name", "left"),
     [
         ("vit_tiny_patch16_224", {"head"}),
+        ("vit_tiny_patch16_224 conv", {"head"}),
         ("deit_tiny_distilled_patch16_224", {"head", "head_dist"}),
         ("convit_tiny", {"head", "pos_proj"}),
         ("swin_tiny_patch4_window7_224", {"head"}),
@@ -195,8 +197,11 @@ def test_muons_update_of_a_matrix_is_orthogonal_and_as_large_as_adams():
         ("convnext_tiny", {"head_fc", "conv_dw"}),
     ],
 )
-def test_muon_leaves_heads_depthwise_convolutions_and_coordinates_to_adam(name, left):
-    model = models.create(name, num_classes=3)
+def test_muon_leaves_heads_depthwise_convolutions_and_coordinates_to_adam(name, left, in_channels):
+    """Of grey images, too: the first kernel has one input channel, but is not depthwise."""
+    name, _, stem = name.partition(" ")
+    options = {"stem": stem} if stem else {}
+    model = models.create(name, num_classes=3, in_channels=in_channels, **options)
     shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
     axes = jax.tree.leaves_with_path(matrices(shapes), is_leaf=lambda x: not isinstance(x, dict))
     kernels = {path: found for path, found in axes if path[-1].key == "kernel"}

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from optax import contrib
 
 _RMS_OF_ADAM = 0.2  # of an update, as measured by Liu et al.
+_OF_ADAM = {"conv_dw", "local_mp", "pos_proj"}  # modules with kernels that are no matrices
 _EMBEDDINGS = ("patch_embed", "pos_embed", "cls_token", "dist_token")
 
 
@@ -100,17 +101,17 @@ def _muon(options: ConfigDict) -> optax.GradientTransformation:
 
 
 def matrices(params: Any) -> Any:
-    """The axes that make a matrix of each kernel; None: no matrix, or one at the ends of a model.
+    """The axes that make a matrix of each kernel; None: Adam updates it, as all other parameters.
 
-    A kernel [blocks, in, out] is a matrix for each block, a convolution [k, k, in, out] one matrix
-    of k * k * in rows. Depthwise convolutions have no inputs to mix, and the head is an embedding
-    of classes: Adam updates them, as it does ConViT's projections of three coordinates.
+    A kernel [blocks, in, out] is a matrix for each block, a convolution [k, k, in, out], such as a
+    patch embedding, one matrix of k * k * in rows. Adam updates the head, which is an embedding of
+    classes, depthwise convolutions, which mix no inputs, and ConViT's projections of three
+    coordinates.
     """
 
     def axes(path: tuple[Any, ...], leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
         names = [entry.key for entry in path]
-        skipped = names[0].startswith("head") or "pos_proj" in names
-        if names[-1] != "kernel" or skipped or (leaf.ndim > 3 and leaf.shape[-2] == 1):
+        if names[-1] != "kernel" or names[0].startswith("head") or _OF_ADAM & set(names):
             return None
         if leaf.ndim == 4:
             return contrib.MuonDimensionNumbers((0, 1, 2), 3)
