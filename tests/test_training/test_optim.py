@@ -81,6 +81,17 @@ def test_cyclic_rises_to_the_peak_and_falls_to_zero():
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "cyclic", "constant", "step"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_warm_up_that_rounds_to_the_whole_run_leaves_the_peak(schedule, steps):
+    options = {"epochs": 1, "warmup_epochs": 0.9, "drop_before_end": ()}
+    config = config_with(schedule=schedule, **options)
+    expected = np.linspace(0, 0.1, steps) if steps > 1 else [0.1]
+    np.testing.assert_allclose(rates(config, steps), expected, rtol=1e-6)
+    after = float(learning_rate(config, steps)(steps))
+    np.testing.assert_allclose(after, 0 if schedule in ("cosine", "cyclic") else 0.1, atol=1e-8)
+
+
 def test_constant_is_constant():
     np.testing.assert_allclose(rates(config_with(epochs=2, schedule="constant"), 3), 0.1, rtol=1e-6)
 

@@ -26,10 +26,13 @@ _EMBEDDINGS = ("patch_embed", "pos_embed", "cls_token", "dist_token")
 
 
 def learning_rate(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
-    """The learning rate of the update that follows ``step`` earlier ones."""
+    """The learning rate of the update that follows ``step`` earlier ones.
+
+    The warm-up takes whole steps, the nearest number, and leaves at least one at the peak.
+    """
     options = config.optimizer
     peak, total = options.learning_rate, config.epochs * steps_per_epoch
-    warmup = round(options.warmup_epochs * steps_per_epoch)
+    warmup = min(round(options.warmup_epochs * steps_per_epoch), total - 1)
     if options.schedule == "cyclic":
         shape = optax.linear_schedule(peak, 0.0, total - warmup)
     elif options.schedule == "cosine":
