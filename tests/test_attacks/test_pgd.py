@@ -133,6 +133,32 @@ def test_results_stay_in_the_ball_and_in_the_image_range(norm, loss):
     assert still < 1
 
 
+@pytest.mark.parametrize("loss", ["ce", "cw"])
+@pytest.mark.parametrize(
+    ("images", "logits", "found"),
+    [
+        ("float16", "float32", "float32"),
+        ("bfloat16", "float32", "float32"),
+        ("float32", "bfloat16", "float32"),
+        ("float32", "float64", "float32"),
+        ("float64", "float32", "float64"),
+    ],
+)
+def test_restarts_take_any_precision_and_are_at_least_float32(images, logits, found, loss):
+    with jax.enable_x64("float64" in (images, logits)):
+        x = jnp.asarray(np.random.default_rng(1).uniform(size=(12, 4, 4, 1)), images)
+        labels, threat = jnp.argmax(linear(x), -1), Threat(eps=0.1, step_size=0.03)
+
+        def model(x):
+            return linear(x).astype(logits)
+
+        options = {"loss": loss, "restarts": 2}
+        adversarial = pgd_attack(model, x, labels, jax.random.key(0), threat, **options)
+        assert adversarial.dtype == found
+        assert float(jnp.abs(adversarial - x).max()) <= 0.1 * (1 + 1e-5)
+        assert float(losses.is_correct(model(adversarial), labels).mean()) < 0.9
+
+
 def test_an_example_that_is_wrong_from_the_start_is_not_moved():
     x = jnp.full((4, 4, 4, 1), 0.5)
     wrong = (jnp.argmax(linear(x), -1) + 1) % 3

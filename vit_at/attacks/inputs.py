@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vit_at.attacks.norms import NORMS
@@ -44,7 +45,7 @@ def check_shapes(images: Any, labels: Any) -> None:
             f"images have the shape {shape}, which looks like [N, C, H, W]; they must be "
             "[N, H, W, C]: transpose them by (0, 2, 3, 1)"
         )
-    if not np.issubdtype(images.dtype, np.floating):
+    if not jnp.issubdtype(images.dtype, jnp.floating):  # NumPy's does not know bfloat16
         raise UserError(f"images are {images.dtype}; divide them by 255 to bring them into [0, 1]")
     if tuple(labels.shape) != shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(

@@ -34,6 +34,12 @@ def is_correct(logits: Any, labels: Any, xp: ModuleType = jnp) -> Any:
     return xp.isfinite(logits).all(-1) & (xp.argmax(logits, -1) == labels)
 
 
+def at_least_float32(x: Any) -> Array:
+    """x in float32, or in float64 if it is: the state of an attack is not narrower."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def finite_or_zero(x: Array) -> Array:
     """x with 0 for NaN and infinity: a gradient that does not exist moves nothing."""
     return jnp.where(jnp.isfinite(x), x, 0)

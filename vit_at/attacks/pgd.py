@@ -91,12 +91,14 @@ def pgd_attack(
       init: [restarts, b, H, W, C] initial perturbations in pixel units, to fix the randomness.
 
     Returns:
-      Adversarial images [b, H, W, C] in [0, 1], within the ball of the threat.
+      Adversarial images [b, H, W, C] in [0, 1], within the ball of the threat; in float32 if the
+      images are narrower.
 
     Raises:
       UserError: an argument is not allowed; values are checked only outside of jit.
     """
     num_classes = _check(logits_fn, images, labels, threat, loss, restarts, init)
+    images = losses.at_least_float32(images)
     if init is None:
         if key is None:
             raise UserError("give a key for the random starts, or the starts themselves as init")
@@ -145,7 +147,7 @@ def _one_restart(logits_fn, images, labels, num_classes, threat, loss, start):
     targets = jax.nn.one_hot(labels, num_classes)
 
     def losses_at(delta):
-        logits = logits_fn(images + delta)
+        logits = losses.at_least_float32(logits_fn(images + delta))
         if loss == "cw":
             values = losses.cw_margin(logits, labels)
         else:
@@ -171,4 +173,4 @@ def _one_restart(logits_fn, images, labels, num_classes, threat, loss, start):
     carry = (jnp.zeros((), jnp.int32), delta, jnp.ones_like(labels, bool))
     _, delta, _ = lax.while_loop(unfinished, attack_step, carry)
     values, correct = losses_at(delta)
-    return delta, jnp.where(correct, values, jnp.inf)
+    return delta, jnp.where(correct, values, jnp.inf).astype(delta.dtype)
