@@ -9,8 +9,10 @@ import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import runs
+from ml_collections import FrozenConfigDict
 
 from vit_at import models
 from vit_at.attacks import Threat
@@ -22,7 +24,7 @@ from vit_at.models.blocks import Unstacked
 from vit_at.training.attack import Draws, draw, perturb
 from vit_at.training.masking import Masking
 from vit_at.training.setup import initial_state
-from vit_at.training.step import TrainState
+from vit_at.training.step import TrainState, _update
 
 SHAPE = (6, 8, 8, 3)
 
@@ -171,6 +173,19 @@ def test_stochastic_averaging_is_the_equal_mean_of_the_last_epochs():
         close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
         if count in (3, 7, 9, 12):
             jax.tree.map(close, jax.device_get(state.weights("swa")), mean)
+
+
+@pytest.mark.parametrize(("swa_epochs", "averaged"), [(1.5, 8), (1.4, 7), (0.1, 1), (4, 20)])
+def test_stochastic_averaging_begins_with_a_whole_step(swa_epochs, averaged):
+    """Of 4 epochs of five steps, so that no weight counts in part."""
+    config = FrozenConfigDict({"epochs": 4, "swa_epochs": swa_epochs})
+    fields = {"config": config, "optimizer": optax.sgd(1.0), "steps_per_epoch": 5}
+    params = {"w": jnp.zeros(20)}
+    state = TrainState(jnp.array(0), params, fields["optimizer"].init(params), None, params)
+    for row in np.eye(20):  # the n-th weights have n ones
+        state = _update(types.SimpleNamespace(**fields), state, {"w": -row})
+    expected = np.minimum(20 - np.arange(20), averaged) / averaged
+    np.testing.assert_allclose(state.swa["w"], expected, rtol=1e-5)
 
 
 def test_the_averaged_weights_are_evaluated_where_there_are_any():

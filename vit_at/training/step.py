@@ -314,7 +314,7 @@ def _update(step, state, gradient):
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1 - step.config.ema_decay)
     if swa is not None:  # of n weights so far, from the last swa_epochs; before them, the weights
-        first = (step.config.epochs - step.config.swa_epochs) * step.steps_per_epoch
+        first = round((step.config.epochs - step.config.swa_epochs) * step.steps_per_epoch)
         share = 1 / jnp.maximum(1.0, done - first)
         swa = optax.incremental_update(params, swa, share)
     return TrainState(done, params, opt_state, ema, swa)
