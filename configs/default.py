@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     model.num_heads = 0  # attention heads of a block; 0: the architecture's
     model.mlp_ratio = 0.0  # hidden width of the MLP / embed_dim; 0: the architecture's
     model.qk_scale = 0.0  # of the attention logits; 0: head_dim ** -0.5
-    model.drop_path = 0.0  # stochastic depth of the last block; linear from 0, in XCiT constant
+    model.drop_path = 0.0  # stochastic depth; 0: the architecture's (Swin: 0.1); 1e-9: none
     model.remat = False  # a gradient computes blocks again instead of keeping them: less memory
     model.pretrained = ""  # weights to start from: a file, hf:NAME or work directory; '': scratch
     model.allow_few_tokens = False  # permit a patch that leaves fewer than 16 tokens

@@ -12,6 +12,7 @@ import runs
 from jax.extend import core as jax_core
 
 from vit_at import models, weights
+from vit_at.configs import fields
 from vit_at.models import blocks, layers
 
 # Small models of each family, with fewer blocks and a narrower trunk than any published one.
@@ -251,3 +252,11 @@ def test_drop_path_keeps_the_mean():
     dropped = layers.drop_path(jax.random.key(0), x, jnp.asarray(0.1))
     assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.9)}
     assert abs(float(dropped.mean()) - 1) < 0.01
+
+
+def test_a_drop_path_of_a_billionth_is_none():
+    """configs/default.py offers it, because 0 is the architecture's own."""
+    x = jnp.linspace(-1, 1, 20_000).reshape(-1, 1)
+    dropped = layers.drop_path(jax.random.key(0), x, jnp.asarray(1e-9))
+    np.testing.assert_array_equal(dropped, x)
+    assert "1e-9: none" in fields.meanings()["model.drop_path"]

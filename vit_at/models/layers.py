@@ -122,6 +122,8 @@ class Mlp(nn.Module):
 def drop_path(key: jax.Array, x: jax.Array, rate: jax.Array) -> jax.Array:
     """Zeroes x [b, ...] for a fraction ``rate`` of the examples and rescales the others.
 
+    A rate of 1e-9 drops nothing: in float32, 1 less it is 1.
+
     Huang et al., "Deep Networks with Stochastic Depth", 2016.
     """
     keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
