@@ -1,5 +1,6 @@
 """Exports and reports: places that can't be written, and files that are not theirs."""
 
+import functools
 import hashlib
 import json
 import os
@@ -7,10 +8,12 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from bad_input.case import Case
 from bad_input.weights import model
 
 from vit_at.configs import digits_sgd
+from vit_at.models import init_params
 from vit_at.reporting.exported import export
 
 Content = str | bytes | None  # None: a directory
@@ -54,9 +57,14 @@ def description(**changes: Any) -> str:
 TRAINED = description(training=TRAINING, checkpoint={"step": 1}, num_classes=2)
 
 
+@functools.cache
+def params() -> Any:
+    return init_params(model(), jax.random.key(0))
+
+
 def over(contents: dict[str, Content], says: str, **metadata: Any) -> Case:
     """An export into a folder with these files."""
-    return Case(lambda f: export(None, model(), f, METADATA | metadata), says, files(contents))
+    return Case(lambda f: export(params(), model(), f, METADATA | metadata), says, files(contents))
 
 
 def report(out: str, says: str, contents: dict[str, Content] | None = None) -> Case:
@@ -154,12 +162,16 @@ EXPORTS = {
     "export over another run": over(OURS | {"model.json": description(name="other")}, "README.md"),
     "export over another architecture": over(OURS, "README.md and model.json", architecture="x"),
     "export over another configuration": over(
-        OURS | {"model.json": description(training={"epochs": 1})},
+        OURS | {"model.json": description(training=TRAINING)},
         "model.json",
-        training={"epochs": 2},
+        training=TRAINING | {"epochs": 2},
+        dataset="digits",
     ),
     "export over a configuration of another kind": over(
-        OURS | {"model.json": description(training=[])}, "model.json", training={"epochs": 2}
+        OURS | {"model.json": description(training=[])},
+        "model.json",
+        training=TRAINING,
+        dataset="digits",
     ),
     "export over one without digests": over(
         OURS | {"model.json": json.dumps(METADATA)},
