@@ -222,6 +222,14 @@ def test_a_comparison_needs_a_place(tmp_path):
         page.write([tmp_path])
 
 
+def test_results_of_a_function_have_a_page(tmp_path):
+    """Its records name no checkpoint."""
+    found = record("clean", 0.75)
+    found["protocol"]["weights"] = {"digest": "f" * 16}
+    place = make_run(tmp_path / "run", [found])
+    assert "f" * 16 in Page(page.write([place]).read_text()).words
+
+
 def test_flags_of_the_audit_are_said_in_the_words_of_its_documentation(tmp_path):
     entry = record("autoattack", 0.4, norm="linf", eps=8 / 255)
     entry["cascade"] = {"clean": 0.9, "apgd-ce": 0.5, "square": 0.4}
