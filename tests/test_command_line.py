@@ -307,6 +307,13 @@ def test_the_traceback_of_an_explained_error_is_kept_in_the_work_directory(tmp_p
     assert "OSError: [Errno 27] File too large: 'results.json'" in kept.read_text()
 
 
+def test_the_home_of_no_user_is_a_sentence(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "folder", "--config.data.name=folder:~nobody-of-this-name/x"])
+    assert ended.value.code == 2
+    assert "a path begins with ~ and a name that is no user" in capsys.readouterr().err
+
+
 def test_an_interruption_while_a_command_is_imported_is_a_sentence(monkeypatch, capsys):
     def interrupt(name):
         raise KeyboardInterrupt

@@ -87,6 +87,8 @@ def _explanation(error: Exception) -> str:
             return remedy
     if isinstance(error, ValueError) and "embedded null" in text:  # byte or character
         return "a path contains the character NUL, which no file system allows; remove it"
+    if isinstance(error, RuntimeError) and "determine home directory" in text:
+        return "a path begins with ~ and a name that is no user of this machine; write it in full"
     if isinstance(error, UnicodeError):
         return f"a name or file is not valid UTF-8 ({error}); rename or convert it"
     if isinstance(error, KeyError) and (scheme := re.fullmatch(r"'(\w+://)'", text)):
