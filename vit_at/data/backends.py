@@ -41,8 +41,8 @@ class Encoded(NamedTuple):
     origin: list[tuple[str, np.ndarray]]  # (split on disk, positions in it) of all rows
     # Of all files that are read, to recognise a change; '' where they never change.
     fingerprint: Callable[[], str] = str
-    # rows -> a digest of their classes, names and sizes, equal for a copy; '' likewise.
-    contents: Callable[[np.ndarray], str] = lambda rows: ""
+    # A digest of the images' classes, names and sizes, equal for a copy; '' likewise.
+    contents: Callable[[], str] = str
 
 
 def headers(encoded: Encoded, count: int = 32) -> list[tuple[int, int, str]]:

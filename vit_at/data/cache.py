@@ -66,7 +66,6 @@ def _of_arrays(examples: Examples, images: np.ndarray, labels: np.ndarray) -> Ex
         _rows=rows,
         _read_rows=lambda rows: (images[rows], labels[rows]),
         _labels_of=labels.__getitem__,
-        _contents_of=lambda rows: examples._contents_of(examples._rows[rows]),
     )
 
 

@@ -41,7 +41,7 @@ class Examples:
     ids: str = ""
     # rows -> labels, without decoding an image; None: by _read_rows.
     _labels_of: Callable[[np.ndarray], np.ndarray] | None = None
-    _contents_of: Callable[[np.ndarray], str] = lambda rows: ""  # as ``backends.Encoded.contents``
+    _contents: Callable[[], str] = str  # see ``backends.Encoded``
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -52,8 +52,10 @@ class Examples:
 
     @functools.cached_property
     def contents(self) -> str:
-        """A digest of the images' classes, names and sizes, where they may change; else ''."""
-        return self._contents_of(self._rows)
+        """A digest of the classes, names and sizes of all images that were opened, also of those
+        that were not taken, where they may change; else ''.
+        """
+        return self._contents()
 
     @property
     def nbytes(self) -> int:

@@ -62,7 +62,7 @@ def open_folder(
         names=lambda: [f"{path.parent.name}/{path.name}" for path in paths],
         origin=[(name, rows) for (name, _), rows in zip(parts, indices, strict=True)],
         fingerprint=lambda: _fingerprint(paths, classes),
-        contents=lambda rows: _digest("\n".join(_named_size(paths[i]) for i in rows)),
+        contents=lambda: _digest("\n".join(map(_named_size, paths))),
     )
 
 
@@ -115,7 +115,7 @@ def open_npy(path: Path, split: str) -> Encoded:
         names=lambda: [f"{labels[i]}/{i}" for i in indices],
         origin=[("test", splits[name][rows]) for name, rows in parts],
         fingerprint=lambda: _fingerprint([path, beside]),
-        contents=lambda rows: _digest(f"{path.stat().st_size} {labels[indices[rows]].tolist()}"),
+        contents=lambda: _digest(f"{path.stat().st_size} {labels[indices].tolist()}"),
     )
 
 
