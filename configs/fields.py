@@ -6,6 +6,7 @@ override   a configuration with values from the command line
 """
 
 import ast
+import contextlib
 import functools
 import inspect
 import io
@@ -17,13 +18,11 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from vit_at.config import flatten
+from vit_at.config import flatten, fraction
 from vit_at.configs import default
 from vit_at.errors import UserError, nearest
 
 FLAG = "--config."  # what an override begins with
-_NUMBER = r"\s*(\d+\.?\d*|\.\d+)\s*"
-_FRACTION = re.compile(f"{_NUMBER}/{_NUMBER}")
 
 
 @functools.cache
@@ -71,11 +70,10 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
 def _decimal(argument: str, fields: Mapping[str, Any]) -> str:
     """'--config.threat.eps=8/255' -> '--config.threat.eps=0.0313...'; other fields as they are."""
     flag, _, value = argument.partition("=")
-    match = _FRACTION.fullmatch(value)
-    number = isinstance(fields[flag.removeprefix(FLAG)], float)
-    if not (match and number and float(match[2])):
-        return argument
-    return f"{flag}={float(match[1]) / float(match[2])!r}"
+    if "/" in value and isinstance(fields[flag.removeprefix(FLAG)], float):
+        with contextlib.suppress(ValueError):
+            return f"{flag}={fraction(value)!r}"
+    return argument
 
 
 def _illegal_value(message: str, config: ConfigDict) -> str:

@@ -28,6 +28,7 @@ from vit_at.console import with_prefix
 from vit_at.errors import Parser, one_sentence_errors
 from vit_at.evaluation.protocol import parse_attacks
 from vit_at.reporting.list_recipes import Cost, cost_of
+from vit_at.workdir.results import AUTOATTACK
 
 FLOAT32 = 4  # bytes
 _FULL_PRECISION_PASSES = 6  # bfloat16 products that make one of float32
@@ -81,7 +82,7 @@ def _passes(config: ConfigDict, attacks: str, robust: float) -> float:
     found = 0.0
     for attack in parse_attacks(attacks, Threat.of(evaluation_threat(config))):
         found += 1 + 2 * attack.threat.steps * (attack.kind in ("pgd", "cw"))
-        found += robust * _AUTOATTACK_PASSES * (attack.kind == "autoattack")
+        found += robust * _AUTOATTACK_PASSES * (attack.kind == AUTOATTACK)
     return found
 
 

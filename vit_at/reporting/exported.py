@@ -15,7 +15,6 @@ No path of the machine is in them, and files of another kind or run are never ov
 
 import contextlib
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +36,7 @@ from vit_at.reporting.for_timm import (
 )
 from vit_at.reporting.model_card import model_card
 from vit_at.reporting.outputs import check_directory
-from vit_at.reporting.run import is_own
+from vit_at.reporting.run import is_own, last_part
 from vit_at.schema import is_regular, read_json
 from vit_at.workdir import registry
 from vit_at.workdir.checkpoint import Trained
@@ -173,7 +172,7 @@ def describe(trained: Trained, records: Sequence[dict[str, Any]]) -> dict[str, A
     config = _without_paths(trained.config)
     digest = weights_digest(trained.params)
     own = [
-        r | {"protocol": r["protocol"] | {"data": _last_part(r["protocol"]["data"])}}
+        r | {"protocol": r["protocol"] | {"data": last_part(r["protocol"]["data"])}}
         for r in records
         if r["protocol"]["weights"]["digest"] == digest
     ]
@@ -205,16 +204,11 @@ def _without_paths(config: ConfigDict) -> ConfigDict:
     """The configuration without the machine's paths: of folders and files, their names only."""
     public = config.copy_and_resolve_references().unlock()
     public.data.dir = public.data.decoded_dir = ""
-    public.data.name = _last_part(config.data.name)
-    public.data.extra.name = _last_part(config.data.extra.name)
+    public.data.name = last_part(config.data.name)
+    public.data.extra.name = last_part(config.data.extra.name)
     if not config.model.pretrained.startswith(weights.HUB_PREFIX):
         public.model.pretrained = config.model.pretrained.rstrip("/").rpartition("/")[2]
     return public.lock()
-
-
-def _last_part(data: str) -> str:
-    """'folder:/home/me/flowers test' -> 'folder:flowers test'; other data sets as they are."""
-    return re.sub(r"^(folder|npy|npz):.*/(?=[^/])", r"\1:", data, flags=re.DOTALL).rstrip("/")
 
 
 def _percent(records: Sequence[dict[str, Any]], attack: str, config: ConfigDict) -> str | None:

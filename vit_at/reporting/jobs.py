@@ -99,7 +99,7 @@ def jobs_of(recipe: str, root: epath.Path | None = None, flags: Sequence[str] = 
         added.append((variants, fields or {}))
 
     module.sweep(add)
-    short = _shortened({field: None for _, fields in added for field in fields})
+    short = _shortened({field for _, fields in added for field in fields})
     jobs: list[Job] = []
     for variants, fields in added:
         # The common variants come last: smoke makes any variant small.

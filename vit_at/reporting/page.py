@@ -220,9 +220,9 @@ def _protocol(run: Run) -> list[tuple[str, str]]:
 
 def _of_checkpoint(weights: dict[str, Any]) -> str:
     """' (best, step 1146)' where a record says so; those of functions and files do not."""
-    step = [f"step {weights['step']}"] if "step" in weights else []
-    words = [*filter(None, [weights.get("checkpoint")]), *step]
-    return f" ({', '.join(words)})" if words else ""
+    step = f"step {weights['step']}" if "step" in weights else ""
+    words = ", ".join(filter(None, (weights.get("checkpoint"), step)))
+    return f" ({words})" if words else ""
 
 
 def published(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ which holds many.
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,18 +103,18 @@ class Run:
 def is_own(record: dict[str, Any], data: Mapping[str, Any]) -> bool:
     """Whether a record is of ``data``'s test split or a slice of it, made square as there."""
     name, _, split = record["protocol"]["data"].rpartition(" ")
-    kind, _, place = data["name"].partition(":")
-    same = name == kind or name.startswith(f"{kind}/")  # of TFDS, with its version
-    if kind in ("folder", "npy"):
-        same = name.startswith(f"{kind}:") and _last(name) == _last(place)
+    wanted = last_part(data["name"])
+    of_tfds = f"{wanted.partition(':')[0]}/"  # its version follows
+    same = last_part(name) == wanted or name.startswith(of_tfds)
     transform = record["protocol"].get("transform", "squash")
     test = data["test_split"]
     tests = split == test or split.startswith(f"{test}[")
     return same and tests and transform == data["transform"]
 
 
-def _last(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+def last_part(data: str) -> str:
+    """'folder:/home/me/flowers test' -> 'folder:flowers test'; other data sets as they are."""
+    return re.sub(r"^(folder|npy|npz):.*/(?=[^/])", r"\1:", data, flags=re.DOTALL).rstrip("/")
 
 
 def _step(record: dict[str, Any]) -> int:
