@@ -37,7 +37,7 @@ class Case:
     dtype: str = "float32"
     depth: int = 0  # 0: the architecture's own
     tf32: bool = False  # float32 products on a GPU in TF32, ours and PyTorch's
-    plain_attention: bool = False  # ours by the formula, where a run uses cuDNN's
+    plain_attention: bool = False  # not model.fused_attention
 
     @property
     def title(self) -> str:

@@ -5,15 +5,14 @@
         --model=vit_base_patch16_224@224/16 --batch_per_device=128 --program=step --out=FILE.json
 
 Needs the extra ``[tpu]`` or ``[cuda12]``, and no such device. Every time is an estimate: on a TPU
-the compiler's own, on a GPU the larger of bytes / bandwidth and operations / peak of each kernel.
-Estimates rank variants of a program; they replace no measurement. See benchmarks/README.md.
+the compiler's own, and of our own kernels those of ``schedule.py``; on a GPU the larger of bytes /
+bandwidth and operations / peak of each kernel. Estimates rank variants of a program; they replace
+no measurement. See benchmarks/README.md.
 """
 
 import argparse
 import dataclasses
 import functools
-import importlib.util
-import os
 import pathlib
 import re
 import sys
@@ -22,27 +21,11 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import hlo
+import schedule
 from common import CLASSES, parse_model, print_table, write_json
+from targets import CHIPS, Chip, Target
 
 PROGRAMS = ("step", "evaluate", "autoattack")
-
-
-class Chip(NamedTuple):
-    """A kind of device. bandwidth: bytes a second, about what copies reach; peak: bf16 operations
-    a second; clock: cycles a second of the TPU compiler's estimates.
-    """
-
-    platform: str
-    bandwidth: float
-    peak: float
-    clock: float = 0.0
-
-
-CHIPS = {
-    "v5e": Chip("tpu", 0.82e12, 197e12, 1.5e9),
-    "v6e": Chip("tpu", 1.64e12, 918e12, 1.75e9),
-    "h200": Chip("cuda", 4.3e12, 790e12),
-}
 _FLOAT32_PEAK = 50e12  # of a GPU, without TF32
 PARTS = {  # of the model, by the names of its modules; the first that matches counts
     "attention": r"/attn\b",
@@ -51,58 +34,6 @@ PARTS = {  # of the model, by the names of its modules; the first that matches c
     "data": r"/inputs\b",
     "update": r"/update\b",
 }
-
-
-class Target(NamedTuple):
-    """PLATFORM:CHIP[:TOPOLOGY], such as tpu:v5e:2x2 or cuda:h200:8, taken apart."""
-
-    chip: str
-    topology: str
-
-    @classmethod
-    def of(cls, text: str) -> "Target":
-        """Raises ValueError, in one sentence, for a text that is no target."""
-        platform, _, rest = text.partition(":")
-        chip, _, topology = rest.partition(":")
-        if chip not in CHIPS or CHIPS[chip].platform != platform:
-            known = ", ".join(f"{c.platform}:{name}" for name, c in CHIPS.items())
-            raise ValueError(f"--target is '{text}'; use one of {known}, and :TOPOLOGY")
-        pattern, example = (r"\d+x\d+", "2x2") if platform == "tpu" else (r"\d+", "8")
-        topology = topology or {"tpu": "2x2", "cuda": "1"}[platform]
-        if not re.fullmatch(pattern, topology):
-            raise ValueError(f"--target is '{text}'; a topology of {chip} looks like {example}")
-        return cls(chip, topology)
-
-    def check_installed(self) -> None:
-        """Raises ValueError, in one sentence, where the compiler for the target is missing."""
-        extra, module = {"tpu": ("tpu", "libtpu"), "cuda": ("cuda12", "jax_cuda12_plugin")}[
-            CHIPS[self.chip].platform
-        ]
-        if importlib.util.find_spec(module) is None:
-            raise ValueError(f"a {self.chip} needs {module}: pip install -e '.[{extra}]'")
-
-    def devices(self) -> list[Any]:
-        """The described devices. Sets the environment, so JAX must not be imported before."""
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        if CHIPS[self.chip].platform == "tpu":  # no metadata server to ask, no device to lock
-            kind = {"v5e": "v5litepod", "v6e": "v6e"}[self.chip]
-            os.environ |= {
-                "TPU_SKIP_MDS_QUERY": "1",
-                "TPU_ACCELERATOR_TYPE": f"{kind}-4",
-                "TPU_WORKER_HOSTNAMES": "localhost",
-                "TPU_WORKER_ID": "0",
-                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            }
-            options = {"topology_name": f"{self.chip}:{self.topology}", "platform": "tpu"}
-        else:  # no device to tune on; without tuning, Triton's products fail on some shapes
-            flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
-            os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
-            described = (pathlib.Path(__file__).parent / f"{self.chip}.txtpb").read_text()
-            options = {"topology_name": self.chip, "platform": "cuda"}
-            options |= {"topology": f"1x1x{self.topology}", "target_config": described}
-        from jax.experimental import topologies
-
-        return list(topologies.get_topology_desc(**options).devices)
 
 
 def main() -> None:
@@ -126,8 +57,10 @@ def main() -> None:
         pathlib.Path(options.hlo).write_text(text)
     report = {"title": lowered.title(setup, options), "target": options.target._asdict()} | seconds
     report |= {"needed_flop": lowered.needed_flop(setup, options)}
-    report |= {"memory": memory(compiled), **summary(text, CHIPS[options.target.chip])}
-    report["share_of_peak"] = _share_of_peak(report, CHIPS[options.target.chip])
+    chip = CHIPS[options.target.chip]
+    report |= {"kernel_s": _kernel_seconds(text, str(options.target), setup.model)}
+    report |= {"memory": memory(compiled), **summary(text, chip, report["kernel_s"])}
+    report["share_of_peak"] = _share_of_peak(report, chip)
     show(report)
     write_json(options.out, report)
 
@@ -185,8 +118,20 @@ class Cost:
         self.seconds += times * seconds
 
 
-def summary(text: str, chip: Chip) -> dict[str, Any]:
-    """What a program's text says, as JSON values: totals, and costs by kind, part and loop."""
+def _kernel_seconds(text: str, target: str, model: Any) -> dict[str, float]:
+    """{kernel: seconds of a call} of our kernels in a program for a TPU."""
+    shapes = set(re.findall(r"%attention_forward[\w.]* = bf16\[(\d+),(\d+),(\d+)\]", text))
+    if not shapes:
+        return {}
+    (shape,) = shapes
+    return schedule.seconds(target, *map(int, shape), model.num_heads)
+
+
+def summary(text: str, chip: Chip, kernels: dict[str, float] | None = None) -> dict[str, Any]:
+    """What a program's text says, as JSON values: totals, and costs by kind, part and loop.
+
+    kernels: {name: seconds of a call} of those that XLA estimates nothing of.
+    """
     program = hlo.Program(text)
     total, kinds, parts, loops = Cost(), {}, {}, {}
     products: Counter[str] = Counter()
@@ -197,7 +142,7 @@ def summary(text: str, chip: Chip) -> dict[str, Any]:
             continue
         product = product_of(program, where, i)
         size = program.traffic(where, i)
-        seconds = _seconds(i, product, size, chip)
+        seconds = (kernels or {}).get(i.name.split(".")[0], _seconds(i, product, size, chip))
         if seconds is None:
             continue
         if product:

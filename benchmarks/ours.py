@@ -31,6 +31,7 @@ def configuration(case: Case, changes: dict[str, Any] | None = None) -> Any:
         config.batch_size, config.dtype = case.batch, case.dtype
         config.model.name, config.model.depth = case.model, case.depth
         config.model.patch_size, config.model.pretrained = case.patch_size, ""
+        config.model.fused_attention = not case.plain_attention
         config.data.image_size = case.image_size
         config.data.crop_padding, config.data.flip = 0, False
         config.mixing.probability = 0.0
@@ -60,8 +61,6 @@ def runner(case: Case) -> Callable[[], None]:
     """What does the case once, and waits for its end, each time it is called."""
     if case.objective == "pgd":
         return _evaluation(case)
-    if case.plain_attention:  # the step asks this function; a run has no such switch
-        models.for_device = lambda apply, device: apply
     return training(make_setup(case), case.batch)[0]
 
 

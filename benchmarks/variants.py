@@ -1,10 +1,10 @@
-"""Our step or evaluation in variants that a run does not choose: attention, options of XLA.
+"""Our step or evaluation in variants: attention by a kernel or not, options of XLA.
 
     python benchmarks/variants.py attention --batch 1024 --out FILE
     python benchmarks/variants.py flags --batch 1024 --out FILE
     python benchmarks/variants.py flags --objective pgd --batch 512 --out FILE
 
-attention   cuDNN's, which a run uses in bfloat16 on a GPU (``models.for_device``), or the formula
+attention   by one kernel, as a run in bfloat16 on a GPU or TPU, or by the formula
 flags       command buffers (CUDA graphs), tuning, products by Triton, the order of kernels
 
 Each variant is a process of its own, and they take turns. A variant that fails is said, as XLA's

@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
     model.qk_scale = 0.0  # of the attention logits; 0: head_dim ** -0.5
     model.drop_path = 0.0  # stochastic depth; 0: the architecture's (Swin: 0.1); 1e-9: none
     model.remat = False  # a gradient computes blocks again instead of keeping them: less memory
+    model.fused_attention = True  # by one kernel, in bfloat16 on TPUs and on GPUs since Ampere
     model.pretrained = ""  # weights to start from: a file, hf:NAME or work directory; '': scratch
     model.allow_few_tokens = False  # permit a patch that leaves fewer than 16 tokens
 

@@ -11,6 +11,7 @@ import hlo
 import jax
 import lowered
 import pytest
+import targets
 
 from vit_at.distributed import sharding
 
@@ -49,7 +50,7 @@ ENTRY %main (a: bf16[4,16]) -> bf16[4,8] {
 
 def test_a_program_is_read_as_counted_by_hand():
     """A product without its scratch memory, and eight rows written into a stack in place."""
-    found = compiled.summary(PROGRAM, compiled.CHIPS["h200"])
+    found = compiled.summary(PROGRAM, targets.CHIPS["h200"])
     product, row = 2 * (4 * 16 + 16 * 8 + 4 * 8), 2 * 2 * 4 * 16 + 4
     assert found["parts"]["attention"]["bytes"] == product
     assert found["parts"]["MLP"] == found["kinds"]["stack"]
@@ -88,7 +89,7 @@ def test_a_known_trip_count_and_the_longest_branch_count():
 )
 def test_an_unknown_target_is_refused(text, sentence):
     with pytest.raises(ValueError, match=sentence):
-        compiled.Target.of(text)
+        targets.Target.of(text)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_an_unknown_target_is_refused(text, sentence):
 def test_a_bad_option_is_refused(word, sentence, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compiled.py", word])
     found = (lambda name: None) if "v6e" in word else (lambda name: name)
-    monkeypatch.setattr(compiled.importlib.util, "find_spec", found)
+    monkeypatch.setattr(targets.importlib.util, "find_spec", found)
     with pytest.raises(SystemExit):
         compiled._parse_arguments()
     assert sentence in capsys.readouterr().err
@@ -151,7 +152,13 @@ def check(found, kernels, size):
 @pytest.mark.slow
 def test_a_shallow_step_for_a_tpu_slice(tmp_path):
     pytest.importorskip("libtpu", reason="needs the extra [tpu]")
-    check(report(tmp_path, "tpu:v5e:2x2"), kernels=1650, size=2.9e9)
+    found = report(tmp_path, "tpu:v5e:2x2")
+    check(found, kernels=1300, size=2e9)
+    assert found["kinds"]["custom-call"]["kernels"] == 2 * 11  # attention and its gradient
+    seconds = found["kernel_s"]
+    assert seconds["attention_backward"] > seconds["attention_forward"] > 0
+    kernels = found["kinds"]["custom-call"]["seconds"]
+    assert kernels == pytest.approx(11 * sum(seconds.values()), rel=0.01)
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ _SHARES = "label_smoothing ema_decay model.drop_path optimizer.momentum optimize
 _ANY_NUMBER = "threat.eps threat.step_size"
 _SWITCHES = (
     "model.remat model.allow_few_tokens data.allow_overlap data.stratified data.flip masking.ard "
-    "masking.prm eval.stop_if_overfitted"
+    "masking.prm eval.stop_if_overfitted model.fused_attention"
 )
 _TEXTS = (
     "name dtype sharding objective phases model.name model.stem model.pretrained data.name "
@@ -84,6 +84,7 @@ _TEXT_LENGTH = 4096  # the longest path of Linux
 
 # Fields that older ``config.json`` files lack, with the value that describes those runs.
 ADDED = {"sharding": "replicated", "model.remat": False, "checkpoint.every_steps": 0}
+ADDED |= {"model.fused_attention": True}  # on GPUs
 ADDED |= {"data.allow_overlap": False, "data.stratified": False, "model.stem": "patch"}
 ADDED |= {"data.transform": "squash", "data.augment": "", "data.from_images": ""}
 ADDED |= {"awp.gamma": 0.0, "awp.warmup_epochs": 0.0, "optimizer.layer_decay": 1.0}

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import tpu_blocks
 from jax.extend import core as jax_core
 
 from vit_at import models, weights
 from vit_at.configs import fields
-from vit_at.models import blocks, layers
+from vit_at.models import blocks, layers, tpu_attention
 
 # Small models of each family, with fewer blocks and a narrower trunk than any published one.
 SMALL = {
@@ -204,7 +205,7 @@ def test_fused_attention_is_attention(name, monkeypatch):
     images = jnp.asarray(golden.images(32, "cifar"), jnp.float32)[:, :28, :28]
     apply = models.classifier(model, (0.5,) * 3, (0.5,) * 3)
     fused = models.for_device(apply, types.SimpleNamespace(compute_capability="9.0"))
-    assert fused.model.fused_attention
+    assert fused.model.attention_kernel == "cudnn"
 
     def loss(params, images, apply):
         logits = apply(params, images, jnp.arange(model.num_blocks) != 1)
@@ -220,18 +221,44 @@ def test_fused_attention_is_attention(name, monkeypatch):
         assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b) + 1e-3
 
 
-def test_attention_is_fused_in_bfloat16_on_a_gpu_that_can():
-    def is_fused(capability, **options):
+@pytest.mark.parametrize("count", [8, 4])
+def test_attention_by_the_kernel_of_a_tpu_is_attention(count, monkeypatch):
+    """Logits and gradients of a small model; the kernel takes eight images, not four."""
+    ran = []
+    monkeypatch.setattr(tpu_attention, "pl", tpu_blocks.pallas(ran))
+    model, params = small("deit_tiny_patch16_224", dtype="bfloat16", image_size=16)
+    images = jax.random.uniform(jax.random.key(0), (count, 16, 16, 3))
+    apply = models.classifier(model, (0.5,) * 3, (0.5,) * 3)
+    by_kernel = models.for_device(apply, types.SimpleNamespace(platform="tpu"))
+
+    def loss(params, images, apply):
+        logits = apply(params, images, jnp.arange(model.num_blocks) != 1)
+        return (logits**2).sum(), logits
+
+    step = jax.jit(jax.grad(loss, (0, 1), has_aux=True), static_argnums=2)
+    (expected_to_params, expected), expected_logits = step(params, images, apply)
+    assert not ran
+    (to_params, to_images), logits = step(params, images, by_kernel)
+    assert set(ran) == ({"attention_forward", "attention_backward"} if count == 8 else set())
+    assert golden.error(logits, expected_logits) < 0.02
+    assert golden.error(to_images, expected) < 0.05
+    for a, b in zip(*map(jax.tree.leaves, (to_params, expected_to_params)), strict=True):
+        assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b) + 1e-3
+
+
+def test_attention_is_one_kernel_in_bfloat16_on_devices_that_can():
+    def kernel(capability="", platform="gpu", **options):
         model, _ = small("deit_tiny_patch16_224", **options)
         apply = models.classifier(model, (0.5,) * 3, (0.5,) * 3)
-        device = types.SimpleNamespace(compute_capability=capability)
-        return models.for_device(apply, device).model.fused_attention
+        device = types.SimpleNamespace(compute_capability=capability, platform=platform)
+        return models.for_device(apply, device).model.attention_kernel
 
-    assert is_fused("8.0", dtype="bfloat16")
-    assert not is_fused("8.0")
+    assert kernel("8.0", dtype="bfloat16") == "cudnn"
+    assert kernel("", "tpu", dtype="bfloat16") == "pallas"
+    assert kernel("8.0") == kernel("", "tpu") == kernel("", "cpu", dtype="bfloat16") == ""
     for other in ("7.5", "gfx90a", ""):  # a T4, an AMD, a device without the attribute
-        assert not is_fused(other, dtype="bfloat16")
-    assert not is_fused("8.0", dtype="bfloat16", embed_dim=36)  # heads of 12
+        assert kernel(other, dtype="bfloat16") == ""
+    assert kernel("8.0", dtype="bfloat16", embed_dim=36) == ""  # heads of 12
 
 
 @pytest.mark.parametrize("name", MOST)

@@ -196,9 +196,10 @@ def classifier(model: nn.Module, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def for_device(apply: Apply, device: Any) -> Apply:
-    """``apply`` as a device computes it best: attention in bfloat16 by cuDNN, on GPUs since Ampere.
+    """``apply`` as a device computes it best: attention in bfloat16 by one kernel.
 
-    No-op for other dtypes and devices, for heads that cuDNN does not take, and plain functions.
+    On GPUs since Ampere by cuDNN's, on TPUs by ``tpu_attention``. No-op for other dtypes and
+    devices, for heads that cuDNN does not take, and plain functions.
     device: one of the mesh, which need not be there.
     """
     if not isinstance(apply, Classifier) or apply.model.dtype != "bfloat16":
@@ -206,9 +207,13 @@ def for_device(apply: Apply, device: Any) -> Apply:
     capability = str(getattr(device, "compute_capability", ""))  # AMD's are no numbers
     ampere = capability[:1].isdigit() and float(capability) >= 8
     head_dim = apply.model.embed_dim // apply.model.num_heads
-    if not ampere or head_dim % 8 or head_dim > 128:
+    if getattr(device, "platform", "") == "tpu":
+        kernel = "pallas"
+    elif ampere and head_dim % 8 == 0 and head_dim <= 128:
+        kernel = "cudnn"
+    else:
         return apply
-    return dataclasses.replace(apply, model=apply.model.clone(fused_attention=True))
+    return dataclasses.replace(apply, model=apply.model.clone(attention_kernel=kernel))
 
 
 def cast_kernels(apply: Apply, params: Any) -> Any:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vit_at.models import ops
+from vit_at.models import ops, tpu_attention
 from vit_at.models.layers import KERNEL_INIT, dense, param_dtype
 
 
@@ -40,7 +40,7 @@ class Attention(nn.Module):
     """Multi-head self-attention; the qkv features are [q | k | v], each heads x head_dim.
 
     The softmax runs in float32, or in float64 for float64 inputs (jax.nn's own does not). The
-    attention weights [b, h, queries, n] are sown as 'weights', but not those of cuDNN's kernel.
+    attention weights [b, h, queries, n] are sown as 'weights', but not those of a kernel.
     """
 
     num_heads: int
@@ -48,7 +48,8 @@ class Attention(nn.Module):
     qk_scale: float  # of the attention logits; 0: head_dim ** -0.5
     dtype: str
     queries: int = 0  # the first tokens, which attend to all; 0: all tokens
-    tokens: int = 0  # by one kernel of cuDNN, of all tokens to these first ones; 0: not
+    kernel: str = ""  # of all tokens: "cudnn", "pallas" (``tpu_attention``) or "": the formula
+    tokens: int = 0  # for cuDNN's: only to these first ones
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -56,7 +57,9 @@ class Attention(nn.Module):
         d = x.shape[-1]
         qkv = QueryKeyValue(self.qkv_bias, self.dtype, name="qkv")(d)
         scale = self.qk_scale or (d // self.num_heads) ** -0.5
-        attend = self._of_first if self.queries else self._fused if self.tokens else self._of_all
+        attend = self._of_first if self.queries else self._of_all
+        if self.kernel and not self.queries:
+            attend = {"cudnn": self._by_cudnn, "pallas": self._by_pallas}[self.kernel]
         return dense(d, self.dtype, name="proj")(attend(x, *qkv, scale))
 
     def _of_all(self, x, kernel, bias, scale):
@@ -87,7 +90,7 @@ class Attention(nn.Module):
         out = out.reshape(b, m, d)
         return out if value_bias is None else out + value_bias
 
-    def _fused(self, x, kernel, bias, scale):
+    def _by_cudnn(self, x, kernel, bias, scale):
         """``_of_all``, but only q, k, v, the output and a number per row are kept."""
         b, n, d = x.shape
 
@@ -101,3 +104,13 @@ class Attention(nn.Module):
         options = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
         out = jax.nn.dot_product_attention(*qkv, scale=scale, implementation="cudnn", **options)
         return out.reshape(b, n, d)
+
+    def _by_pallas(self, x, kernel, bias, scale):
+        """``_of_all``, but only q, k and v are kept. Itself, for sizes that the kernel lacks."""
+        b, n, d = x.shape
+        if not tpu_attention.takes(n, b, d // self.num_heads):
+            return self._of_all(x, kernel, bias, scale)
+        qkv = jnp.einsum("bnd,dkf->knbf", x.astype(kernel.dtype), kernel.reshape(d, 3, d))
+        if bias is not None:
+            qkv += bias.reshape(3, 1, 1, d)
+        return tpu_attention.attend(qkv, self.num_heads, scale).transpose(1, 0, 2)

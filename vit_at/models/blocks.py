@@ -35,7 +35,7 @@ class Transformer(nn.Module, kw_only=True):
     stem: 'patch' or 'conv', see ``stem``.
     qk_scale: of the attention logits; 0: head_dim ** -0.5. drop_path: rate of stochastic depth in
     the last block. remat: see ``run_blocks``.
-    fused_attention: see ``models.for_device``.
+    attention_kernel: "cudnn", "pallas" or "", see ``models.for_device``.
     """
 
     num_classes: int
@@ -51,7 +51,7 @@ class Transformer(nn.Module, kw_only=True):
     qk_scale: float = 0.0
     drop_path: float = 0.0
     remat: bool = False
-    fused_attention: bool = False
+    attention_kernel: str = ""
     dtype: str = "float32"
 
     any_size: ClassVar[bool] = True  # takes smaller images than image_size, too
@@ -217,7 +217,7 @@ def run_blocks(
         run = jax.checkpoint(run) if model.remat else run
         for i, of_block in enumerate(params.blocks):
             x = run(of_block, x, rows(switches, i))
-            if model.fused_attention:  # whose kernel reads rows; XLA would turn all else round
+            if model.attention_kernel == "cudnn":  # reads rows; XLA would turn all else round
                 x = layout.with_layout_constraint(x, layout.Layout(tuple(range(x.ndim))))
         return x
     kind = nn.remat(block.func, prevent_cse=False) if model.remat else block.func
@@ -242,10 +242,10 @@ def last_blocks(
     """
     fields = (model.mlp_ratio, model.norm_eps, model.dtype)
     if count > 1:
-        n, of_all = x.shape[1], attention
-        if model.fused_attention:  # cuDNN's takes an even number of tokens in training
+        n, of_all = x.shape[1], functools.partial(attention, kernel=model.attention_kernel)
+        if model.attention_kernel == "cudnn":  # takes an even number of tokens in training
             x = jnp.pad(x, ((0, 0), (0, n % 2), (0, 0)))
-            of_all = functools.partial(attention, tokens=n)
+            of_all = functools.partial(of_all, tokens=n)
         block = functools.partial(Block, of_all, *fields)
         x = run_blocks(model, "blocks", count - 1, block, x, rows(switches, slice(count - 1)))
         x = x[:, :n]

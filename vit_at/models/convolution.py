@@ -83,7 +83,7 @@ def _by_places(x, kernel, cotangent, strides, padding):
         start = (0, i, j, 0)
         end = (b, i + (h - 1) * strides[0] + 1, j + (w - 1) * strides[1] + 1, c)
         seen = lax.slice(padded, start, end, steps)
-        to_kernel.append(ops.product(seen.reshape(-1, c), rows, (0, 0)))
+        to_kernel.append(ops.product(seen.reshape(-1, c), rows, [0], [0]))
         back = lax.dot(rows, kernel[i, j].T, preferred_element_type=dtype).reshape(seen.shape)
         around = [
             (s, n - e, step - 1)

@@ -231,15 +231,12 @@ def linear(x: Array, kernel: Array) -> Array:
     In bfloat16, a program for a CPU computes the products, and those of the gradients, in float32
     and rounds once after: only then does XLA use the matrix units that some processors have.
     """
-    if x.dtype != jnp.bfloat16:
-        return x @ kernel
-    rows = _bfloat16_product(x.reshape(-1, x.shape[-1]), kernel)
-    return rows.reshape(*x.shape[:-1], -1)
+    return _bfloat16_product(x, kernel) if x.dtype == jnp.bfloat16 else x @ kernel
 
 
-def product(a: Array, b: Array, contracted: tuple[int, int]) -> Array:
-    """The product of two matrices in their dtype, by the way that suits the program's platform."""
-    dimensions = (tuple((axis,) for axis in contracted), ((), ()))
+def product(a: Array, b: Array, axes_a: Sequence[int], axes_b: Sequence[int]) -> Array:
+    """The sum over axes of two arrays in their dtype, by what suits the program's platform."""
+    dimensions = ((tuple(axes_a), tuple(axes_b)), ((), ()))
     return _by_platform(functools.partial(lax.dot_general, dimension_numbers=dimensions), a, b)
 
 
@@ -256,7 +253,7 @@ def _by_platform(product: Callable[..., Array], a: Array, b: Array) -> Array:
 
 @jax.custom_vjp
 def _bfloat16_product(x: Array, kernel: Array) -> Array:
-    return product(x, kernel, (1, 0))
+    return product(x, kernel, [x.ndim - 1], [0])
 
 
 def _product_forward(x, kernel):
@@ -267,8 +264,10 @@ def _product_forward(x, kernel):
 
 def _product_backward(residuals, cotangent):
     x, kernel = residuals
-    to_x = None if kernel is None else product(cotangent, kernel, (1, 1))
-    return to_x, None if x is None else product(x, cotangent, (0, 0))
+    last, leading = cotangent.ndim - 1, range(cotangent.ndim - 1)
+    to_x = None if kernel is None else product(cotangent, kernel, [last], [1])
+    # Not of flattened rows: a TPU lays out what a layer reads and writes in another order.
+    return to_x, None if x is None else product(x, cotangent, leading, leading)
 
 
 _bfloat16_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)

@@ -123,8 +123,9 @@ def train_step(
     Returns:
       (new state, metrics): ``metrics.compute()`` is {name: scalar}, of the batch before the update.
     """
-    step = step._replace(apply=models.for_device(step.apply, step.mesh.devices.flat[0]))
     config, masking = step.config, step.masking
+    if config.model.fused_attention:
+        step = step._replace(apply=models.for_device(step.apply, step.mesh.devices.flat[0]))
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     input_key, draw_key, train_key = jax.random.split(key, 3)
     progress = (state.step + 1) / step.steps_per_epoch
