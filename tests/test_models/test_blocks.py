@@ -224,8 +224,7 @@ def test_fused_attention_is_attention(name, monkeypatch):
 @pytest.mark.parametrize("count", [8, 4])
 def test_attention_by_the_kernel_of_a_tpu_is_attention(count, monkeypatch):
     """Logits and gradients of a small model; the kernel takes eight images, not four."""
-    ran = []
-    monkeypatch.setattr(tpu_attention, "pl", tpu_blocks.pallas(ran))
+    ran = tpu_blocks.stand_in(monkeypatch, tpu_attention)
     model, params = small("deit_tiny_patch16_224", dtype="bfloat16", image_size=16)
     images = jax.random.uniform(jax.random.key(0), (count, 16, 16, 3))
     apply = models.classifier(model, (0.5,) * 3, (0.5,) * 3)

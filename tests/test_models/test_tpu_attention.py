@@ -27,7 +27,7 @@ def attention(qkv, num_heads, scale):
     ],
 )
 def test_the_kernel_is_attention(tokens, images, width, heads, monkeypatch):
-    monkeypatch.setattr(tpu_attention, "pl", tpu_blocks.pallas())
+    tpu_blocks.stand_in(monkeypatch, tpu_attention)
     key, other = jax.random.split(jax.random.key(0))
     qkv = 2 * jax.random.normal(key, (3, tokens, images, width), jnp.bfloat16)
     cotangent = jax.random.normal(other, (tokens, images, width), jnp.bfloat16)
@@ -48,7 +48,7 @@ def test_the_kernel_is_attention(tokens, images, width, heads, monkeypatch):
 
 
 def test_large_logits_do_not_overflow(monkeypatch):
-    monkeypatch.setattr(tpu_attention, "pl", tpu_blocks.pallas())
+    tpu_blocks.stand_in(monkeypatch, tpu_attention)
     qkv = jnp.full((3, 4, 8, 64), 30.0, jnp.bfloat16)
     np.testing.assert_array_equal(tpu_attention.attend(qkv, 1, 1.0), 30.0)
 

@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 IMAGES = 8  # held at a time: a tile of rows
 _PAIRS = IMAGES // 2
 LANES = 128
 _MOST_TOKENS = 256  # the logits of a few heads must fit in a TPU's vector memory
-_HIGH = 0xFFFF0000  # of a word: the other image's number, whose low half are zeros in float32
+_FORMAT = {"packed_dtype": jnp.bfloat16, "unpacked_dtype": jnp.float32}
 Images = list[jax.Array]  # [n, l] each
 Span = tuple[int, int]  # the lanes of a head
 
@@ -167,10 +168,6 @@ def _is_in(x: jax.Array, span: Span) -> jax.Array:
     return (lane >= span[0]) & (lane < span[1])
 
 
-def _bits(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, jnp.uint32)
-
-
 def _words(array: Any) -> Any:
     """A block [..., n, 8, l] of bfloat16 as words of two images each, [... n 4, l]."""
     return array.reshape(math.prod(array.shape[:-1]), LANES).bitcast(jnp.uint32)
@@ -192,8 +189,8 @@ def _load(array: Any, part: int, spans: list[Span]) -> Images:
         words = _words(array)[_rows(array, part, pair)]
         only = [jnp.where(_is_in(words, s), words, jnp.uint32(0)) for s in spans]
         only = [words] if spans == [(0, LANES)] else only
-        for bits in [w << 16 for w in only] + [w & jnp.uint32(_HIGH) for w in only]:
-            images.append(_narrow(lax.bitcast_convert_type(bits, jnp.float32)))
+        for index in range(2):
+            images += [_narrow(pltpu.unpack_elementwise(w, index=index, **_FORMAT)) for w in only]
     return images
 
 
@@ -206,5 +203,5 @@ def _store(array: Any, part: int, values: list[jax.Array], spans: list[Span]) ->
         else:
             images[i] = jnp.where(_is_in(value, span), value, images[i])
     for pair, both in enumerate(zip(images[::2], images[1::2], strict=True)):
-        low, high = (_bits(_narrow(x).astype(jnp.float32)) for x in both)
-        _words(array)[_rows(array, part, pair)] = (low >> 16) | high
+        words = pltpu.pack_elementwise(both, packed_dtype=jnp.bfloat16)
+        _words(array)[_rows(array, part, pair)] = words
