@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import runs
+import tpu_blocks
 from ml_collections import FrozenConfigDict
 
 from vit_at import models
@@ -19,11 +20,11 @@ from vit_at.attacks import Threat
 from vit_at.config import evaluated_weights
 from vit_at.data import augment
 from vit_at.distributed import sharding
-from vit_at.models import training_dtype
+from vit_at.models import tpu_attention, training_dtype
 from vit_at.models.blocks import Unstacked
 from vit_at.training.attack import Draws, draw, perturb
 from vit_at.training.masking import Masking
-from vit_at.training.setup import initial_state
+from vit_at.training.setup import compile_step, initial_state
 from vit_at.training.step import TrainState, _update
 
 SHAPE = (6, 8, 8, 3)
@@ -96,6 +97,19 @@ def test_a_step_with_scanned_blocks_is_the_same(objective, monkeypatch):
         assert a == pytest.approx(b, rel=tolerance, abs=2e-6)
     close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
     jax.tree.map(close, state.params, of_scanned.params)
+
+
+def test_attention_is_by_a_kernel_unless_the_configuration_says_otherwise(monkeypatch):
+    of_device = models.for_device
+    on_a_tpu = types.SimpleNamespace(platform="tpu")
+    monkeypatch.setattr(models, "for_device", lambda apply, _: of_device(apply, on_a_tpu))
+    ran = tpu_blocks.stand_in(monkeypatch, tpu_attention)
+    for fused in (False, True):
+        setup, state, batches = start(model__fused_attention=fused)
+        setup = setup._replace(model=setup.model.clone(dtype="bfloat16"))
+        assert not ran
+        compile_step(setup, runs.optimizer_of(setup)).lower(state, next(batches))
+    assert set(ran) == {"attention_forward", "attention_backward"}
 
 
 @pytest.mark.slow

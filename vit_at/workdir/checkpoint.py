@@ -319,36 +319,35 @@ def load_trained(workdir: str | epath.Path, which: str, dtype: str = "float32") 
     workdir = epath.Path(workdir)
     check_store(workdir)
     config = read_config(workdir)
-    mesh = sharding.make_mesh()
     kind, _, average = which.partition("-")
-    series = Series(workdir / "checkpoints" / kind, None, read_only=True)
-    step = series.latest_step() if (workdir / "checkpoints" / kind).exists() else None
-    if step is None:
-        remedy = "train it first"
-        if kind == "best" and has_checkpoint(workdir):
-            remedy = "take the last weights with --checkpoint=last, or resume the run"
-        raise UserError(f"{workdir} holds no '{which}' checkpoint yet; {remedy}")
-    try:
-        values = series.values(step)
-        model = build(config, values["num_classes"], dtype)
-        shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
-        # The best weights are stored alone, whichever they are.
-        average = "raw" if kind == "best" else average or evaluated_weights(config)
-        name = "params" if average == "raw" else average
-        if name not in values["fingerprints"]:
+    with _opened(workdir, kind) as series:
+        step = series and series.latest_step()
+        if series is None or step is None:
+            remedy = "train it first"
+            if kind == "best" and has_checkpoint(workdir):
+                remedy = "take the last weights with --checkpoint=last, or resume the run"
+            raise UserError(f"{workdir} holds no '{which}' checkpoint yet; {remedy}")
+        try:
+            values = series.values(step)
+            model = build(config, values["num_classes"], dtype)
+            shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+            # The best weights are stored alone, whichever they are.
+            average = "raw" if kind == "best" else average or evaluated_weights(config)
+            name = "params" if average == "raw" else average
+            if name not in values["fingerprints"]:
+                raise UserError(
+                    f"{workdir} has no averaged weights '{name}'; set ema_decay or swa_epochs in "
+                    "training, or use --checkpoint=last"
+                )
+            params = series.restore(step, {name: shapes}, sharding.make_mesh())[name]
+        except UserError:
+            raise
+        except (ValueError, OSError, KeyError) as error:
+            reason = str(error).splitlines()[0][:200]
             raise UserError(
-                f"{workdir} has no averaged weights '{name}'; set ema_decay or swa_epochs in "
-                "training, or use --checkpoint=last"
-            )
-        params = series.restore(step, {name: shapes}, mesh)[name]
-    except UserError:
-        raise
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"the '{which}' checkpoint of {workdir} (step {step}) can't be read ({reason}); "
-            "resume the run with its command, or use the other of --checkpoint=best and last"
-        ) from error
+                f"the '{which}' checkpoint of {workdir} (step {step}) can't be read ({reason}); "
+                "resume the run with its command, or use the other of --checkpoint=best and last"
+            ) from error
     return Trained(config, model, params, values)
 
 
