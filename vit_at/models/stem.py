@@ -35,8 +35,8 @@ class PatchEmbed(nn.Module):
         init = nn.initializers.lecun_normal(in_axis=(0, 1, 2))
         kernel = self.param("kernel", init, (p, p, channels, d), weights)
         bias = self.param("bias", nn.initializers.zeros, (d,), weights)
-        # In dtype before pixels are moved, and with the barrier their gradients, too: fewer bytes.
-        images = images.astype(self.dtype)
+        # Pixels are moved in dtype, and with the barrier their gradients, too: fewer bytes.
+        images = lax.optimization_barrier(images.astype(self.dtype))
         patches = images.reshape(b, height // p, p, width // p, p, channels)
         patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * channels)
         kernel = kernel.reshape(-1, d).astype(self.dtype)
