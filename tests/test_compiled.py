@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import compiled
 import hlo
@@ -60,6 +61,23 @@ def test_a_program_is_read_as_counted_by_hand():
     assert found["collectives_in_loops"] == 8
     assert found["kernels"] == 1 + 8 + 8
     assert found["loop_trips"] == [8]
+
+
+def test_a_kernel_of_our_own_takes_the_seconds_of_its_schedule(monkeypatch):
+    """Of a TPU's program, where nothing else here has an estimate."""
+    text = PROGRAM.replace("%product = (bf16[4,8]", "%attention_forward.3 = (bf16[4,8]")
+    text = text.replace("(%product)", "(%attention_forward.3)")
+    found = compiled.summary(text, targets.CHIPS["v5e"], {"attention_forward": 2e-6})
+    assert found["parts"]["attention"]["seconds"] == found["estimated_s"] == 2e-6
+    assert found["kernels"] == 1
+
+    asked = []
+    monkeypatch.setattr(compiled.schedule, "seconds", lambda *a: asked.append(a) or {"x": 1.0})
+    model = types.SimpleNamespace(num_heads=3)
+    assert compiled._kernel_seconds(text, "tpu:v5e:2x2", model) == {}
+    text += "  %attention_forward.4 = bf16[65,256,192]{2,1,0:T(8,128)} custom-call(%qkv)\n"
+    assert compiled._kernel_seconds(text, "tpu:v5e:2x2", model) == {"x": 1.0}
+    assert asked == [("tpu:v5e:2x2", 65, 256, 192, 3)]
 
 
 def test_a_known_trip_count_and_the_longest_branch_count():
