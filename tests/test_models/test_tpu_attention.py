@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 import tpu_blocks
 
 from vit_at.models import tpu_attention
@@ -20,10 +21,10 @@ def attention(qkv, num_heads, scale):
     ("tokens", "images", "width", "heads"),
     [
         (17, 16, 192, 3),  # half of the last lanes are beyond the array
-        (5, 8, 256, 4),
-        (8, 8, 160, 5),  # four heads in the lanes, then one
+        runs.slow(5, 8, 256, 4),
+        runs.slow(8, 8, 160, 5),  # four heads in the lanes, then one
         (3, 8, 128, 1),
-        (131, 8, 64, 1),  # too many tokens for all images beside each other
+        runs.slow(131, 8, 64, 1),  # more rows than lanes
     ],
 )
 def test_the_kernel_is_attention(tokens, images, width, heads, monkeypatch):
