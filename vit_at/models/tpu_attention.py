@@ -168,6 +168,12 @@ def _is_in(x: jax.Array, span: Span) -> jax.Array:
     return (lane >= span[0]) & (lane < span[1])
 
 
+def _only(words: jax.Array, span: Span) -> jax.Array:
+    if span == (0, LANES):
+        return words
+    return jnp.where(_is_in(words, span), words, jnp.uint32(0))
+
+
 def _words(array: Any) -> Any:
     """A block [..., n, 8, l] of bfloat16 as words of two images each, [... n 4, l]."""
     return array.reshape(math.prod(array.shape[:-1]), LANES).bitcast(jnp.uint32)
@@ -187,8 +193,7 @@ def _load(array: Any, part: int, spans: list[Span]) -> Images:
     images = []
     for pair in range(_PAIRS):
         words = _words(array)[_rows(array, part, pair)]
-        only = [jnp.where(_is_in(words, s), words, jnp.uint32(0)) for s in spans]
-        only = [words] if spans == [(0, LANES)] else only
+        only = [_only(words, span) for span in spans]
         for index in range(2):
             images += [_narrow(pltpu.unpack_elementwise(w, index=index, **_FORMAT)) for w in only]
     return images
