@@ -10,9 +10,9 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} results=benchmarks/results
 
 "$python" benchmarks/step.py --objectives at,trades,mart,pgd --dtypes float32,bfloat16 \
-  --repetitions 3 --out $results/step_cpu3.json
+  --repetitions 3 --out $results/step_cpu4.json
 "$python" benchmarks/step.py --objectives at+masked --keep 0.1 --against eager --repetitions 3 --cold \
-  --out $results/step_cpu3_keep.json
+  --out $results/step_cpu4_keep.json
 "$python" benchmarks/official_autoattack.py --images=256 --batch=64 \
   --out $results/autoattack_cpu2.json
 "$python" benchmarks/scaling.py --attack_steps 3 --devices 1,2,4 --batches 16,64,128 \

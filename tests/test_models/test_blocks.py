@@ -221,7 +221,7 @@ def test_fused_attention_is_attention(name, monkeypatch):
         assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b) + 1e-3
 
 
-@pytest.mark.parametrize("count", [8, 4])
+@pytest.mark.parametrize("count", [8, runs.slow(4)])
 def test_attention_by_the_kernel_of_a_tpu_is_attention(count, monkeypatch):
     """Logits and gradients of a small model; the kernel takes eight images, not four."""
     ran = tpu_blocks.stand_in(monkeypatch, tpu_attention)

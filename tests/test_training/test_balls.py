@@ -63,7 +63,8 @@ def test_of_several_balls_the_worst_image_is_trained_on_or_all_of_them():
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("objective", [runs.slow("trades"), "mart"])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["trades", "mart"])
 def test_all_objectives_take_several_balls(objective):
     changes = {"objective": objective, "threat__also": "l2:0.4:0.1", "threat__combine": "avg"}
     few = runs.tiny_setup(**changes, mixing__probability=0.0, threat__steps=1)
