@@ -56,14 +56,18 @@ def pick(values: Array, classes: Array) -> Array:
     return jnp.take_along_axis(values, classes[:, None], axis=-1)[:, 0]
 
 
+def margin(logits: Array, labels: Array) -> Array:
+    """z_y - max_{k != y} z_k, [b]: the label's logit less the largest other one."""
+    return pick(logits, labels) - pick(logits, best_wrong_class(logits, labels))
+
+
 def cw_margin(logits: Array, labels: Array) -> Array:
-    """max_{k != y} z_k - z_y, floored at -10 as in the paper's evaluation.
+    """The margin's negative, floored at -10 as in the paper's evaluation.
 
     Carlini and Wagner 2017, equation f_6. Because of the floor, an example that is correct by a
     margin over 10 has no gradient and stays where it starts; CW is then weaker than PGD.
     """
-    margin = pick(logits, best_wrong_class(logits, labels)) - pick(logits, labels)
-    return jnp.maximum(margin, CW_FLOOR)
+    return jnp.maximum(-margin(logits, labels), CW_FLOOR)
 
 
 def dlr(logits: Array, labels: Array) -> Array:
@@ -73,12 +77,11 @@ def dlr(logits: Array, labels: Array) -> Array:
     invariant, so it has a gradient where the softmax is saturated. It needs at least 3 classes.
     """
     top = jax.lax.top_k(logits, 3)[0]
-    margin = pick(logits, labels) - pick(logits, best_wrong_class(logits, labels))
-    return -margin / (top[:, 0] - top[:, 2] + DLR_FLOOR)
+    return -margin(logits, labels) / (top[:, 0] - top[:, 2] + DLR_FLOOR)
 
 
 def targeted_dlr(logits: Array, labels: Array, target_labels: Array) -> Array:
     """-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), equation 7; it needs at least 4 classes."""
     top = jax.lax.top_k(logits, 4)[0]
-    margin = pick(logits, labels) - pick(logits, target_labels)
-    return -margin / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + DLR_FLOOR)
+    difference = pick(logits, labels) - pick(logits, target_labels)
+    return -difference / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + DLR_FLOOR)

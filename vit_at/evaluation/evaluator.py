@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from vit_at import models
 from vit_at.attacks import pgd_attack
-from vit_at.attacks.losses import is_correct
+from vit_at.attacks.losses import is_correct, margin
 from vit_at.attacks.threat import Threat, random_start
 from vit_at.console import Progress
 from vit_at.data import augment, pipeline
@@ -104,14 +104,12 @@ def perturb(
 
 
 def answer(logits: Array, labels: Array) -> dict[str, Array]:
-    """'correct' [b] bool, 'prediction' [b] int32 and 'margin' [b] of logits [b, K].
-
-    The margin is the label's logit minus the largest other one; it is positive if correct.
-    """
-    own = jnp.arange(logits.shape[-1]) == labels[:, None]
-    margin = jnp.where(own, logits, 0).sum(-1) - jnp.where(own, -jnp.inf, logits).max(-1)
-    prediction = logits.argmax(-1).astype(jnp.int32)
-    return {"correct": is_correct(logits, labels), "prediction": prediction, "margin": margin}
+    """'correct' [b] bool, 'prediction' [b] int32 and 'margin' [b] of logits [b, K]."""
+    return {
+        "correct": is_correct(logits, labels),
+        "prediction": logits.argmax(-1).astype(jnp.int32),
+        "margin": margin(logits, labels),
+    }
 
 
 @dataclasses.dataclass

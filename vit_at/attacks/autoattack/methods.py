@@ -18,7 +18,7 @@ import numpy as np
 
 from vit_at.attacks import apgd, apgd_l1, fab, square
 from vit_at.attacks.autoattack.settings import Settings
-from vit_at.attacks.losses import best_wrong_class, is_correct, pick
+from vit_at.attacks.losses import is_correct, margin
 from vit_at.attacks.norms import random_directions
 from vit_at.attacks.threat import Threat
 
@@ -256,13 +256,12 @@ class Square(Method):
 
         def margin_fn(points):
             logits = context.logits_fn(points)
-            wrong = best_wrong_class(logits, problem.labels)
-            margin = pick(logits, problem.labels) - pick(logits, wrong)
+            value = margin(logits, problem.labels)
             # A tie that counts as correct is no success.
             correct = is_correct(logits, problem.labels)
-            margin = jnp.where(correct, jnp.maximum(margin, _TIE), margin)
+            value = jnp.where(correct, jnp.maximum(value, _TIE), value)
             # A comparison with NaN is false, and would keep the image.
-            return jnp.where(jnp.isfinite(logits).all(-1), margin, -jnp.inf)
+            return jnp.where(jnp.isfinite(logits).all(-1), value, -jnp.inf)
 
         return square.advance(margin_fn, problem.images, state, uniforms, self.threat(context))
 
