@@ -70,7 +70,7 @@ def evaluate(
     model: str = "",
     num_heads: int = 0,
     function: str = "",
-    checkpoint: str = "best",
+    checkpoint: str = "",
     data: str = "",
     data_dir: str = "",
     split: str = "",
@@ -102,7 +102,7 @@ def evaluate(
       weights: a weight file or 'hf:NAME', see ``vit_at.weights.load``; model: timm's name of its
         architecture; num_heads: where it can't be known from the name, see docs/evaluate.md.
       function: 'MODULE:NAME' of a function of images [B, H, W, C] in [0, 1] to logits [B, K].
-      checkpoint: 'best' or 'last'; of a work directory.
+      checkpoint: 'best' or 'last' of a work directory; '': the one that its run tests.
       data: as ``data.name`` of a configuration; '': that of the run, and cifar10 of the others.
       data_dir: TFDS data directory, or the one that holds 'folder:NAME'; '': the configuration's.
       split: such as 'test[:1000]'; '': the configuration's, and of other data the whole of it.
@@ -202,7 +202,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_heads", type=int, default=0, help="of weights that are as wide as no known model")
     add("--function", default="", metavar="MODULE:NAME", help="of images [B, H, W, C] to logits")
     add("--attacks", default="clean,pgd-20", help="comma-separated: clean, pgd-N, cw-N, autoattack")
-    add("--checkpoint", default="best", choices=CHECKPOINTS)
+    add("--checkpoint", default="", choices=CHECKPOINTS, help="default: the one its run tests")
     add("--data", default="", help="name of a data set, as in a recipe; default: that of the run")
     add("--data_dir", default="", help="of TFDS, or the one that holds folder:NAME")
     add("--split", default="", help="such as test or test[:1000]; default: the configuration's")

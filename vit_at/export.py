@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add = parser.add_argument
     add("source", metavar="WORKDIR", help="of 'vit-at train', or a name as in vit_at.load")
-    add("--checkpoint", choices=CHECKPOINTS, default="best")
+    add("--checkpoint", choices=CHECKPOINTS, default="", help="default: the one its run tests")
     add("--output", default="", metavar="DIR", help="default: WORKDIR/export")
     add("--images", type=int, default=0, metavar="N", help="add the first N test images")
     add("--data_dir", default="", help="of the images: TFDS, or the one that holds folder:NAME")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from vit_at.errors import UserError
 from vit_at.evaluation.evaluator import Evaluator, evaluate_and_store
 from vit_at.evaluation.protocol import parse_attacks, weights_digest
 from vit_at.reporting import exported
+from vit_at.workdir import registry
+from vit_at.workdir.checkpoint import load_trained
 from vit_at.workdir.results import Results, as_text, in_255ths
 
 THREAT = Threat("linf", 0.3, 0.1, 3)
@@ -275,6 +278,19 @@ def test_the_defaults_repeat_the_final_evaluation(workdir, capsys):
     assert status == 0
     assert [line.split()[0] for line in lines[1:]] == ["clean", "pgd-2"]
     assert (workdir / "results.json").read_bytes() == before
+
+
+def test_without_a_name_the_weights_are_those_that_the_run_tests(workdir, tmp_path):
+    run = shutil.copytree(workdir, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["eval"]["checkpoint"] = "last"
+    (run / "config.json").write_text(json.dumps(config))
+    last = weights_digest(load_trained(run, "last").params)
+    assert last != weights_digest(load_trained(run, "best").params)
+    (record,) = evaluate.evaluate(run, "clean", num_examples=8)
+    tested = record["protocol"]["weights"]
+    assert (tested["checkpoint"], tested["digest"]) == ("last", last)
+    assert weights_digest(registry.load(run).params) == last
 
 
 def test_exported_weights_are_evaluated_like_the_work_directory(workdir, tmp_path, capsys):

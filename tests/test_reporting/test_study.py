@@ -12,8 +12,8 @@ from vit_at.workdir.files import CONFIG_FILE
 DIGEST = "0123456789abcdef"
 
 
-def record(attack, accuracy, checkpoint="best", **protocol):
-    weights = {"digest": DIGEST, "checkpoint": checkpoint, "step": 7}
+def record(attack, accuracy, checkpoint="best", digest=DIGEST, **protocol):
+    weights = {"digest": digest, "checkpoint": checkpoint, "step": 7}
     protocol = {
         "data": "digits/1.0.0 test",
         "num_examples": 100,
@@ -70,9 +70,16 @@ def test_numbers_of_different_protocols_are_not_averaged(tmp_path):
 
 
 def test_only_the_weights_that_the_configuration_tests_count(tmp_path):
-    both = [record("clean", 0.5, checkpoint="last"), record("clean", 0.75)]
+    both = [record("clean", 0.5, checkpoint="last", digest="1" * 16), record("clean", 0.75)]
     (run,) = study.find([make_run(tmp_path / "a", both)])
     assert [r["accuracy"] for r in run.tested] == [0.75]
+
+
+def test_they_count_by_their_other_name_too(tmp_path):
+    """The best weights may be the last."""
+    both = [record("clean", 0.75), record("pgd-20", 0.25, checkpoint="last")]
+    (run,) = study.find([make_run(tmp_path / "a", both)])
+    assert [r["accuracy"] for r in run.tested] == [0.75, 0.25]
 
 
 def test_weights_of_earlier_steps_do_not_count(tmp_path):

@@ -47,7 +47,7 @@ def check(given: dict[str, Any], signature: inspect.Signature) -> None:
             fits = all(isinstance(number, (int, float)) for number in given[name])
         if not fits:
             raise UserError(f"{name} is {given[name]!r}; it must be {words}")
-    if given["checkpoint"] not in CHECKPOINTS:
+    if given["checkpoint"] not in ("", *CHECKPOINTS):
         choices = ", ".join(CHECKPOINTS)
         raise UserError(f"checkpoint is '{given['checkpoint']}'; it must be {choices}")
     for name in ("num_heads", "image_size"):

@@ -62,7 +62,7 @@ class Subject:
 def of_directory(source: epath.PathLike, checkpoint: str) -> Subject:
     """That of a work directory, an export or a packaged model, see ``registry.place``.
 
-    checkpoint: 'best' or 'last'; of a work directory.
+    checkpoint: 'best' or 'last' of a work directory; '': the one that its run tests.
 
     Raises:
       UserError: it is none of these, or can't be read.
@@ -71,11 +71,12 @@ def of_directory(source: epath.PathLike, checkpoint: str) -> Subject:
     trained = registry.read(directory, checkpoint)
     own = epath.Path(source).expanduser().exists()
     config, values = ConfigDict(trained.config).unlock(), trained.values
+    checkpoint = "export" if is_export(directory) else checkpoint or config.eval.checkpoint
     return Subject(
         models.classifier(trained.model, config.data.mean, config.data.std),
         trained.params,
         config,
-        {"checkpoint": "export" if is_export(directory) else checkpoint, "step": values["step"]},
+        {"checkpoint": checkpoint, "step": values["step"]},
         directory if own else _results_directory(str(source).rpartition("/")[2]),
         trained.model.num_classes,
         tuple(values.get("class_names", ())),

@@ -234,17 +234,18 @@ def _percent(records: Sequence[dict[str, Any]], attack: str, config: ConfigDict)
 
 def export_workdir(
     source: str | epath.Path,
-    which: str,
+    which: str = "",
     output: str = "",
     *,
     images: int = 0,
     data_dir: str = "",
     stablehlo: bool = False,
 ) -> epath.Path:
-    """Exports the ``best`` or ``last`` weights of a work directory, or a model again.
+    """Exports weights of a work directory, or a model again.
 
     Args:
       source: a work directory, or a name as in ``vit_at.load``.
+      which: 'best' or 'last' of a work directory; '': the one that its run tests.
       output: a directory; '': WORKDIR/export.
       images: the first so many test images are added; data_dir: of their data set, '': as trained.
       stablehlo: adds the classifier as a program.

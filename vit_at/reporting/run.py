@@ -61,10 +61,17 @@ class Run:
     def tested(self) -> Sequence[dict[str, Any]]:
         """The records of the weights that ``eval.checkpoint`` names; all records if it has none.
 
-        Of weights of several steps, as of a run that was evaluated before its end, the newest.
+        The best weights may be the last, so records of one digest are of the same weights. Of
+        weights of several steps, as of a run that was evaluated before its end, the newest.
         """
         which = self.config["eval"]["checkpoint"]
-        own = [r for r in self.records if r["protocol"]["weights"].get("checkpoint") == which]
+        weights = [record["protocol"]["weights"] for record in self.records]
+        digests = {w.get("digest") for w in weights if w.get("checkpoint") == which}
+        own = [
+            record
+            for record, w in zip(self.records, weights, strict=True)
+            if w.get("checkpoint") == which or w.get("digest", "") in digests
+        ]
         own = own or list(self.records)
         newest = max(map(_step, own), default=0)
         return [record for record in own if _step(record) == newest]

@@ -307,11 +307,12 @@ def check_store(workdir: epath.Path) -> None:
         )
 
 
-def load_trained(workdir: str | epath.Path, which: str, dtype: str = "float32") -> Trained:
+def load_trained(workdir: str | epath.Path, which: str = "", dtype: str = "float32") -> Trained:
     """The weights of a work directory.
 
     which: of ``config.CHECKPOINTS``; 'last' are those that the run evaluates, such as the averaged
-      ones, 'last-raw', 'last-ema' and 'last-swa' those of this name.
+      ones, 'last-raw', 'last-ema' and 'last-swa' those of this name. '': that of the run's
+      ``eval.checkpoint``.
 
     Raises:
       UserError: no work directory, no such checkpoint, or a corrupt one.
@@ -319,6 +320,7 @@ def load_trained(workdir: str | epath.Path, which: str, dtype: str = "float32") 
     workdir = epath.Path(workdir)
     check_store(workdir)
     config = read_config(workdir)
+    which = which or config.eval.checkpoint
     kind, _, average = which.partition("-")
     with _opened(workdir, kind) as series:
         step = series and series.latest_step()

@@ -85,8 +85,8 @@ def place(source: str | epath.PathLike) -> epath.Path:
     )
 
 
-def read(directory: epath.Path, checkpoint: str = "best") -> Trained:
-    """The weights of an export or a work directory; checkpoint: of a work directory.
+def read(directory: epath.Path, checkpoint: str = "") -> Trained:
+    """The weights of an export or a work directory; checkpoint: see ``load_trained``.
 
     Raises:
       UserError: the directory is neither, or damaged.
@@ -103,13 +103,13 @@ def records_of(directory: epath.Path) -> list[dict[str, Any]]:
     return read_records(directory)
 
 
-def load(source: str | epath.PathLike, checkpoint: str = "best") -> Loaded:
+def load(source: str | epath.PathLike, checkpoint: str = "") -> Loaded:
     """A trained model that is called on images in [0, 1].
 
     Args:
       source: one of NAMES, such as 'cifar10_convit_96x4'; the path of an export or a work
         directory; or hf:OWNER/NAME of an uploaded export.
-      checkpoint: 'best' or 'last'; of a work directory.
+      checkpoint: 'best' or 'last' of a work directory; '': the one that its run tests.
 
     Raises:
       UserError: there is nothing of this name, or it is damaged.
