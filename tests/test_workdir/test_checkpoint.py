@@ -23,7 +23,7 @@ from vit_at.distributed import sharding
 from vit_at.errors import UserError
 from vit_at.training.step import TrainState
 from vit_at.workdir import checkpoint
-from vit_at.workdir.checkpoint import Checkpoints, fingerprint, load_trained
+from vit_at.workdir.checkpoint import Checkpoints, fingerprint, load_trained, tested_or_last
 from vit_at.workdir.files import check_space, disk_errors, read_config, write_config
 
 # Tensorstore leaves futures behind where a read or a write fails.
@@ -365,6 +365,14 @@ def test_a_directory_without_a_run_is_refused(workdir):
     checkpoints.close()
     with pytest.raises(UserError, match="take the last weights with --checkpoint=last"):
         load_trained(workdir, "best")
+
+
+def test_the_last_weights_stand_in_for_best_ones_that_are_not_there_yet(tmp_path):
+    best, last = ({"eval": {"checkpoint": name}} for name in ("best", "last"))
+    (tmp_path / "checkpoints" / "last").mkdir(parents=True)
+    assert tested_or_last(tmp_path, best) == tested_or_last(tmp_path, last) == "last"
+    (tmp_path / "checkpoints" / "best").mkdir()
+    assert (tested_or_last(tmp_path, best), tested_or_last(tmp_path, last)) == ("best", "last")
 
 
 def test_a_relative_work_directory_serves(tmp_path, monkeypatch):

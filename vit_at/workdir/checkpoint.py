@@ -307,6 +307,12 @@ def check_store(workdir: epath.Path) -> None:
         )
 
 
+def tested_or_last(workdir: epath.Path, config: Any) -> str:
+    """``eval.checkpoint`` of a run, or 'last' where it has no such checkpoint yet."""
+    which = config["eval"]["checkpoint"]
+    return which if (workdir / "checkpoints" / which).exists() else "last"
+
+
 def load_trained(workdir: str | epath.Path, which: str = "", dtype: str = "float32") -> Trained:
     """The weights of a work directory.
 
