@@ -19,11 +19,12 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vit_at import models
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
 from vit_at.training.step import TrainState
 from vit_at.workdir import checkpoint
-from vit_at.workdir.checkpoint import Checkpoints, fingerprint, load_trained, tested_or_last
+from vit_at.workdir.checkpoint import Checkpoints, fingerprint, load_trained, preferred
 from vit_at.workdir.files import check_space, disk_errors, read_config, write_config
 
 # Tensorstore leaves futures behind where a read or a write fails.
@@ -367,12 +368,30 @@ def test_a_directory_without_a_run_is_refused(workdir):
         load_trained(workdir, "best")
 
 
+def test_arrays_cut_short_are_one_sentence(workdir):
+    """Orbax raises a bare Exception; arrays of tiny runs have no files of their own."""
+    config = runs.resolved(model__embed_dim=64)
+    write_config(workdir, config)
+    model = models.build(config, 3, "float32")
+    shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: rng.standard_normal(s.shape, np.float32), shapes)
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save_best(jax.device_put(params), {"step": 1, "num_classes": 3})
+    checkpoints.close()
+    load_trained(workdir)
+    for path in pathlib.Path(workdir / "checkpoints" / "best").rglob("ocdbt.process_0/d/*"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"\(step 1\) can't be read \(OUT_OF_RANGE: .*\); resume"):
+        load_trained(workdir)
+
+
 def test_the_last_weights_stand_in_for_best_ones_that_are_not_there_yet(tmp_path):
     best, last = ({"eval": {"checkpoint": name}} for name in ("best", "last"))
     (tmp_path / "checkpoints" / "last").mkdir(parents=True)
-    assert tested_or_last(tmp_path, best) == tested_or_last(tmp_path, last) == "last"
+    assert preferred(tmp_path, best) == preferred(tmp_path, last) == "last"
     (tmp_path / "checkpoints" / "best").mkdir()
-    assert (tested_or_last(tmp_path, best), tested_or_last(tmp_path, last)) == ("best", "last")
+    assert (preferred(tmp_path, best), preferred(tmp_path, last)) == ("best", "last")
 
 
 def test_a_relative_work_directory_serves(tmp_path, monkeypatch):

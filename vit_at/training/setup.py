@@ -33,7 +33,7 @@ from vit_at.training import objectives, phases
 from vit_at.training.masking import Masking
 from vit_at.training.step import Step, TrainState, init_state, train_step
 from vit_at.workdir import registry
-from vit_at.workdir.checkpoint import load_trained, tested_or_last
+from vit_at.workdir.checkpoint import load_trained, preferred
 from vit_at.workdir.files import is_export, is_workdir, read_config
 
 StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Collection]]
@@ -177,7 +177,7 @@ def _pretrained(source: str, data: ConfigDict, model: Any) -> Any:
     """Parameters of a work directory, or of a source that ``weights.read`` takes."""
     workdir = epath.Path(source)
     if processes.agree(not source.startswith(weights.HUB_PREFIX) and is_workdir(workdir)):
-        which = tested_or_last(workdir, read_config(workdir))
+        which = preferred(workdir, read_config(workdir))
         trained = load_trained(workdir, which)  # Orbax reads with all processes
         return weights.from_timm(weights.to_timm(trained.params, trained.model), model)
     shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))

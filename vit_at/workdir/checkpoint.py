@@ -157,7 +157,7 @@ class Series:
                         f"({in_one_line(error, 200)}); nothing was changed: run the same command "
                         "again when the disk or bucket can be reached"
                     ) from error
-                reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
+                reason = _reason(error)
             if processes.all_of(found is not None):
                 return found
             path = self._directory / str(step)
@@ -307,7 +307,12 @@ def check_store(workdir: epath.Path) -> None:
         )
 
 
-def tested_or_last(workdir: epath.Path, config: Any) -> str:
+def _reason(error: Exception) -> str:
+    """Why a checkpoint can't be read: Orbax raises a bare Exception from TensorStore's error."""
+    return in_one_line((type(error) is Exception and error.__cause__) or error, 200)
+
+
+def preferred(workdir: epath.Path, config: Any) -> str:
     """``eval.checkpoint`` of a run, or 'last' where it has no such checkpoint yet."""
     which = config["eval"]["checkpoint"]
     return which if (workdir / "checkpoints" / which).exists() else "last"
@@ -350,11 +355,11 @@ def load_trained(workdir: str | epath.Path, which: str = "", dtype: str = "float
             params = series.restore(step, {name: shapes}, sharding.make_mesh())[name]
         except UserError:
             raise
-        except (ValueError, OSError, KeyError) as error:
-            reason = str(error).splitlines()[0][:200]
+        except Exception as error:
             raise UserError(
-                f"the '{which}' checkpoint of {workdir} (step {step}) can't be read ({reason}); "
-                "resume the run with its command, or use the other of --checkpoint=best and last"
+                f"the '{which}' checkpoint of {workdir} (step {step}) can't be read "
+                f"({_reason(error)}); resume the run with its command, or use the other of "
+                "--checkpoint=best and last"
             ) from error
     return Trained(config, model, params, values)
 
