@@ -46,6 +46,7 @@ def test_a_sound_model_raises_no_flag(short):
     assert set(found.record()) == {"flags", "eps_curve", "steps_curve"}
 
 
+@pytest.mark.slow
 def test_the_audit_takes_what_autoattack_takes(short):
     """A pair (module, variables) and rows by their places, as any evaluation of a linen module."""
 
@@ -129,6 +130,7 @@ def test_saturated_softmax(short):
     assert "losses-disagree" in flags
 
 
+@pytest.mark.slow
 def test_robust_at_any_eps(short):
     always = jax.nn.one_hot(LABELS[-1], 5)
     flags = run(lambda x: jnp.tile(always, (len(x), 1)) + 0 * x.sum()).flags

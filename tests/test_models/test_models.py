@@ -79,8 +79,6 @@ QUICK = {  # the others take long: they are marked slow
     ("cifar_deit_tiny_patch16_224", "float64"),
     ("cifar_vit_small_patch16_224_qkscale768", "float32"),
     ("cifar_convit_tiny", "float32"),
-    ("imagenet_deit_tiny_patch16_224", "float32"),
-    ("imagenet_convit_tiny", "float32"),
     ("imagenet_swin_tiny_patch4_window7_224", "float32"),
 }
 CASES = [

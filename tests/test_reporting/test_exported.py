@@ -313,7 +313,7 @@ def test_the_loader_refuses_changed_weights(tmp_path):
         loader(tmp_path).load_images()
 
 
-@pytest.mark.parametrize("overrides", [{}, {"stem": "conv"}])
+@pytest.mark.parametrize("overrides", [{}, runs.slow({"stem": "conv"})])
 def test_jax_alone_runs_the_exported_program(overrides):
     pytest.importorskip("flatbuffers")
     model = models.create(

@@ -58,7 +58,8 @@ def stepped(devices=1, **changes):
     return before, jax.device_get(state.params), metrics.compute()
 
 
-@pytest.mark.parametrize("objective", ["at", runs.slow("trades"), runs.slow("mart")])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["at", "trades", "mart"])
 def test_the_update_is_the_gradient_at_the_perturbed_weights(objective):
     """With an attack too small to matter, the whole step is a few lines of JAX."""
     plain = {"data__crop_padding": 0, "data__flip": False, "mixing__probability": 0.0}

@@ -131,6 +131,7 @@ def copied(storage, new):
     return f"gs://robots/{new}"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_resumed(resumed, whole, storage):
     workdir = copied(storage, "damaged")
     arrays = f"damaged/checkpoints/last/{LAST_STEP}/params/d/"
