@@ -26,7 +26,7 @@ from vit_at.errors import UserError
 from vit_at.training.step import TrainState
 from vit_at.workdir import checkpoint
 from vit_at.workdir.checkpoint import Checkpoints, fingerprint, load_trained, preferred
-from vit_at.workdir.files import check_space, disk_errors, read_config, write_config
+from vit_at.workdir.files import check_space, disk_errors, write_config
 
 # Tensorstore leaves futures behind where a read or a write fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -329,31 +329,6 @@ def test_a_disk_that_is_really_full(full_disk, monkeypatch):
 
 
 # --- Work directories -------------------------------------------------------------------------
-
-
-def test_a_work_directory_of_another_configuration_is_refused_with_the_fields(workdir):
-    write_config(workdir, runs.resolved())
-    write_config(workdir, runs.resolved())  # the same: resumes
-    with pytest.raises(UserError) as caught:
-        write_config(workdir, runs.resolved(epochs=3, data__std=(0.5,)))
-    for part in ("data.std", "0.38", "0.5", "epochs 2 -> 3", "--workdir"):
-        assert part in str(caught.value)
-
-
-def test_the_configuration_comes_back_as_it_was(workdir):
-    config = runs.resolved()
-    write_config(workdir, config)
-    stored = read_config(workdir)
-    assert stored.is_locked
-    assert stored.data.mean == config.data.mean
-    assert stored.to_dict() == config.to_dict()
-
-
-@pytest.mark.parametrize("text", ["", "{", "nonsense"])
-def test_a_damaged_config_is_named(workdir, text):
-    (workdir / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
-        write_config(workdir, runs.resolved())
 
 
 def test_a_directory_without_a_run_is_refused(workdir):

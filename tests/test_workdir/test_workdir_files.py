@@ -83,6 +83,31 @@ def test_a_second_run_in_a_work_directory_is_refused(tmp_path, holder):
     assert {path.name for path in tmp_path.iterdir()} == {".training.lock"}
 
 
+def test_a_work_directory_of_another_configuration_is_refused_with_the_fields(tmp_path):
+    write_config(epath.Path(tmp_path), runs.resolved())
+    write_config(epath.Path(tmp_path), runs.resolved())  # the same: resumes
+    with pytest.raises(UserError) as caught:
+        write_config(epath.Path(tmp_path), runs.resolved(epochs=3, data__std=(0.5,)))
+    for part in ("data.std", "0.38", "0.5", "epochs 2 -> 3", "--workdir"):
+        assert part in str(caught.value)
+
+
+def test_the_configuration_comes_back_as_it_was(tmp_path):
+    config = runs.resolved()
+    write_config(epath.Path(tmp_path), config)
+    stored = read_config(epath.Path(tmp_path))
+    assert stored.is_locked
+    assert stored.data.mean == config.data.mean
+    assert stored.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("text", ["", "{", "nonsense"])
+def test_a_damaged_config_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+        write_config(epath.Path(tmp_path), runs.resolved())
+
+
 def test_a_run_from_before_a_field_existed_goes_on(tmp_path):
     config = runs.resolved(**runs.QUICK)
     write_config(epath.Path(tmp_path), config)
