@@ -224,7 +224,7 @@ def exported(here):
     config = runs.resolved(data__mean=MEAN, data__std=STD, data__image_size=16)
     model = models.build(config, 3, "float32")
     values = {"step": 0, "num_classes": 3, "class_names": runs.CLASSES}
-    trained = Trained(config, model, golden.params(model), values)
+    trained = Trained(config, model, golden.params(model), values, "last")
     export(trained.params, model, here / "export", describe(trained, []))
     return trained
 

@@ -49,7 +49,7 @@ def trained():
     config.model.name, config.model.depth = "deit_tiny_patch16_224", 2
     config.lock()
     model = models.create(config.model.name, num_classes=10, image_size=32, patch_size=4, depth=2)
-    return Trained(config, model, golden.params(model), {"step": 5, "num_classes": 10})
+    return Trained(config, model, golden.params(model), {"step": 5, "num_classes": 10}, "best")
 
 
 def about(name):
@@ -320,7 +320,7 @@ def test_jax_alone_runs_the_exported_program(overrides):
         "convit_tiny", num_classes=3, image_size=8, patch_size=2, depth=2, **overrides
     )
     config = trained().config
-    content = extras.program(Trained(config, model, golden.params(model), {}))
+    content = extras.program(Trained(config, model, golden.params(model), {}, "best"))
     images = np.random.default_rng(0).random((5, 8, 8, 3), np.float32)
     call = jax.export.deserialize(bytearray(content)).call
     apply = models.classifier(model, config.data.mean, config.data.std)

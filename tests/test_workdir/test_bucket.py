@@ -27,7 +27,7 @@ from vit_at.errors import UserError
 from vit_at.evaluate import evaluate
 from vit_at.training.loop import Loop, train
 from vit_at.workdir import lease
-from vit_at.workdir.checkpoint import unreachable
+from vit_at.workdir.checkpoint import load_trained, unreachable
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read on import; that needs gRPC
 pytest.importorskip("gcsfs")
@@ -157,6 +157,8 @@ def test_a_bucket_that_refuses_to_be_read_is_not_damage(resumed, storage, monkey
     monkeypatch.setattr("vit_at.workdir.checkpoint.Series.restore", refusing)
     with pytest.raises(UserError, match=r"can't be read now .*503.*nothing was changed: run"):
         train(runs.smoke(**OPTIONS), workdir)
+    with pytest.raises(UserError, match=r"can't be read now .*503"):
+        load_trained(workdir, "last")
     assert {n: o.content for n, o in storage.objects.items()} == {
         n: o.content for n, o in before.items()
     }

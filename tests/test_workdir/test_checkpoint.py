@@ -28,8 +28,6 @@ from vit_at.workdir import checkpoint
 from vit_at.workdir.checkpoint import Checkpoints, fingerprint, load_trained, preferred
 from vit_at.workdir.files import check_space, disk_errors, write_config
 
-# Tensorstore leaves futures behind where a read or a write fails.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 MESH = sharding.make_mesh(jax.devices()[:2])
 
 

@@ -40,7 +40,7 @@ def export(tmp_path_factory):
     model = build(config, 10, "float32")
     params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
     directory = tmp_path_factory.mktemp("export")
-    about = exported.describe(Trained(config, model, params, {"step": 1}), [])
+    about = exported.describe(Trained(config, model, params, {"step": 1}, "best"), [])
     exported.export(params, model, directory, about)
     return directory
 

@@ -30,7 +30,7 @@ from vit_at.evaluation.protocol import weights_digest
 from vit_at.weights.architecture import arguments_for
 from vit_at.weights.forms import in_words
 from vit_at.workdir import registry
-from vit_at.workdir.files import DESCRIPTION_FILE, is_export
+from vit_at.workdir.files import DESCRIPTION_FILE
 
 # Of weight files, functions and models that lie in no directory of the user's, each in a folder of
 # its name.
@@ -71,12 +71,11 @@ def of_directory(source: epath.PathLike, checkpoint: str) -> Subject:
     trained = registry.read(directory, checkpoint)
     own = epath.Path(source).expanduser().exists()
     config, values = ConfigDict(trained.config).unlock(), trained.values
-    checkpoint = "export" if is_export(directory) else checkpoint or config.eval.checkpoint
     return Subject(
         models.classifier(trained.model, config.data.mean, config.data.std),
         trained.params,
         config,
-        {"checkpoint": checkpoint, "step": values["step"]},
+        {"checkpoint": trained.which, "step": values["step"]},
         directory if own else _results_directory(str(source).rpartition("/")[2]),
         trained.model.num_classes,
         tuple(values.get("class_names", ())),

@@ -152,11 +152,7 @@ class Series:
                 raise
             except Exception as error:
                 if unreachable(error):
-                    raise UserError(
-                        f"checkpoint {self._directory / str(step)} can't be read now "
-                        f"({in_one_line(error, 200)}); nothing was changed: run the same command "
-                        "again when the disk or bucket can be reached"
-                    ) from error
+                    raise self.no_answer(step, error) from error
                 reason = _reason(error)
             if processes.all_of(found is not None):
                 return found
@@ -165,6 +161,14 @@ class Series:
             logging.warning("checkpoint %s is corrupt (%s); %s", path, reason, remedy)
             self._move_aside(step)
         return None
+
+    def no_answer(self, step: int, error: Exception) -> UserError:
+        """What to raise where ``unreachable`` holds."""
+        return UserError(
+            f"checkpoint {self._directory / str(step)} can't be read now "
+            f"({in_one_line(error, 200)}); nothing was changed: run the same command again when "
+            "the disk or bucket can be reached"
+        )
 
     def _move_aside(self, step: int) -> None:
         if jax.process_index() == 0:
@@ -252,12 +256,13 @@ class Checkpoints:
 
 
 class Trained(NamedTuple):
-    """The weights of a work directory, ready to use."""
+    """The weights of a work directory or an export, ready to use."""
 
     config: ConfigDict
     model: Any
     params: Any
     values: dict[str, Any]  # of the checkpoint: step, num_classes, class_names, ...
+    which: str  # of ``config.CHECKPOINTS``; 'export' of an export
 
 
 def has_checkpoint(workdir: epath.Path) -> bool:
@@ -356,12 +361,14 @@ def load_trained(workdir: str | epath.Path, which: str = "", dtype: str = "float
         except UserError:
             raise
         except Exception as error:
+            if unreachable(error):
+                raise series.no_answer(step, error) from error
             raise UserError(
                 f"the '{which}' checkpoint of {workdir} (step {step}) can't be read "
                 f"({_reason(error)}); resume the run with its command, or use the other of "
                 "--checkpoint=best and last"
             ) from error
-    return Trained(config, model, params, values)
+    return Trained(config, model, params, values, which)
 
 
 def _of_today(run: dict[str, Any]) -> dict[str, Any]:

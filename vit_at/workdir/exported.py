@@ -76,4 +76,4 @@ def load_exported(directory: str | epath.Path) -> Trained:
     built.model.qk_scale = 0.0  # it is in the queries' weights, see reporting.exported
     model = build(built, about["num_classes"], "float32")
     params = weights.from_timm(weights.load(path), model)
-    return Trained(config, model, params, about["checkpoint"])
+    return Trained(config, model, params, about["checkpoint"], "export")
