@@ -9,10 +9,10 @@ The model is a small robust ViT (tests/data/autoattack) in float32; in PyTorch i
     vit-at train digits_sgd && vit-at export runs/digits_sgd
     python benchmarks/official_autoattack.py --export=runs/digits_sgd/export --eps=0.15 --images=128
 
-``--outcomes=FILE`` takes ours from an evaluation that has been made, of the same model and images:
+``--outcomes FILE`` takes ours from an evaluation that has been made, of the same model and images:
 
     vit-at evaluate cifar10_convit_128x5_conv --attacks=autoattack --num_examples=1000 --workdir=W
-    ... --images=1000 --outcomes=W/autoattack/*/per_example.npz
+    ... --images=1000 --outcomes W/autoattack/*/per_example.npz
 
 Seconds are the wall time of the whole cascade; ours include compilation. Both run on all cores or
 on the GPU. Forward and backward passes are counted in images. Without PyTorch, timm or autoattack,

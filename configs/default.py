@@ -126,7 +126,7 @@ def get_config() -> ConfigDict:
     evaluation.threat = ball = ConfigDict()  # the attacks' ball; '' and 0: as in training
     ball.norm = ""  # linf, l2 or l1; if not that of training, set eps and step_size too
     ball.eps = 0.0  # radius of the ball
-    ball.step_size = 0.0  # of PGD and CW
+    ball.step_size = 0.0  # of PGD and CW; 0: as in training, but at most a quarter of eps
 
     config.checkpoint = checkpoint = ConfigDict()  # when the state is saved
     checkpoint.every_minutes = 10.0  # between checkpoints within an epoch; 0: none by the clock

@@ -36,7 +36,7 @@ def get_config(variants: str = "") -> ConfigDict:
 
 
 def sweep(add: Callable[..., None]) -> None:
-    """The README's table: vit-at sweep configs/digits_sgd.py."""
+    """The table of docs/index.md: vit-at sweep configs/digits_sgd.py."""
     for variants in ("natural", "", "ard_prm"):
         for seed in range(3):
             add(variants, {"seed": seed})

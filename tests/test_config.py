@@ -288,12 +288,30 @@ def test_evaluation_has_a_threat_of_its_own(parse):
 
 
 @pytest.mark.parametrize(
+    ("trained", "own", "tested"),
+    [
+        ((8 / 255, 2 / 255), {}, 2 / 255),
+        ((8 / 255, 10 / 255), {}, 2 / 255),  # FGSM
+        ((8 / 255, 1 / 255), {}, 1 / 255),
+        ((8 / 255, 10 / 255), {"step_size": 10 / 255}, 10 / 255),
+        ((8 / 255, 2 / 255), {"eps": 4 / 255}, 1 / 255),
+    ],
+)
+def test_evaluation_takes_no_steps_that_are_too_long_for_it(trained, own, tested):
+    config = digits_sgd.get_config()
+    config.threat.eps, config.threat.step_size = trained
+    config.eval.threat.update(own)
+    assert configuration.evaluation_threat(config).step_size == tested
+    configuration.validate(config)
+
+
+@pytest.mark.parametrize(
     ("fields", "said"),
     [
         ({"norm": "l2"}, "give eval.threat.eps and eval.threat.step_size too"),
         ({"norm": "l7"}, "eval.threat.norm is 'l7'"),
         ({"eps": 8.0}, "eval.threat.eps is 8; eps is in pixel units"),
-        ({"eps": 0.01}, "eval.threat.step_size is 0.0375; it must be over 0 and at most twice"),
+        ({"eps": 0.01, "step_size": 0.03}, "eval.threat.step_size is 0.03; it must be over 0 and"),
         ({"step_size": -1.0}, "eval.threat.step_size is -1.0; it must be 0 or more"),
     ],
 )

@@ -240,6 +240,9 @@ def training_balls(threat: ConfigDict) -> list[ConfigDict]:
 def evaluation_threat(config: ConfigDict) -> ConfigDict:
     """The threat of validation and evaluation: ``threat``, with what ``eval.threat`` changes.
 
+    Without a step size there, steps are those of training, but at most a quarter of eps: with the
+    long steps of FGSM or PGD-2, PGD-20 breaks fewer images.
+
     Raises:
       UserError: the norm is another one than in training, and eps or step_size is not given.
     """
@@ -251,6 +254,8 @@ def evaluation_threat(config: ConfigDict) -> ConfigDict:
             "something else; give eval.threat.eps and eval.threat.step_size too"
         )
     threat.update(changes)
+    if not own.step_size:
+        threat.step_size = min(threat.step_size, threat.eps / 4)
     return threat
 
 

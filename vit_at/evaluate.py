@@ -98,7 +98,7 @@ def evaluate(
     Args:
       source: a directory that ``vit_at.train`` or the export has written, or a model's name as in
         ``vit_at.load``; or '', and one of ``weights`` and ``function``.
-      attacks: comma-separated: clean, pgd-N, cw-N, autoattack.
+      attacks: comma-separated: clean, pgd-N, cw-N, autoattack or one of its parts, such as apgd-t.
       weights: a weight file or 'hf:NAME', see ``vit_at.weights.load``; model: timm's name of its
         architecture; num_heads: where it can't be known from the name, see docs/evaluate.md.
       function: 'MODULE:NAME' of a function of images [B, H, W, C] in [0, 1] to logits [B, K].
@@ -201,7 +201,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="", metavar="MODEL", help="timm's name of their architecture")
     add("--num_heads", type=int, default=0, help="of weights that are as wide as no known model")
     add("--function", default="", metavar="MODULE:NAME", help="of images [B, H, W, C] to logits")
-    add("--attacks", default="clean,pgd-20", help="comma-separated: clean, pgd-N, cw-N, autoattack")
+    add("--attacks", default="clean,pgd-20", help="such as clean,pgd-20,cw-20,autoattack")
     add("--checkpoint", default="", choices=CHECKPOINTS, help="default: the one its run tests")
     add("--data", default="", help="name of a data set, as in a recipe; default: that of the run")
     add("--data_dir", default="", help="of TFDS, or the one that holds folder:NAME")

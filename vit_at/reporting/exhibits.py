@@ -15,6 +15,7 @@ import numpy as np
 from vit_at import models
 from vit_at.attacks import Threat, curves, pgd_attack
 from vit_at.attacks.losses import is_correct
+from vit_at.config import evaluation_threat
 from vit_at.data import sources
 from vit_at.reporting import rollout
 from vit_at.training.attack import Draws, draw
@@ -62,12 +63,12 @@ class Exhibits:
         self._examples = sources.load(data, data.test_split, threads=data.threads)
         self.class_names = self._examples.class_names
         self._params = jax.device_put(trained.params, jax.devices()[0])  # one is enough
-        self.threat = dataclasses.replace(Threat.of(config.threat), steps=STEPS)
+        self.threat = dataclasses.replace(Threat.of(evaluation_threat(config)), steps=STEPS)
         apply = models.classifier(trained.model, config.data.mean, config.data.std)
         self._logits = jax.jit(apply)
 
         def attack(params, images, labels, eps, step_size, steps):
-            threat = Threat(config.threat.norm, eps, step_size, steps)
+            threat = Threat(self.threat.norm, eps, step_size, steps)
             logits_fn = functools.partial(apply, params)
             return pgd_attack(logits_fn, images, labels, jax.random.key(config.seed), threat)
 
