@@ -104,6 +104,22 @@ def test_joined_examples_are_read_in_any_order():
     np.testing.assert_array_equal(labels, [102, 0, 100, 3])
 
 
+def test_images_of_validation_and_test_are_no_extra_ones():
+    options = {"data__extra__name": "digits", "data__extra__fraction": 0.5}
+    options |= {"data__train_split": "train[:400]", "data__validation_examples": 30}
+
+    def extra_images(split, **changes):
+        config = runs.smoke(**runs.QUICK, **options, data__extra__split=split, **changes)
+        return len(Setup.of(config).extra.examples)
+
+    with pytest.raises(UserError, match="'test' has 48 images of the test; choose"):
+        extra_images("test")
+    with pytest.raises(UserError, match="'train' has 30 images held out for validation; choose"):
+        extra_images("train")
+    assert extra_images("test", data__allow_overlap=True) == 359
+    assert extra_images("train[400:500]") == 100
+
+
 def test_a_run_mixes_in_a_file_and_refuses_what_does_not_fit(tmp_path):
     digits = Setup.of(runs.smoke(**runs.QUICK)).train_set
     images, labels = digits.read(np.arange(20))
@@ -115,8 +131,6 @@ def test_a_run_mixes_in_a_file_and_refuses_what_does_not_fit(tmp_path):
     assert setup.fingerprint["data"]["extra_images"] == 20
     with pytest.raises(UserError, match=r"fraction is 0.001, or 0 of the 32 images"):
         Setup.of(runs.smoke(**options | {"data__extra__fraction": 0.001}))
-    same = options | {"data__extra__name": "digits", "data__extra__split": "test"}
-    assert len(Setup.of(runs.smoke(**same)).extra.examples) == 359
     for name in ("cat", "dog"):
         (tmp_path / "pets" / "train" / name).mkdir(parents=True)
         Image.fromarray(IMAGES[0, ..., 0]).save(tmp_path / "pets" / "train" / name / "1.png")

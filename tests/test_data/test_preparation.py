@@ -1,7 +1,9 @@
 """Preparing data: conversion keeps every byte, and every failure is one sentence with status 2."""
 
+import errno
 import importlib.util
 import json
+import pathlib
 import shutil
 import struct
 import sys
@@ -9,10 +11,11 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 from ml_collections import ConfigDict
 
 from vit_at import prepare
-from vit_at.data import backends, sources
+from vit_at.data import backends, preparation, sources
 from vit_at.errors import UserError
 
 DIGITS = backends.PACKAGED / "digits" / "1.0.0"
@@ -76,6 +79,20 @@ def test_a_damaged_file_leaves_the_set_unconverted(tfrecords, keep, message):
         prepare.prepare("copied", str(tfrecords))
     with pytest.raises(UserError, match="stored as tfrecord"):
         sources.load(data_config("copied", tfrecords), "train")
+
+
+def test_a_disk_that_fills_under_the_description_leaves_it(tfrecords, monkeypatch):
+    info = tfrecords / "copied/1.0.0/dataset_info.json"
+    before = info.read_text()
+
+    def cut(path, text):
+        pathlib.Path(path).write_bytes(text[:20].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(epath.Path(info)), "write_text", cut)
+    with pytest.raises(OSError, match="No space left"):
+        preparation.convert(epath.Path(info.parent))
+    assert info.read_text() == before
 
 
 def test_other_formats_are_refused(tfrecords):

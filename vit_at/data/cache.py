@@ -7,7 +7,9 @@ that an image is read when it is used.
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -45,8 +47,10 @@ def on_disk(examples: Examples, fingerprint: str, root: Path, threads: int = 0) 
     """
     directory = root / _name(examples, fingerprint)
     if not directory.exists():
-        with _written(directory, examples) as arrays:
-            _decode_into(*arrays, examples, threads)
+        with _alone(directory):
+            if not directory.exists():
+                with _written(directory, examples) as arrays:
+                    _decode_into(*arrays, examples, threads)
     return _of_arrays(examples, *_read(directory))
 
 
@@ -90,31 +94,63 @@ def _read(directory: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _written(directory: Path, examples: Examples) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields images and labels to fill; the copy appears as a whole, or not at all.
+def _alone(directory: Path) -> Iterator[None]:
+    """Waits while another process of this machine writes the copy; removes what a killed one left.
 
-    Of several processes that write the same copy, the first one's stays.
+    On a file system without locks several processes write the copy, and the first one's stays.
     """
-    root, needed, count = directory.parent, examples.nbytes, len(examples)
+    root, digest = directory.parent, _digest(directory)
     try:
         root.mkdir(parents=True, exist_ok=True)
+        lock = os.open(root / f".{digest}.lock", os.O_CREAT | os.O_RDONLY, 0o666)
+    except OSError as error:
+        raise _not_written(root, error) from error
+    with open(lock) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logging.info("another process decodes into %s; waiting for it", directory)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            yield
+            return
+        for left in root.glob(f".part-{digest}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def _digest(directory: Path) -> str:
+    """What tells the copy from others, and is short."""
+    return directory.name[-12:]
+
+
+def _not_written(root: Path, error: OSError) -> UserError:
+    return UserError(
+        f"data.decoded_dir {root} can't be written ({in_one_line(error, 120)}); choose another "
+        "directory, or '' for none"
+    )
+
+
+@contextlib.contextmanager
+def _written(directory: Path, examples: Examples) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields images and labels to fill; the copy appears as a whole, or not at all."""
+    root, needed, count = directory.parent, examples.nbytes, len(examples)
+    try:
         if (free := shutil.disk_usage(root).free) < 1.02 * needed:
             raise UserError(
                 f"data.decoded_dir {root} has {free / 2**30:.1f} GiB free, but the copy of "
                 f"{examples.name} needs {needed / 2**30:.1f}; choose another directory, or '' for "
                 "none"
             )
-        part = Path(tempfile.mkdtemp(prefix=".part-", dir=root))
+        part = Path(tempfile.mkdtemp(prefix=f".part-{_digest(directory)}-", dir=root))
     except OSError as error:
-        raise UserError(
-            f"data.decoded_dir {root} can't be written ({in_one_line(error, 120)}); choose another "
-            "directory, or '' for none"
-        ) from error
+        raise _not_written(root, error) from error
     try:
         logging.info("decoding %d images of %s once, into %s", count, examples.name, directory)
         shape, copy = (count, *examples.image_shape), part / "copy"
         copy.mkdir()  # with the umask's permissions; mkdtemp's are the owner's alone
         images = np.lib.format.open_memmap(copy / IMAGES, "w+", np.uint8, shape)
+        _reserve(copy / IMAGES, root)
         labels = np.empty(count, np.int32)
         yield images, labels
         images.flush()
@@ -123,3 +159,14 @@ def _written(directory: Path, examples: Examples) -> Iterator[tuple[np.ndarray, 
             copy.rename(directory)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _reserve(path: Path, root: Path) -> None:
+    """Takes the file's space on disk: writing to mapped memory that has none ends the process."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    try:
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    except OSError as error:
+        raise _not_written(root, error) from error

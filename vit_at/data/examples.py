@@ -15,6 +15,9 @@ _READ_AT_ONCE = 256  # images
 _LONGEST_NAME = 255  # bytes that file systems allow
 
 
+Origin = Sequence[tuple[str, np.ndarray]]  # (split on disk, positions in it)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
     """Labelled images of one size, read by position.
@@ -36,7 +39,7 @@ class Examples:
     indices: np.ndarray
     _rows: np.ndarray  # [n] arguments of _read_rows
     _read_rows: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-    origin: Sequence[tuple[str, np.ndarray]] = ()
+    origin: Origin = ()
     transform: str = "squash"
     ids: str = ""
     # rows -> labels, without decoding an image; None: by _read_rows.

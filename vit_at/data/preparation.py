@@ -88,7 +88,9 @@ def convert(prepared: epath.Path) -> None:
     description = prepared / backends.INFO_FILE
     content = read_json(description, DatasetInfo, "prepare the data set again")
     content.setdefault("alternativeFileFormats", []).append("array_record")
-    description.write_text(json.dumps(content, indent=2))
+    incomplete = description.with_name(f"{description.name}.incomplete")
+    incomplete.write_text(json.dumps(content, indent=2))
+    incomplete.replace(description)
 
 
 def tfrecords(path: epath.Path) -> Iterator[bytes]:

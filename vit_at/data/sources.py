@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
 from vit_at.data import backends, cache, folders, ids, transforms
-from vit_at.data.examples import Examples
+from vit_at.data.examples import Examples, Origin
 from vit_at.errors import UserError, in_one_line
 
 
@@ -142,8 +142,7 @@ def check_splits(data: ConfigDict, train: Examples, test: Examples) -> None:
     Raises:
       UserError: one of these; the first is allowed by ``data.allow_overlap``.
     """
-    pairs = [(x, y) for split, x in train.origin for other, y in test.origin if split == other]
-    overlap = sum(len(np.intersect1d(x, y)) for x, y in pairs)
+    overlap = _common(train.origin, test.origin)
     if overlap and not data.allow_overlap:
         raise UserError(
             f"data.test_split '{data.test_split}' has {overlap} images of data.train_split "
@@ -160,6 +159,34 @@ def check_splits(data: ConfigDict, train: Examples, test: Examples) -> None:
             f"'{data.test_split}' of {root} has the classes {', '.join(single[:5])}; give both the "
             "same classes"
         )
+
+
+def check_extra(
+    data: ConfigDict, extra: Examples, held_out: Examples | None, test: Examples
+) -> None:
+    """Refuses images of ``data.extra`` that validation or the test has.
+
+    Raises:
+      UserError: there are any, and ``data.allow_overlap`` does not allow them.
+    """
+    if data.extra.name != data.name or data.allow_overlap:
+        return
+    found = {"of the test": _common(extra.origin, test.origin)}
+    splits = {split for split, _ in held_out.origin} if held_out else set()
+    if held_out and len(splits) == 1:  # of several, a position alone names no image
+        found["held out for validation"] = _common(extra.origin, [(*splits, held_out.indices)])
+    for what, count in found.items():
+        if count:
+            raise UserError(
+                f"data.extra.split '{data.extra.split}' has {count} images {what}; choose a split "
+                "without them, or set data.allow_overlap=True"
+            )
+
+
+def _common(some: Origin, others: Origin) -> int:
+    """How many images are in both."""
+    pairs = [(x, y) for split, x in some for other, y in others if split == other]
+    return sum(len(np.intersect1d(x, y)) for x, y in pairs)
 
 
 def hold_out(
