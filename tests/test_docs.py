@@ -81,7 +81,7 @@ def folder(tmp_path, monkeypatch):
 
 def export_to(directory: str) -> None:
     options = {"images": 12, "stablehlo": bool(importlib.util.find_spec("flatbuffers"))}
-    exported.export_workdir("digits_deit_64x2", "best", directory, **options)
+    exported.export_workdir("digits_deit_64x2", "", directory, **options)
 
 
 @pytest.mark.usefixtures("folder")

@@ -24,6 +24,10 @@ CASES = {
         "model.safetensors is not the file that model.json describes",
         files(OURS | {"model.safetensors": "v", "model.json": TRAINED}),
     ),
+    "load a packaged model's other checkpoint": Case(
+        lambda _: vit_at.load("digits_deit_64x2", "last"),
+        "digits_deit_64x2 is an export, which holds one checkpoint; leave 'last' out",
+    ),
     "load a malformed hub name": Case(
         lambda _: vit_at.load("hf:owner"), "'hf:owner' is no name; write hf:OWNER/NAME"
     ),

@@ -57,6 +57,7 @@ STATISTICS = {f"normalize.{n}": np.full((1, 3, 1, 1), 0.5, np.float32) for n in 
 
 CASES = {
     "two sources": Case(["evaluate", ".", "--weights=w.npz", MODEL], "WORKDIR and --weights are"),
+    "a checkpoint of a weight file": file("only WORKDIR takes it; leave it", "--checkpoint=best"),
     "a model of a run": Case(["evaluate", ".", MODEL], "--model is given, but only --weights"),
     "the size of a run": Case(
         ["evaluate", ".", "--image_size=32"], "only --weights and --function"

@@ -69,7 +69,7 @@ def test_on_its_own_images_a_model_is_as_under_the_white_box_attack(tmp_path, mo
     ],
 )
 def test_models_of_other_data_are_refused(other, said, monkeypatch):
-    monkeypatch.setattr(transfer, "of_directory", lambda *_: other)
+    monkeypatch.setattr(transfer, "of_directory", lambda *_, **__: other)
     with pytest.raises(UserError, match=said):
         transfer.subjects(
             Subject(linear, None, subject(0).config, {}, epath.Path("runs/a"), 3), "b", "", ATTACKS

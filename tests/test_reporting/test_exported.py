@@ -332,7 +332,7 @@ def test_jax_alone_runs_the_exported_program(overrides):
 def test_images_and_program_are_exported_if_asked_for_and_removed_if_not(tmp_path):
     pytest.importorskip("flatbuffers")
     options = {"output": str(tmp_path), "images": 5, "stablehlo": True}
-    path = exported.export_workdir("digits_deit_64x2", "best", **options)
+    path = exported.export_workdir("digits_deit_64x2", "", **options)
     stored = safetensors.numpy.load_file(tmp_path / "images.safetensors")
     assert (stored["images"].shape, stored["images"].dtype) == ((5, 1, 8, 8), np.uint8)
     loaded = registry.load(path.parent)
@@ -342,7 +342,7 @@ def test_images_and_program_are_exported_if_asked_for_and_removed_if_not(tmp_pat
     call = jax.export.deserialize(bytearray((tmp_path / "model.stablehlo").read_bytes())).call
     images01 = images.astype(np.float32) / 255
     np.testing.assert_allclose(call(images01), loaded(images01), atol=1e-5)
-    exported.export_workdir("digits_deit_64x2", "best", str(tmp_path))
+    exported.export_workdir("digits_deit_64x2", "", str(tmp_path))
     left = {path.name for path in tmp_path.iterdir()}
     assert left == set(exported.FILES) - {"images.safetensors", "model.stablehlo"}
 

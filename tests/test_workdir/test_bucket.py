@@ -212,6 +212,18 @@ def test_the_lease_of_a_killed_process_is_taken_over(storage, quick):
     assert time.monotonic() - begin >= 1.0
 
 
+def test_a_process_whose_lease_was_taken_over_ends_and_leaves_it(storage, quick, monkeypatch):
+    taken, signals = b'{"owner": "process 7 on elsewhere", "id": "x", "count": 3}', []
+    monkeypatch.setattr(lease.os, "kill", lambda *arguments: signals.append(arguments))
+    with lease.leased("gs://robots/taken/.training.lease", "training"):
+        storage.put("taken/.training.lease", taken)
+        deadline = time.monotonic() + 10
+        while not signals and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert signals == [(os.getpid(), signal.SIGTERM)]
+    assert storage.objects["taken/.training.lease"].content == taken
+
+
 def test_of_a_process_that_died_on_this_machine_at_once(storage):
     ended = subprocess.Popen(["true"])
     ended.wait()

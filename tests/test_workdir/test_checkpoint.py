@@ -363,10 +363,31 @@ def test_arrays_cut_short_are_one_sentence(workdir):
 
 def test_the_last_weights_stand_in_for_best_ones_that_are_not_there_yet(tmp_path):
     best, last = ({"eval": {"checkpoint": name}} for name in ("best", "last"))
-    (tmp_path / "checkpoints" / "last").mkdir(parents=True)
-    assert preferred(tmp_path, best) == preferred(tmp_path, last) == "last"
-    (tmp_path / "checkpoints" / "best").mkdir()
-    assert (preferred(tmp_path, best), preferred(tmp_path, last)) == ("best", "last")
+    workdir = epath.Path(tmp_path)
+    checkpoints = Checkpoints(workdir)
+    checkpoints.last.save(3, state_of(3).trees, {"step": 3})
+    checkpoints.wait()
+    assert preferred(workdir, best) == preferred(workdir, last) == "last"
+    checkpoints.save_best(state_of(3).params, {"step": 3})
+    checkpoints.close()
+    assert (preferred(workdir, best), preferred(workdir, last)) == ("best", "last")
+
+
+@pytest.mark.parametrize("resumed", [None, 100, 300])
+def test_best_weights_of_steps_after_the_resumed_one_are_forgotten(workdir, resumed):
+    checkpoints = Checkpoints(workdir)
+    if resumed:
+        checkpoints.last.save(resumed, state_of(resumed).trees, {"step": resumed})
+    checkpoints.save_best(state_of(300).params, {"step": 300})
+    checkpoints.wait()
+    checkpoints.restore(state_of(0).trees, MESH)
+    if resumed == 300:
+        assert checkpoints.restore_best(state_of(0).params, MESH)[1] == 300
+    else:
+        assert checkpoints.restore_best(state_of(0).params, MESH) is None
+        checkpoints.save_best(state_of(200).params, {"step": 200})
+        assert checkpoints.restore_best(state_of(0).params, MESH)[1] == 200
+    checkpoints.close()
 
 
 def test_a_relative_work_directory_serves(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Outcomes of single images: the table, curves that fall, and the union over norms."""
 
 import csv
+import dataclasses
 import io
 
 import jax
@@ -133,17 +134,52 @@ def test_columns_that_share_a_name_say_what_tells_them_apart():
     assert row["pgd-9 linf 0.2 step 0.2 x5 seed 0"] == "0"
 
 
+def test_evaluations_of_another_protocol_are_kept_apart():
+    squashed = [made("clean", [1, 1]), made("pgd-9", [1, 0], 0.1), made("pgd-9", [0, 0], 0.2)]
+    cropped = [made("clean", [0, 1]), made("pgd-9", [0, 1], 0.1), made("pgd-9", [0, 1], 0.2)]
+    for m in cropped:
+        m.record["protocol"]["transform"] = "crop"
+    one, other = eps_curves(squashed + cropped)
+    assert one.accuracy.tolist() == [1, 0.5, 0]
+    assert other.accuracy.tolist() == [0.5, 0.5, 0.5]
+    rows = rows_of(table(squashed + cropped))
+    assert [row["data"] for row in rows] == ["made test"] * 2 + ["made test, transform crop"] * 2
+    assert [row["clean"] for row in rows] == ["1", "1", "0", "1"]
+    assert [row["pgd-9 linf broke at eps"] for row in rows] == ["0.2", "0.1", "0.0", ""]
+
+
+def test_curves_that_share_a_name_say_what_tells_them_apart():
+    measured = [made("pgd-9", [1], 0.1), made("pgd-9", [0], 0.2)]
+    again = [made("pgd-9", [0], 0.1), made("pgd-9", [0], 0.2)]
+    for m in again:
+        m.record["protocol"]["restarts"] = 5
+    (row,) = rows_of(table(measured + again))
+    assert row["pgd-9 linf x1 seed 0 broke at eps"] == "0.2"
+    assert row["pgd-9 linf x5 seed 0 broke at eps"] == "0.1"
+
+
+def test_images_of_two_splits_have_a_row_each():
+    both = made("clean", [1, 1, 0, 0])
+    rows = rows_of(table([dataclasses.replace(both, index=np.array([0, 1, 0, 1]))]))
+    assert [(row["image"], row["clean"]) for row in rows] == [
+        ("0", "1"),
+        ("0", "0"),
+        ("1", "1"),
+        ("1", "0"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("", (), None), [("linf", 0.1, 0.05)]),
-        (("", (0.2,), None), [("linf", 0.2, 0.1)]),
-        (("", (0.2, 0, 0.05), None), [("linf", 0.05, 0.025), ("linf", 0.2, 0.1)]),
+        (("", (), None), [("linf", 0.1, 0.02)]),
+        (("", (0.2,), None), [("linf", 0.2, 0.04)]),
+        (("", (0.2, 0, 0.05), None), [("linf", 0.05, 0.01), ("linf", 0.2, 0.04)]),
         (("", (0.05, 0.2), 0.03), [("linf", 0.05, 0.03), ("linf", 0.2, 0.03)]),
-        (("l2,linf", (1, 0.1), None), [("l2", 1, 0.5), ("linf", 0.1, 0.05)]),
+        (("l2,linf", (1, 0.1), None), [("l2", 1, 0.2), ("linf", 0.1, 0.02)]),
     ],
 )
 def test_the_threats_that_options_ask_for(options, expected):
-    config = runs.smoke(**runs.QUICK).unlock()
+    config = runs.smoke(**runs.QUICK, eval__threat__step_size=0.02).unlock()
     found = [(t.norm, t.eps, t.step_size) for t in curves.threats(config, *options)]
     assert found == [(norm, eps, pytest.approx(step)) for norm, eps, step in expected]

@@ -29,6 +29,7 @@ _TYPES: dict[Any, tuple[Any, str]] = {
     tuple[float, ...]: ((tuple, list), "a tuple of numbers"),
 }
 _TAKERS = {  # the sources that take an option
+    "checkpoint": ("WORKDIR",),
     "model": ("--weights",),
     "num_heads": ("--weights",),
     "mean": ("--weights",),
@@ -66,7 +67,7 @@ def subject(given: dict[str, Any]) -> Subject:
     """What the arguments name, with the data that they name."""
     _check_sources(given)
     if not (given["weights"] or given["function"]):
-        found = of_directory(given["source"], given["checkpoint"])
+        found = of_directory(given["source"], given["checkpoint"], of_others=given["from_runs"])
         _set_data(found.config, given)
         return found
     config = default.get_config().unlock()
@@ -89,9 +90,12 @@ def _check_sources(given: dict[str, Any]) -> None:
             "--function=MODULE:NAME"
         )
     for option, takers in _TAKERS.items():
+        if option == "checkpoint" and given["from_runs"]:  # that of the other models
+            continue
         if given[option] and present[0] not in takers:
             raise UserError(
-                f"--{option} is given, but only {' and '.join(takers)} take it; leave it out"
+                f"--{option} is given, but only {' and '.join(takers)} "
+                f"take{'s' if len(takers) == 1 else ''} it; leave it out"
             )
     if given["weights"] and not given["model"]:
         raise UserError(

@@ -1,6 +1,7 @@
 """Evaluations by name, and the records of their results.
 
 parse_attacks   'clean,pgd-20,autoattack' -> what to run
+check_classes   refuses attacks that need more classes
 record          an accuracy with the protocol it was measured under: an entry of ``results.json``
 union_record    that of the worst case over norms
 """
@@ -76,6 +77,13 @@ def _parse_attack(name: str, threat: Threat, restarts: int) -> Attack:
             f"such as pgd-20, or {', '.join(_AUTOATTACKS)}"
         )
     return Attack(name, kind, dataclasses.replace(threat, steps=int(steps)), restarts)
+
+
+def check_classes(attacks: Sequence[Attack], num_classes: int) -> None:
+    """UserError for an attack that can't work with so few classes, see ``settings.for_classes``."""
+    for attack in attacks:
+        if attack.kind == AUTOATTACK:
+            settings.for_classes(settings.parse(attack.version), num_classes)
 
 
 def weights_digest(params: Any) -> str:

@@ -30,7 +30,7 @@ from vit_at.evaluation.protocol import weights_digest
 from vit_at.weights.architecture import arguments_for
 from vit_at.weights.forms import in_words
 from vit_at.workdir import registry
-from vit_at.workdir.files import DESCRIPTION_FILE
+from vit_at.workdir.files import DESCRIPTION_FILE, is_export
 
 # Of weight files, functions and models that lie in no directory of the user's, each in a folder of
 # its name.
@@ -59,16 +59,18 @@ class Subject:
     class_names: tuple[str, ...] = ()
 
 
-def of_directory(source: epath.PathLike, checkpoint: str) -> Subject:
+def of_directory(source: epath.PathLike, checkpoint: str, *, of_others: Any = False) -> Subject:
     """That of a work directory, an export or a packaged model, see ``registry.place``.
 
-    checkpoint: 'best' or 'last' of a work directory; '': the one that its run tests.
+    Args:
+      checkpoint: 'best' or 'last' of a work directory; '': the one that its run tests.
+      of_others: the checkpoint is also meant for others, so an export is no error.
 
     Raises:
       UserError: it is none of these, or can't be read.
     """
     directory = registry.place(source)
-    trained = registry.read(directory, checkpoint)
+    trained = registry.read(directory, "" if of_others and is_export(directory) else checkpoint)
     own = epath.Path(source).expanduser().exists()
     config, values = ConfigDict(trained.config).unlock(), trained.values
     return Subject(

@@ -69,7 +69,7 @@ def subjects(
         raise UserError(f"--from is '{places}', so a model is there twice; name each once")
     found = {names[0]: subject}
     for name, directory in zip(names[1:], directories, strict=True):
-        found[name] = other = of_directory(directory, checkpoint)
+        found[name] = other = of_directory(directory, checkpoint, of_others=True)
         other.config.data.name = data or other.config.data.name
         _check_inputs(names[0], subject, name, other)
     return found

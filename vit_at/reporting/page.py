@@ -27,7 +27,7 @@ from vit_at.reporting.outputs import check_report
 from vit_at.reporting.run import Run
 from vit_at.workdir import registry
 from vit_at.workdir.checkpoint import preferred
-from vit_at.workdir.files import is_workdir, write_atomically
+from vit_at.workdir.files import is_export, is_workdir, write_atomically
 from vit_at.workdir.outcomes import threats
 from vit_at.workdir.results import RESULTS_FILE, Results, in_255ths, read_records
 
@@ -141,7 +141,8 @@ def _exhibits(run: Run) -> Exhibits:
             f"this was one of {jax.process_count()} processes; for these sections, run vit-at "
             f"report {run.workdir} in one process"
         )
-    return Exhibits(registry.read(run.workdir, preferred(run.workdir, run.config)))
+    which = "" if is_export(run.workdir) else preferred(run.workdir, run.config)
+    return Exhibits(registry.read(run.workdir, which))
 
 
 def comparison(runs: Sequence[Run]) -> str:

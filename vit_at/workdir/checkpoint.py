@@ -182,6 +182,11 @@ class Series:
         processes.barrier("moved aside")
         self._manager.reload()
 
+    def forget_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps: Orbax saves none before them."""
+        for later in [found for found in self._manager.all_steps() if found > step]:
+            self._manager.delete(later)
+
     def wait(self) -> None:
         """Returns once everything is on disk; raises UserError if that failed."""
         with disk_errors(self._directory):
@@ -206,6 +211,8 @@ class Checkpoints:
     ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """The newest intact (step, trees, values); None if nothing has been saved.
 
+        Best weights of later steps are deleted: the run makes them again, or others.
+
         run: what the checkpoints must be of, compared with their value 'run' if they have one.
         UserError if they are of another run, or if there are checkpoints and none can be read.
         """
@@ -228,6 +235,7 @@ class Checkpoints:
                 f"none of the checkpoints in {self._root / 'last'} can be read; they were moved to "
                 f"{self._root / 'corrupt'}: run the command again to start from step 0"
             )
+        self.best.forget_after(restored[0] if restored else 0)
         return restored
 
     def save_best(self, params: Any, values: dict[str, Any]) -> None:
@@ -320,7 +328,8 @@ def _reason(error: Exception) -> str:
 def preferred(workdir: epath.Path, config: Any) -> str:
     """``eval.checkpoint`` of a run, or 'last' where it has no such checkpoint yet."""
     which = config["eval"]["checkpoint"]
-    return which if (workdir / "checkpoints" / which).exists() else "last"
+    with _opened(workdir, which) as series:
+        return which if series and series.latest_step() is not None else "last"
 
 
 def load_trained(workdir: str | epath.Path, which: str = "", dtype: str = "float32") -> Trained:

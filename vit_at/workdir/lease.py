@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
 import socket
 import threading
 import time
@@ -113,9 +114,22 @@ class _Lease:
         return False
 
     def beat(self, ended: threading.Event) -> None:
-        """Rewrites the object until ``ended`` is set; a failure is left to the next beat."""
+        """Rewrites the object until ``ended`` is set; a failure is left to the next beat.
+
+        If another process has taken the object over, as this one did not answer, this one ends.
+        """
         while not ended.wait(BEAT):
             with contextlib.suppress(Exception):
+                holder = _known(self._read() or b"")
+                if holder.get("id", self._id) != self._id:
+                    directory, owner = (
+                        self._place.rpartition("/")[0],
+                        holder.get("owner", "unknown"),
+                    )
+                    said = "%s was taken over by %s while this process did not answer; it ends"
+                    logging.error(said, directory, owner)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
                 self._store.pipe_file(self._place, self._content())
 
     def release(self) -> None:

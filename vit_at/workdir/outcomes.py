@@ -8,6 +8,7 @@ An adversarial image of a small ball lies in each larger one. So an image that i
 counts as broken at every larger eps, in a curve and in the table.
 """
 
+import collections
 import csv
 import dataclasses
 import io
@@ -46,14 +47,23 @@ class Measured:
 
     @property
     def about(self) -> tuple[str, str]:
-        """(data, digest of the weights): evaluations of the same images and model."""
+        """(data, digest of the weights): evaluations of the same images and model. Images made
+        square otherwise, chosen by a list or evaluated in another precision are other data.
+        """
         protocol = self.record["protocol"]
-        return protocol["data"], protocol["weights"]["digest"]
+        return ", ".join([protocol["data"], *notes(protocol)]), protocol["weights"]["digest"]
 
 
 def threats(protocol: dict[str, Any]) -> list[dict[str, Any]]:
     """The norm, eps and step size of a protocol; several of a union, none of clean images."""
     return protocol.get("union", [protocol] if "norm" in protocol else [])
+
+
+def notes(protocol: dict[str, Any]) -> list[str]:
+    """What is unusual: how images were chosen and made square, and the products' precision."""
+    found = {name: protocol.get(name) for name in ("transform", "ids", "precision")}
+    usual = (None, "squash", "float32")
+    return [f"{name} {value}" for name, value in found.items() if value not in usual]
 
 
 def in_255ths(value: float) -> str:
@@ -101,6 +111,13 @@ class EpsCurve:
         """[E], of a share of independent images."""
         return np.sqrt(self.accuracy * (1 - self.accuracy) / self.robust.shape[1])
 
+    def name(self, exact: bool = False) -> str:
+        """That of the table's column; exact: with all that tells it from other curves."""
+        words, protocol = [self.attack, self.norm], self.points[-1].record["protocol"]
+        if exact:
+            words += [f"x{protocol.get('restarts', 1)}", f"seed {protocol['seed']}"]
+        return " ".join([*words, "broke at eps"])
+
     def csv(self) -> str:
         """One row an eps; 'single_accuracy' is that of the attack at this eps alone."""
         columns = ("data", "num_examples", "seed", "restarts", "step_size")
@@ -141,9 +158,13 @@ def eps_curves(measured: Sequence[Measured]) -> list[EpsCurve]:
 
 def _current(measured: Sequence[Measured]) -> list[Measured]:
     """Without evaluations of images that have changed since, by those that were made last."""
+
+    def source(m: Measured) -> tuple[str, str]:
+        return m.record["protocol"]["data"], m.about[1]
+
     contents = [m.record["protocol"].get("contents") for m in measured]
-    last = {m.about: found for m, found in zip(measured, contents, strict=True)}
-    return [m for m, found in zip(measured, contents, strict=True) if found == last[m.about]]
+    last = {source(m): found for m, found in zip(measured, contents, strict=True)}
+    return [m for m, found in zip(measured, contents, strict=True) if found == last[source(m)]]
 
 
 def _images(measured: Measured) -> str:
@@ -162,27 +183,38 @@ def table(measured: Sequence[Measured]) -> str:
     it broke the image: 0 if the clean image is wrong already, empty if none did.
     """
     measured = _current(measured)
-    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     names = _columns(measured)
     for m, name in zip(measured, names, strict=True):
-        for i, (place, correct) in enumerate(
-            zip(m.index.tolist(), m.correct.tolist(), strict=True)
-        ):
-            row = rows.setdefault((*m.about, place), {})
+        for i, (place, correct) in enumerate(zip(_places(m), m.correct.tolist(), strict=True)):
+            row = rows.setdefault((*m.about, *place), {})
             row[name] = int(correct)
             if m.label is not None:
                 row |= _answers(m, i)
-    broke = []
-    for curve in eps_curves(measured):
-        broke.append(name := f"{curve.attack} {curve.norm} broke at eps")
+    curves = eps_curves(measured)
+    broke = _apart([curve.name() for curve in curves], [curve.name(exact=True) for curve in curves])
+    for curve, name in zip(curves, broke, strict=True):
         falls = curve.robust.sum(0)  # how many points an image withstands
         first = curve.points[0]
-        for place, count in zip(first.index.tolist(), falls.tolist(), strict=True):
+        for place, count in zip(_places(first), falls.tolist(), strict=True):
             if count < len(curve.points):
-                rows[(*first.about, place)][name] = curve.eps[count]
+                rows[(*first.about, *place)][name] = curve.eps[count]
     columns = dict.fromkeys([*_CLEAN, *names, *broke])
-    cells = [[*key, *(rows[key].get(column, "") for column in columns)] for key in sorted(rows)]
+    cells = [
+        [*key[: len(_IMAGE)], *(rows[key].get(column, "") for column in columns)]
+        for key in sorted(rows)
+    ]
     return _csv([*_IMAGE, *columns], cells)
+
+
+def _places(m: Measured) -> list[tuple[int, int]]:
+    """(place, how many images before it have the same one, in another split) of each image."""
+    seen: collections.Counter[int] = collections.Counter()
+    found = []
+    for place in m.index.tolist():
+        found.append((place, seen[place]))
+        seen[place] += 1
+    return found
 
 
 def _answers(m: Measured, i: int) -> dict[str, Any]:
@@ -194,8 +226,12 @@ def _answers(m: Measured, i: int) -> dict[str, Any]:
 
 def _columns(measured: Sequence[Measured]) -> list[str]:
     """A column's name for each record: 'pgd-20 linf 8/255', with more where several share this."""
-    short = [_name(m.record) for m in measured]
     exact = [_name(m.record, exact=True) for m in measured]
+    return _apart([_name(m.record) for m in measured], exact)
+
+
+def _apart(short: Sequence[str], exact: Sequence[str]) -> list[str]:
+    """The short names, or the exact ones where several share a short one."""
     alike = {name: {e for s, e in zip(short, exact, strict=True) if s == name} for name in short}
     return [e if len(alike[s]) > 1 else s for s, e in zip(short, exact, strict=True)]
 

@@ -89,9 +89,13 @@ def read(directory: epath.Path, checkpoint: str = "") -> Trained:
     """The weights of an export or a work directory; checkpoint: see ``load_trained``.
 
     Raises:
-      UserError: the directory is neither, or damaged.
+      UserError: the directory is neither, or damaged, or an export, which has no other checkpoint.
     """
     if is_export(directory):
+        if checkpoint:
+            raise UserError(
+                f"{directory} is an export, which holds one checkpoint; leave '{checkpoint}' out"
+            )
         return load_exported(directory)
     return load_trained(directory, checkpoint)
 

@@ -20,7 +20,7 @@ from vit_at import schema
 from vit_at.data.examples import Examples
 from vit_at.errors import UserError, in_one_line
 from vit_at.workdir.files import write_atomically
-from vit_at.workdir.outcomes import ARRAYS, Measured, in_255ths, table, threats
+from vit_at.workdir.outcomes import ARRAYS, Measured, in_255ths, notes, table, threats
 
 RESULTS_FILE, PER_EXAMPLE_FILE = "results.json", "per_example.npz"
 TABLE_FILE = "per_example.csv"
@@ -173,20 +173,13 @@ def _key(entry: dict[str, Any]) -> str:
     contents = f" {protocol['contents']}" if "contents" in protocol else ""
     place = f"{protocol['weights']['digest']}/{protocol['data']}{contents}"
     key = f"{place}/{protocol['num_examples']} {entry['attack']}"
-    key += "".join(f" {note}" for note in _notes(protocol))
+    key += "".join(f" {note}" for note in notes(protocol))
     for threat in threats(protocol):
         key += f" {threat['norm']} {threat['eps']!r}"
         if "step_size" in threat:
             key += f" step {threat['step_size']!r} x{protocol.get('restarts', 1)}"
         key += f" seed {protocol['seed']}"
     return key + (f" from {protocol['transfer']['digest']}" if "transfer" in protocol else "")
-
-
-def _notes(protocol: dict[str, Any]) -> list[str]:
-    """What is unusual: how images were chosen and made square, and the products' precision."""
-    notes = {name: protocol.get(name) for name in ("transform", "ids", "precision")}
-    usual = (None, "squash", "float32")
-    return [f"{name} {value}" for name, value in notes.items() if value not in usual]
 
 
 def _identity(entry: dict[str, Any]) -> str:
@@ -211,6 +204,6 @@ def as_text(records: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"{entry['attack']:<10} {100 * entry['accuracy']:6.2f} %  "
             f"{protocol['num_examples']:>7}  {threat}"
-            f"{', '.join([protocol['data'], *_notes(protocol)])} (s.e. {error:.2f})"
+            f"{', '.join([protocol['data'], *notes(protocol)])} (s.e. {error:.2f})"
         )
     return "\n".join(lines)
