@@ -25,7 +25,7 @@ from vit_at import configs
 from vit_at.attacks import Threat
 from vit_at.config import evaluation_threat
 from vit_at.console import with_prefix
-from vit_at.errors import Parser, one_sentence_errors
+from vit_at.errors import Parser, UserError, one_sentence_errors
 from vit_at.evaluation.protocol import parse_attacks
 from vit_at.reporting.list_recipes import Cost, cost_of
 from vit_at.workdir.results import AUTOATTACK
@@ -69,7 +69,12 @@ def evaluation_flops(config: ConfigDict, forward_flops: float, robust: float) ->
     robust: the share of the test images that withstand AutoAttack.
     """
     validation = config.data.validation_examples
-    tested = config.eval.num_examples or TEST_IMAGES[config.data.name]
+    tested = config.eval.num_examples or TEST_IMAGES.get(config.data.name)
+    if tested is None:
+        raise UserError(
+            f"how many test images {config.data.name} has is not known; give a recipe whose "
+            "eval.num_examples says how many are tested"
+        )
     images = tested * _passes(config, config.eval.attacks, robust)
     if config.eval.every_epochs:
         often, attacks = config.epochs // config.eval.every_epochs, config.eval.validation_attack

@@ -73,7 +73,7 @@ run() { # the exit status of the run, as its processes give it; 75: the slice wa
     sleep "$every"
     if on_all "vit_at/launch/on_worker.sh status" > "$said"; then
       lost=0
-      grep -v '^running$' "$said" | sort | uniq | tail -n 3
+      { grep -v '^running$' "$said" || true; } | sort | uniq | tail -n 3
       if ! grep -q '^running$' "$said"; then
         return "$(sed -n 's/^exit status //p' "$said" | sort -n | tail -n 1 | grep . || echo 75)"
       fi

@@ -78,3 +78,5 @@ def test_the_report_names_batches_that_do_not_divide(capsys):
         config.data.name = "folder:somewhere"
     with pytest.raises(UserError, match="size of data set 'folder:somewhere' is not known"):
         cost_of(config)
+    with pytest.raises(UserError, match="test images folder:somewhere has is not known; give"):
+        cost.evaluation_flops(config, 1.0, 0.5)

@@ -94,14 +94,14 @@ esac
 """
 
 
-def pod(folder, *arguments, fails="", statuses="running,exit status 0", status=0):
-    """The words of all calls of the cloud's command by ``tpu_pod.sh all``."""
+def pod(folder, *arguments, deed="all", fails="", statuses="running,exit status 0", status=0):
+    """The words of all calls of the cloud's command by ``tpu_pod.sh`` and a deed."""
     stand_in(folder, "gcloud", GCLOUD)
     log = folder / "log"
     log.touch()
     settings = {"PATH": f"{folder}:{os.environ['PATH']}", "LOG": str(log), "EVERY": "0.01"}
     settings |= {"FAILS": fails, "STATUSES": statuses, "DATA": "gs://bucket/tfds"}
-    said(LAUNCH / "tpu_pod.sh", "all", *(arguments or RUN), status=status, **settings)
+    said(LAUNCH / "tpu_pod.sh", deed, *(arguments or RUN), status=status, **settings)
     return log.read_text()
 
 
@@ -114,6 +114,11 @@ def test_a_tpu_run_is_started_detached_watched_and_deleted(tmp_path):
     assert calls.count("on_worker.sh start") == 1
     assert calls.count("on_worker.sh status") == 2
     assert "start gs://bucket/run/logs --config=configs/imagenet_vit_b.py" in calls
+
+
+def test_a_run_whose_workers_have_said_nothing_yet_is_waited_for(tmp_path):
+    calls = pod(tmp_path, deed="run", statuses="running,running,exit status 0")
+    assert calls.count("on_worker.sh status") == 3
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,12 @@ def balls_of(setup):
     return step.Step(*fields), params, balls, step.Part(images, targets, deltas, keys)
 
 
+def test_the_draws_of_several_balls_share_no_key():
+    keys = step.ball_keys(jax.random.key(0), 3)
+    used = [*keys, *(part for key in keys for part in jax.random.split(key, 3))]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in used}) == 12
+
+
 def compiled(function, setup, params, balls, part):
     """A function of the step, of such arguments, in one program."""
     return jax.jit(lambda params, part: function(setup, params, balls, part))(params, part)

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ from vit_at.data.extra import PREFIX, Extra, open_npz
 from vit_at.distributed import processes, sharding
 from vit_at.distributed.precision import check_precision
 from vit_at.errors import UserError
-from vit_at.evaluation.protocol import parse_attacks
+from vit_at.evaluation.protocol import Attack, check_classes, parse_attacks
 from vit_at.training import objectives, phases
 from vit_at.training.masking import Masking
 from vit_at.training.step import Step, TrainState, init_state, train_step
@@ -80,10 +80,11 @@ class Setup(NamedTuple):
         sharding.check_batch_size("batch_size", config.batch_size, mesh, parts)
         sharding.check_batch_size("eval.batch_size", config.eval.batch_size, mesh)
         check_precision("eval.precision", config.eval.precision, mesh)
-        _check_evaluation(config)
+        attacks = _evaluated_attacks(config)
         models.build(config, 1, config.dtype)  # to refuse its fields before any data is read
         data, threads = config.data, config.data.threads
         everything = sources.load(data, data.train_split, threads=threads)
+        _check_classes(everything, attacks)
         model = models.build(config, everything.num_classes, config.dtype)
         phases.check(config, model)
         train_set, held_out = sources.hold_out(
@@ -98,7 +99,7 @@ class Setup(NamedTuple):
         count = config.eval.num_examples
         test_set = sources.load(data, data.test_split, threads=threads, count=count)
         sources.check_splits(data, everything, test_set)
-        extra = _extra(config, train_set)
+        extra = _extra(config, train_set, held_out, test_set)
         return cls(config, mesh, train_set, held_out, test_set, model, steps_per_epoch, extra)
 
 
@@ -116,7 +117,9 @@ def resolve(config: ConfigDict, mesh: Mesh) -> ConfigDict:
     return config.lock()
 
 
-def _extra(config: ConfigDict, train_set: Examples) -> Extra | None:
+def _extra(
+    config: ConfigDict, train_set: Examples, held_out: Examples | None, test_set: Examples
+) -> Extra | None:
     """The set of ``data.extra``, of the classes and image size of the training set; None: none."""
     options = config.data.extra
     if not options.name:
@@ -138,14 +141,26 @@ def _extra(config: ConfigDict, train_set: Examples) -> Extra | None:
             f"data.extra.name is '{options.name}', whose classes differ from those of "
             f"'{config.data.name}'; choose a set with the same class names"
         )
+    sources.check_extra(config.data, found, held_out, test_set)
     return Extra(found, count)
 
 
-def _check_evaluation(config: ConfigDict) -> None:
+def _evaluated_attacks(config: ConfigDict) -> list[Attack]:
+    """All attacks of validation and evaluation."""
     threat, validation_attack = Threat.of(evaluation_threat(config)), config.eval.validation_attack
-    parse_attacks(config.eval.attacks, threat)
-    if [attack.name for attack in parse_attacks(validation_attack, threat)] != [validation_attack]:
+    found = parse_attacks(validation_attack, threat)
+    if [attack.name for attack in found] != [validation_attack]:
         raise UserError(f"eval.validation_attack is '{validation_attack}'; it must be one attack")
+    return [*found, *parse_attacks(config.eval.attacks, threat)]
+
+
+def _check_classes(examples: Examples, attacks: Sequence[Attack]) -> None:
+    """Refuses what could only end with an error after the training."""
+    if examples.num_classes < 2:
+        raise UserError(
+            f"{examples.name} has one class, {examples.class_names[0]}; training needs two or more"
+        )
+    check_classes(attacks, examples.num_classes)
 
 
 def initial_state(

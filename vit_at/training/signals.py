@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from typing import Any
 
 import jax
@@ -27,7 +28,9 @@ class Signals:
     def __enter__(self) -> "Signals":
         self.received: int | None = None
         self._several = jax.process_count() > 1
-        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        numbers = {signal.SIGINT} if self._several else {signal.SIGTERM, signal.SIGINT}
+        if threading.current_thread() is not threading.main_thread():
+            numbers = set()  # Python takes signals in the main thread only, which decides then
         self._before = {number: signal.signal(number, self._remember) for number in numbers}
         return self
 

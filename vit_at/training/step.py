@@ -112,6 +112,14 @@ class Part(NamedTuple):
     adversarial: tuple[Array, ...] | None = None
 
 
+def ball_keys(key: Array, count: int) -> list[Array]:
+    """A key for the draws of each ball, the given one for the first.
+
+    ``attack.draw`` splits it into three, which in JAX are the key with 0, 1 and 2 folded in.
+    """
+    return [key, *(jax.random.fold_in(key, 2 + i) for i in range(1, count))]
+
+
 def train_step(
     step: Step, state: TrainState, batch: dict[str, Array]
 ) -> tuple[TrainState, Collection]:
@@ -133,7 +141,7 @@ def train_step(
     warm_up = config.threat.eps_warmup_epochs
     factor = jnp.minimum(1.0, progress / warm_up) if warm_up else jnp.ones(())
     threats = [threat.scaled(factor) for threat in Threat.all_of(config.threat)]
-    draw_keys = [draw_key, *(jax.random.fold_in(draw_key, i) for i in range(1, len(threats)))]
+    draw_keys = ball_keys(draw_key, len(threats))
     draw_from = functools.partial(
         draw,
         objective=config.objective,
