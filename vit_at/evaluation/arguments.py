@@ -67,7 +67,8 @@ def subject(given: dict[str, Any]) -> Subject:
     """What the arguments name, with the data that they name."""
     _check_sources(given)
     if not (given["weights"] or given["function"]):
-        found = of_directory(given["source"], given["checkpoint"], of_others=given["from_runs"])
+        of_others = bool(given["from_runs"])
+        found = of_directory(given["source"], given["checkpoint"], of_others=of_others)
         _set_data(found.config, given)
         return found
     config = default.get_config().unlock()

@@ -59,7 +59,7 @@ class Subject:
     class_names: tuple[str, ...] = ()
 
 
-def of_directory(source: epath.PathLike, checkpoint: str, *, of_others: Any = False) -> Subject:
+def of_directory(source: epath.PathLike, checkpoint: str, *, of_others: bool = False) -> Subject:
     """That of a work directory, an export or a packaged model, see ``registry.place``.
 
     Args:
