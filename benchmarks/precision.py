@@ -4,15 +4,16 @@
 
 For a model of the package and its first test images, of logits and their gradients by the images:
 the largest and mean error against float64, relative to the largest value. For PGD-20 and CW-20
-from the same random starts: images whose outcome differs from float32's. On a GPU also the seconds
-of an attack. 'tf32' is one product in TF32, JAX's own
-choice on a GPU; no evaluation uses it.
+from the same random starts, and with --autoattack for the standard AutoAttack: images whose outcome
+differs from float32's. On a GPU also the seconds of an attack. 'tf32' is one product in TF32, JAX's
+own choice on a GPU; no evaluation uses it.
 
 The emulation rounds the operands of each product as the algorithm does, and adds up its narrower
 products in float32. It says nothing about time, and tensor cores may round sums differently.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ from jax import lax
 
 import vit_at
 from vit_at import models
-from vit_at.attacks import Threat
+from vit_at.attacks import Threat, autoattack
 from vit_at.data import sources
 from vit_at.distributed import devices, precision, sharding
 from vit_at.evaluation.evaluator import make_outcome_fn
@@ -164,6 +165,7 @@ def main() -> None:
     add("--data_dir", default="", help="of its data")
     add("--images", type=int, default=256)
     add("--steps", type=int, default=20, help="of PGD and CW")
+    add("--autoattack", action="store_true", help="runs it too")
     add("--emulate", action="store_true", help="on a CPU")
     add("--out", default="", help="JSON file")
     options = parser.parse_args()
@@ -219,6 +221,17 @@ def _measure(apply, params, pixels, labels, threat, how, options) -> dict[str, A
             began = time.perf_counter()
             jax.block_until_ready(outcome(params, batch))
             row[f"{attack.name}_s"] = time.perf_counter() - began
+    if options.autoattack:
+        result = autoattack.run(
+            functools.partial(apply, params),
+            pixels.astype(np.float32) / 255,
+            labels,
+            norm=threat.norm,
+            eps=threat.eps,
+            batch_size=64,
+            precision=how,
+        )
+        row |= {name: robust.tolist() for name, robust in result.robust.items()}
     return row
 
 
