@@ -240,8 +240,8 @@ def training_balls(threat: ConfigDict) -> list[ConfigDict]:
 def evaluation_threat(config: ConfigDict) -> ConfigDict:
     """The threat of validation and evaluation: ``threat``, with what ``eval.threat`` changes.
 
-    Without a step size there, steps are those of training, but at most a quarter of eps: with the
-    long steps of FGSM or PGD-2, PGD-20 breaks fewer images.
+    Without a step size there, steps are those of training, but at most a quarter of eps, as in
+    published evaluations: FGSM and PGD-2 train with longer ones.
 
     Raises:
       UserError: the norm is another one than in training, and eps or step_size is not given.
