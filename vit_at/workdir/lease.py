@@ -122,12 +122,11 @@ class _Lease:
             with contextlib.suppress(Exception):
                 holder = _known(self._read() or b"")
                 if holder.get("id", self._id) != self._id:
-                    directory, owner = (
+                    logging.error(
+                        "%s was taken over by %s while this process did not answer; it ends",
                         self._place.rpartition("/")[0],
                         holder.get("owner", "unknown"),
                     )
-                    said = "%s was taken over by %s while this process did not answer; it ends"
-                    logging.error(said, directory, owner)
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
                 self._store.pipe_file(self._place, self._content())

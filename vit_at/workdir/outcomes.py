@@ -184,7 +184,8 @@ def table(measured: Sequence[Measured]) -> str:
     """
     measured = _current(measured)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    names = _columns(measured)
+    records = [m.record for m in measured]
+    names = _apart([_name(r) for r in records], [_name(r, exact=True) for r in records])
     for m, name in zip(measured, names, strict=True):
         for i, (place, correct) in enumerate(zip(_places(m), m.correct.tolist(), strict=True)):
             row = rows.setdefault((*m.about, *place), {})
@@ -224,12 +225,6 @@ def _answers(m: Measured, i: int) -> dict[str, Any]:
     return dict(zip(_CLEAN, values, strict=True))
 
 
-def _columns(measured: Sequence[Measured]) -> list[str]:
-    """A column's name for each record: 'pgd-20 linf 8/255', with more where several share this."""
-    exact = [_name(m.record, exact=True) for m in measured]
-    return _apart([_name(m.record) for m in measured], exact)
-
-
 def _apart(short: Sequence[str], exact: Sequence[str]) -> list[str]:
     """The short names, or the exact ones where several share a short one."""
     alike = {name: {e for s, e in zip(short, exact, strict=True) if s == name} for name in short}
@@ -237,6 +232,7 @@ def _apart(short: Sequence[str], exact: Sequence[str]) -> list[str]:
 
 
 def _name(record: dict[str, Any], exact: bool = False) -> str:
+    """Of a record's column: 'pgd-20 linf 8/255'; exact: with all that tells it from others."""
     protocol = record["protocol"]
     words = [record["attack"]]
     for threat in threats(protocol):
