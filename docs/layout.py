@@ -35,7 +35,7 @@ ORDER = [
     "reporting",
     "commands",
 ]
-LIBRARY_FILES = {"errors", "config", "schema", "console"}
+LIBRARY_FILES = {"errors", "schema", "console"}
 
 
 # --- Reading ----------------------------------------------------------------------------------

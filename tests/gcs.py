@@ -7,6 +7,7 @@ updates would show. A share of the requests fails with 503; a bucket can refuse 
 """
 
 import argparse
+import asyncio
 import base64
 import contextlib
 import email
@@ -17,11 +18,18 @@ import os
 import random
 import re
 import threading
+import types
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import fsspec
+import pytest
+from tensorboardX import record_writer
+
 BUCKET = "robots"
+NOWHERE = "127.0.0.1:1"  # of the credentials that a machine of the cloud has
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read on import; that needs gRPC
 
 
 class Stored(NamedTuple):
@@ -276,6 +284,28 @@ def serving(port: int = 0, **options: Any) -> Iterator[tuple[str, Storage]]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[Storage]:
+    """A bucket that every library of this process uses, and of those that it starts."""
+    with serving() as (address, storage), pytest.MonkeyPatch.context() as patch:
+        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+            patch.setenv(name, address)
+        for name in ("GCE_METADATA_ROOT", "GCE_METADATA_HOST"):
+            patch.setenv(name, NOWHERE)
+        patch.setenv("NO_GCE_CHECK", "true")
+        for name in ("gs", "gcs"):
+            patch.setitem(fsspec.config.conf, name, {"token": "anon"})
+        patch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=_shortly))
+        yield storage
+        # TensorBoard's files are written once more at exit, which would wait for the server.
+        record_writer.GCSRecordWriter.flush = lambda writer: None
+
+
+async def _shortly(seconds: float) -> None:
+    """Instead of the seconds that gcsfs waits before it tries again."""
+    await asyncio.sleep(seconds / 100)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
-"""A work directory in a bucket: a run, its resumption, damage, refusals, and the lease."""
+"""A work directory in a bucket: a run, its resumption, damage and refusals."""
 
-import asyncio
 import contextlib
 import itertools
 import json
@@ -11,56 +10,29 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-import types
 
 import conftest
-import fsspec
 import gcs
 import pytest
 import runs
 from etils import epath
-from tensorboardX import record_writer
 
 from vit_at.errors import UserError
 from vit_at.evaluate import evaluate
 from vit_at.training.loop import Loop, train
-from vit_at.workdir import lease
 from vit_at.workdir.checkpoint import load_trained, unreachable
 
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read on import; that needs gRPC
 pytest.importorskip("gcsfs")
 OPTIONS = runs.QUICK | {"checkpoint__every_steps": 2, "eval__attacks": "clean"}
 RECIPE = ["--config=configs/digits_sgd.py:smoke"]
 LAST_STEP = 8
-NOWHERE = "127.0.0.1:1"  # of the credentials that a machine of the cloud has
 
 
 @pytest.fixture(scope="module")
 def storage():
-    """The bucket of this module, which every library of this process uses."""
-    with gcs.serving() as (address, storage):
-        names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")
-        environment = dict.fromkeys(names, address) | {
-            "GCE_METADATA_ROOT": NOWHERE,
-            "GCE_METADATA_HOST": NOWHERE,
-            "NO_GCE_CHECK": "true",
-        }
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            for name in ("gs", "gcs"):
-                patch.setitem(fsspec.config.conf, name, {"token": "anon"})
-            patch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=shortly))
-            yield storage
-            # TensorBoard's files are written once more at exit, which would wait for the server.
-            record_writer.GCSRecordWriter.flush = lambda writer: None
-
-
-async def shortly(seconds):
-    """Instead of the seconds that gcsfs waits before it tries again."""
-    await asyncio.sleep(seconds / 100)
+    with gcs.connected() as storage:
+        yield storage
 
 
 @pytest.fixture(autouse=True)
@@ -180,77 +152,6 @@ def test_a_bucket_that_refuses_to_be_read_is_not_damage(resumed, storage, monkey
 )
 def test_what_is_damage_and_what_passes(error, passing):
     assert unreachable(error) == passing
-
-
-# --- The lease --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(lease, "BEAT", 0.1)
-    monkeypatch.setattr(lease, "STALE", 1.0)
-
-
-def test_a_directory_in_use_is_refused_and_free_afterwards(storage, quick):
-    path = "gs://robots/leased/.training.lease"
-    with lease.leased(path, "training"):
-        says = rf"in use by another training \(process {os.getpid()}"
-        with pytest.raises(UserError, match=says), lease.leased(path, "training"):
-            pass
-        assert "leased/.training.lease" in storage.objects
-    assert "leased/.training.lease" not in storage.objects
-    with lease.leased(path, "training"):
-        pass
-
-
-def test_the_lease_of_a_killed_process_is_taken_over(storage, quick):
-    left = b'{"owner": "process 7 on elsewhere", "id": "x", "count": 3}'
-    storage.put("dead/.training.lease", left)
-    begin = time.monotonic()
-    with lease.leased("gs://robots/dead/.training.lease", "training"):
-        assert storage.objects["dead/.training.lease"].content != left
-    assert time.monotonic() - begin >= 1.0
-
-
-def test_a_process_whose_lease_was_taken_over_ends_and_leaves_it(storage, quick, monkeypatch):
-    taken, signals = b'{"owner": "process 7 on elsewhere", "id": "x", "count": 3}', []
-    monkeypatch.setattr(lease.os, "kill", lambda *arguments: signals.append(arguments))
-    with lease.leased("gs://robots/taken/.training.lease", "training"):
-        storage.put("taken/.training.lease", taken)
-        deadline = time.monotonic() + 10
-        while not signals and time.monotonic() < deadline:
-            time.sleep(0.05)
-    assert signals == [(os.getpid(), signal.SIGTERM)]
-    assert storage.objects["taken/.training.lease"].content == taken
-
-
-def test_of_a_process_that_died_on_this_machine_at_once(storage):
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    left = {"owner": "x", "id": "y", "count": 3, "pid": ended.pid, "machine": lease._machine()}
-    storage.put("here/.training.lease", json.dumps(left).encode())
-    begin = time.monotonic()
-    with lease.leased("gs://robots/here/.training.lease", "training"):
-        assert time.monotonic() - begin < lease.STALE / 4
-
-
-def test_of_two_that_start_at_once_one_gets_the_lease(storage, quick):
-    held, refused = [], []
-
-    def start():
-        try:
-            with lease.leased("gs://robots/race/.training.lease", "training"):
-                held.append(time.monotonic())
-                time.sleep(2.5)
-        except UserError:
-            refused.append(time.monotonic())
-
-    threads = [threading.Thread(target=start) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(held), len(refused)) == (1, 2)
 
 
 # --- Kills ------------------------------------------------------------------------------------
