@@ -87,6 +87,12 @@ def test_a_run_starts_from_a_packaged_model():
     assert weights_digest(state.params) == weights_digest(loaded.params)
 
 
+def test_the_best_model_of_a_recipe_has_a_name_of_its_own(capsys):
+    assert registry.place("cifar10_small_at") == registry.PACKAGED / LARGER
+    assert list_models.main(["--robust", "cifar10_small_at"]) == 0
+    assert capsys.readouterr().out.startswith(f"{LARGER}, or cifar10_small_at\n")
+
+
 def test_a_directory_comes_before_a_packaged_model_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(registry.PACKAGED / CIFAR, tmp_path / DIGITS)

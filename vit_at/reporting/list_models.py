@@ -47,13 +47,15 @@ def describe_trained(name: str) -> str:
     Raises:
       UserError: an unknown name.
     """
+    name = registry.BEST.get(name, name)
     if name not in registry.NAMES:
-        near = nearest(name, registry.NAMES)
+        near = nearest(name, [*registry.NAMES, *registry.BEST])
         raise UserError(f"no packaged model is named '{name}'; the nearest are {near}")
     loaded = registry.load(registry.PACKAGED / name)
     threat, model = loaded.config.threat, loaded.config.model
+    others = [other for other, best in registry.BEST.items() if best == name]
     lines = [
-        name,
+        ", or ".join([name, *others]),
         f"  {model.name}, {count_parameters(loaded.model):,} parameters, trained on "
         f"{loaded.config.data.name} against {threat.norm} {in_255ths(threat.eps)}",
     ]

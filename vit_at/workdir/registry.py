@@ -3,6 +3,7 @@
 load    a model that is called on images
 place   the directory that a name stands for
 NAMES   the packaged models: exports in ``packaged/``, with what was measured on them
+BEST    {name: the best of them that a recipe has given}
 
 ``vit-at models --robust`` lists them.
 """
@@ -25,6 +26,7 @@ from vit_at.workdir.results import read_records
 
 PACKAGED = epath.Path(__file__).parent / "packaged"
 NAMES = tuple(sorted(path.parent.name for path in PACKAGED.glob(f"*/{DESCRIPTION_FILE}")))
+BEST = {"cifar10_small_at": "cifar10_convit_128x5_conv"}
 
 
 class Loaded(functools.partial):
@@ -63,7 +65,7 @@ def place(source: str | epath.PathLike) -> epath.Path:
     """The directory of a model: a path itself, a packaged model's, or a copy from the hub.
 
     Args:
-      source: a directory, one of NAMES, or hf:OWNER/NAME[@REVISION] of an uploaded export. A
+      source: a directory, one of NAMES or BEST, or hf:OWNER/NAME[@REVISION] of an uploaded export. A
         directory takes precedence over a packaged model of the same name.
 
     Raises:
@@ -77,11 +79,12 @@ def place(source: str | epath.PathLike) -> epath.Path:
     path = epath.Path(source).expanduser()
     if path.exists():
         return path
-    if text in NAMES:
-        return PACKAGED / text
+    name = BEST.get(text, text)
+    if name in NAMES:
+        return PACKAGED / name
     raise UserError(
         f"there is no work directory or export {text[:80]!r}, and no packaged model of this name; "
-        f"the nearest are {nearest(text, NAMES)} ('vit-at models --robust' lists them)"
+        f"the nearest are {nearest(text, [*NAMES, *BEST])} ('vit-at models --robust' lists them)"
     )
 
 
@@ -111,7 +114,7 @@ def load(source: str | epath.PathLike, checkpoint: str = "") -> Loaded:
     """A trained model that is called on images in [0, 1].
 
     Args:
-      source: one of NAMES, such as 'cifar10_convit_96x4'; the path of an export or a work
+      source: one of NAMES or BEST, such as 'cifar10_small_at'; the path of an export or a work
         directory; or hf:OWNER/NAME of an uploaded export.
       checkpoint: 'best' or 'last' of a work directory; '': the one that its run tests.
 
