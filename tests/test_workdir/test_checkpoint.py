@@ -1,7 +1,6 @@
 """Checkpoints: what is read is what was saved, bit for bit, or is refused and passed over."""
 
 import errno
-import gc
 import os
 import pathlib
 import shutil
@@ -19,29 +18,14 @@ from absl import logging
 from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from states import MESH, state_of
 
-from vit_at import models
 from vit_at.distributed import sharding
 from vit_at.errors import UserError
 from vit_at.training.step import TrainState
 from vit_at.workdir import checkpoint
-from vit_at.workdir.checkpoint import Checkpoints, fingerprint, load_trained, preferred
-from vit_at.workdir.files import check_space, disk_errors, write_config
-
-MESH = sharding.make_mesh(jax.devices()[:2])
-
-
-def state_of(step: int, ema: bool = False) -> TrainState:
-    """A state whose arrays follow from its step."""
-    rng = np.random.default_rng(step)
-    params = {
-        "kernel": jnp.asarray(rng.normal(size=(30, 40)), jnp.float32),
-        "bias": jnp.asarray(rng.normal(size=40), jnp.float32),
-    }
-    momentum = jax.tree.map(lambda x: 0.1 * x, params)
-    opt_state = ((), {"trace": momentum}, jnp.int32(step))
-    average = jax.tree.map(lambda x: 0.5 * x, params) if ema else None
-    return sharding.replicate(TrainState(jnp.int32(step), params, opt_state, average), MESH)
+from vit_at.workdir.checkpoint import Checkpoints, fingerprint
+from vit_at.workdir.files import check_space, disk_errors
 
 
 def values_of(step: int) -> dict:
@@ -324,53 +308,6 @@ def test_a_disk_that_is_really_full(full_disk, monkeypatch):
             save_and_wait()
     (full_disk / "other").unlink()
     assert_identical(restore(full_disk)[0], state_of(1))
-
-
-# --- Work directories -------------------------------------------------------------------------
-
-
-def test_a_directory_without_a_run_is_refused(workdir):
-    with pytest.raises(UserError, match="is no work directory"):
-        load_trained(workdir, "best")
-    write_config(workdir, runs.resolved())
-    with pytest.raises(UserError, match="holds no 'best' checkpoint yet; train it first"):
-        load_trained(workdir, "best")
-    checkpoints = Checkpoints(workdir)
-    checkpoints.last.save(3, state_of(3).trees, {"step": 3})
-    checkpoints.close()
-    with pytest.raises(UserError, match="take the last weights with --checkpoint=last"):
-        load_trained(workdir, "best")
-
-
-def test_arrays_cut_short_are_one_sentence(workdir):
-    """Orbax raises a bare Exception; arrays of tiny runs have no files of their own."""
-    config = runs.resolved(model__embed_dim=64)
-    write_config(workdir, config)
-    model = models.build(config, 3, "float32")
-    shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda s: rng.standard_normal(s.shape, np.float32), shapes)
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save_best(jax.device_put(params), {"step": 1, "num_classes": 3})
-    checkpoints.close()
-    load_trained(workdir)
-    for path in pathlib.Path(workdir / "checkpoints" / "best").rglob("ocdbt.process_0/d/*"):
-        path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"\(step 1\) can't be read \(OUT_OF_RANGE: .*\); resume"):
-        load_trained(workdir)
-    gc.collect()  # what TensorStore leaves behind, before another file's test warns of it
-
-
-def test_the_last_weights_stand_in_for_best_ones_that_are_not_there_yet(tmp_path):
-    best, last = ({"eval": {"checkpoint": name}} for name in ("best", "last"))
-    workdir = epath.Path(tmp_path)
-    checkpoints = Checkpoints(workdir)
-    checkpoints.last.save(3, state_of(3).trees, {"step": 3})
-    checkpoints.wait()
-    assert preferred(workdir, best) == preferred(workdir, last) == "last"
-    checkpoints.save_best(state_of(3).params, {"step": 3})
-    checkpoints.close()
-    assert (preferred(workdir, best), preferred(workdir, last)) == ("best", "last")
 
 
 @pytest.mark.parametrize("resumed", [None, 100, 300])

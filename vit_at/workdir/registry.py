@@ -65,8 +65,8 @@ def place(source: str | epath.PathLike) -> epath.Path:
     """The directory of a model: a path itself, a packaged model's, or a copy from the hub.
 
     Args:
-      source: a directory, one of NAMES or BEST, or hf:OWNER/NAME[@REVISION] of an uploaded export. A
-        directory takes precedence over a packaged model of the same name.
+      source: a directory, one of NAMES or BEST, or hf:OWNER/NAME[@REVISION] of an uploaded export.
+        A directory takes precedence over a packaged model of the same name.
 
     Raises:
       UserError: there is nothing of this name.
