@@ -118,6 +118,10 @@ REFUSED = [
     ({"data__mean": (0.5, 0.5), "data__std": (0.5, 0.5)}, ["data.mean has 2", "1 (grey) or 3"]),
     ({"data__validation_examples": 0}, ["eval.checkpoint is 'best'", "eval.checkpoint=last"]),
     ({"eval__every_epochs": 0}, ["eval.checkpoint is 'best'", "eval.every_epochs 0"]),
+    (
+        {"eval__every_epochs": 0, "eval__checkpoint": "last", "eval__stop_if_overfitted": True},
+        ["eval.stop_if_overfitted is True", "needs validation", "set that to False"],
+    ),
     ({"eval__checkpoint": "newest"}, ["eval.checkpoint is 'newest'", "best, last"]),
     ({"accumulate_steps": 3}, ["accumulate_steps 3", "batch_size 64"]),
     ({"epochs": 0}, ["epochs is 0", "1 or more"]),

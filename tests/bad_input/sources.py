@@ -1,6 +1,7 @@
 """``vit-at evaluate`` of weights, functions and other data that can't be used."""
 
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import safetensors.numpy
 from bad_input import calls
 from bad_input.case import Case
 from bad_input.weights import arrays
+
+from vit_at.workdir.registry import PACKAGED
 
 MODEL = "--model=deit_tiny_patch16_224"
 MODULE = "def f(images):\n    return images\nNUMBER = 3\n"
@@ -103,9 +106,9 @@ CASES = {
         lambda folder: (folder / "model.json").write_text("{}"),
     ),
     "a run from an export, with the scale of its attention": Case(
-        ["train", "digits_sgd:smoke", "--config.model.pretrained=.", "--config.model.qk_scale=0.1"],
-        "an export, which has its attention scale in its weights.*set --config.model.qk_scale=0",
-        lambda folder: (folder / "model.json").write_text("{}"),
+        ["train", "digits_sgd", "--config.model.pretrained=.", "--config.model.qk_scale=0.1"],
+        "model.qk_scale is 0.1, or 0.1, but the weights of .* need 0.1768; set --config",
+        lambda folder: shutil.copytree(PACKAGED / "digits_deit_64x2", folder, dirs_exist_ok=True),
         slow=True,
     ),
     "unknown data": file("TFDS has no data set 'cifar11'", "--num_heads=2", "--data=cifar11"),

@@ -24,7 +24,7 @@ from vit_at.evaluation.protocol import weights_digest
 from vit_at.training import metrics
 from vit_at.training.loop import Loop, train
 from vit_at.training.signals import Interrupted, Signals
-from vit_at.workdir.checkpoint import load_trained
+from vit_at.workdir.checkpoint import Series, load_trained
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAST_STEP = 8
@@ -323,6 +323,21 @@ def test_a_run_that_overfits_to_its_attack_stops_and_keeps_the_best_weights(
     assert train(config, str(tmp_path)) == records
     assert lines_of(tmp_path)[-1] == last
     assert next(robust) == 0.9
+
+
+def test_a_state_is_saved_after_the_best_weights_that_it_names(tmp_path, monkeypatch):
+    """Else a run killed between the two would go on without them."""
+    save, named = Series.save, []
+
+    def checked(series, step, trees, values):
+        if len(trees) > 1:  # a whole state
+            named.append(tmp_path / "checkpoints" / "best" / str(values["best"]["step"]))
+            assert named[-1].is_dir()
+        save(series, step, trees, values)
+
+    monkeypatch.setattr(Series, "save", checked)
+    train(runs.smoke(**runs.QUICK), str(tmp_path))
+    assert named
 
 
 def test_only_a_model_that_was_robust_can_lose_it():

@@ -40,6 +40,22 @@ def test_a_row_says_which_logits_and_terms_there_are(name):
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_stochastic_depth_draws_for_each_pass_of_its_own(name):
+    """As two passes of PyTorch do; the keys of a single pass are those that were given."""
+    given, used = jax.random.split(jax.random.key(0), len(IMAGES)), []
+
+    def apply(params, images, train, rngs):
+        used.append(jax.random.key_data(rngs["drop_path"]))
+        return linear(params, images)
+
+    training_loss(name, apply, PARAMS, IMAGES, IMAGES, TARGETS, rngs={"drop_path": given})
+    np.testing.assert_array_equal(used[-1], jax.random.key_data(given))
+    everything = np.concatenate(used)
+    assert len(np.unique(everything, axis=0)) == len(everything)
+    assert len(used) == len(OBJECTIVES[name].images)
+
+
 @pytest.fixture
 def own(monkeypatch):
     """An objective that is not in the table: the clean images alone are trained on."""

@@ -141,14 +141,18 @@ def _validate_data(config: ConfigDict) -> None:
             f"masking.patch_size {patch} does not divide data.image_size {data.image_size}; "
             "choose one that does, or 0 for the model's"
         )
-    if config.eval.checkpoint == "best" and not (
-        data.validation_examples and config.eval.every_epochs
+    if data.validation_examples and config.eval.every_epochs:
+        return
+    for needs, field, other in (
+        (config.eval.checkpoint == "best", "eval.checkpoint is 'best'", "eval.checkpoint=last"),
+        (config.eval.stop_if_overfitted, "eval.stop_if_overfitted is True", "set that to False"),
     ):
-        raise UserError(
-            "eval.checkpoint is 'best', which needs validation, but data.validation_examples is "
-            f"{data.validation_examples} and eval.every_epochs {config.eval.every_epochs}; set "
-            "both above 0 or use eval.checkpoint=last"
-        )
+        if needs:
+            raise UserError(
+                f"{field}, which needs validation, but data.validation_examples is "
+                f"{data.validation_examples} and eval.every_epochs {config.eval.every_epochs}; set "
+                f"both above 0, or {other}"
+            )
 
 
 def _validate_schedule(config: ConfigDict) -> None:

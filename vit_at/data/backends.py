@@ -43,6 +43,7 @@ class Encoded(NamedTuple):
     fingerprint: Callable[[], str] = str
     # A digest of the images' classes, names and sizes, equal for a copy; '' likewise.
     contents: Callable[[], str] = str
+    source: str = ""  # where the splits lie, however the configuration spells it
 
 
 def headers(encoded: Encoded, count: int = 32) -> list[tuple[int, int, str]]:
@@ -244,4 +245,5 @@ def open_tfds(name: str, data_dir: str, split: str) -> Encoded:
         where=lambda row: f"image {indices[row]} of {info.full_name} {split}",
         names=names,
         origin=origin,
+        source=info.full_name,
     )

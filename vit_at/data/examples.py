@@ -29,6 +29,7 @@ class Examples:
       indices: [n] position of each example in its split on disk. Slices, `take` and `hold_out`
         keep these numbers; results name an image by its number.
       origin: (split on disk, positions in it) of everything that was opened.
+      source: where these splits lie, see ``backends.Encoded``.
       transform: name of what made the images square, see ``transforms``.
       ids: name and digest of the list that chose the images; '': all of the split.
     """
@@ -45,6 +46,7 @@ class Examples:
     # rows -> labels, without decoding an image; None: by _read_rows.
     _labels_of: Callable[[np.ndarray], np.ndarray] | None = None
     _contents: Callable[[], str] = str  # see ``backends.Encoded``
+    source: str = ""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -81,6 +83,12 @@ class Examples:
     def take(self, indices: np.ndarray) -> "Examples":
         """The examples at these positions, in this order; copies no images."""
         return dataclasses.replace(self, indices=self.indices[indices], _rows=self._rows[indices])
+
+    def own_origin(self) -> Origin:
+        """``origin`` of these images only, of a set that was opened without a list or a count."""
+        parts = np.repeat(np.arange(len(self.origin)), [len(rows) for _, rows in self.origin])
+        own = parts[self._rows]
+        return [(split, self.indices[own == i]) for i, (split, _) in enumerate(self.origin)]
 
     def relabelled(self, class_names: Sequence[str]) -> "Examples":
         """The same images with labels that number ``class_names``, which hold all of their own."""

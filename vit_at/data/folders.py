@@ -63,6 +63,7 @@ def open_folder(
         origin=[(name, rows) for (name, _), rows in zip(parts, indices, strict=True)],
         fingerprint=lambda: _fingerprint(paths, classes),
         contents=lambda: _digest("\n".join(map(_named_size, paths))),
+        source=str(root.resolve()),
     )
 
 
@@ -116,6 +117,7 @@ def open_npy(path: Path, split: str) -> Encoded:
         origin=[("test", splits[name][rows]) for name, rows in parts],
         fingerprint=lambda: _fingerprint([path, beside]),
         contents=lambda: _digest(f"{path.stat().st_size} {labels[indices].tolist()}"),
+        source=str(path.resolve()),
     )
 
 

@@ -58,6 +58,7 @@ def load(
         listed.about if listed else "",
         partial(_labels_of, encoded),
         encoded.contents,
+        encoded.source,
     )
     examples = select(examples, count)
     if examples.nbytes <= data.cache_gib * 2**30:
@@ -169,12 +170,11 @@ def check_extra(
     Raises:
       UserError: there are any, and ``data.allow_overlap`` does not allow them.
     """
-    if data.extra.name != data.name or data.allow_overlap:
+    if extra.source != test.source or data.allow_overlap:
         return
     found = {"of the test": _common(extra.origin, test.origin)}
-    splits = {split for split, _ in held_out.origin} if held_out else set()
-    if held_out and len(splits) == 1:  # of several, a position alone names no image
-        found["held out for validation"] = _common(extra.origin, [(*splits, held_out.indices)])
+    if held_out:
+        found["held out for validation"] = _common(extra.origin, held_out.own_origin())
     for what, count in found.items():
         if count:
             raise UserError(

@@ -201,6 +201,7 @@ class Loop:
                 self._validate(self._evaluator, state, step)
         if save:
             self._writer.settle()
+            self._checkpoints.best.wait()  # the state names them: without them it lacks its best
             self._checkpoints.last.save(step, state.trees, self._values(step))
             self._saved = time.monotonic()
         self._progress.update(text)

@@ -107,6 +107,20 @@ OBJECTIVES = {
 }
 
 
+_CLEAN_PASS = 2**16  # more than there are balls, whose numbers ``step`` folds in
+
+
+def folded(rngs: Any, number: int) -> Any:
+    """Other keys, in place of a key, keys [B], or a tree of these."""
+
+    def fold(keys: Array) -> Array:
+        if keys.ndim:
+            return jax.vmap(fold)(keys)
+        return jax.random.fold_in(keys, number)
+
+    return jax.tree.map(fold, rngs)
+
+
 def training_loss(
     objective: str,
     apply: Apply,
@@ -128,7 +142,8 @@ def training_loss(
       images, adversarial: [B, H, W, C] in [0, 1]; no gradient flows into ``adversarial``.
       targets: [B, num_classes] probabilities.
       beta: weight of the robust term of TRADES and MART.
-      rngs: {'drop_path': key or keys [B]}, for stochastic depth.
+      rngs: {'drop_path': key or keys [B]}, for stochastic depth, which drops other branches in the
+        clean pass than in the adversarial one.
       clean_logits: of ``images``, differentiable by the parameters, if they have been computed
         before; None: computed here, in training mode, where the objective needs them.
 
@@ -139,7 +154,8 @@ def training_loss(
     row, adv = OBJECTIVES[objective], None
     clean = clean_logits if CLEAN in row.images else None
     if CLEAN in row.images and clean is None:
-        clean = apply(params, images, train=True, rngs=rngs)
+        own = folded(rngs, _CLEAN_PASS) if row.images == BOTH else rngs
+        clean = apply(params, images, train=True, rngs=own)
     if ADVERSARIAL in row.images:
         adv = apply(params, jax.lax.stop_gradient(adversarial), train=True, rngs=rngs)
     weighted = row.terms(clean, adv, targets, beta)

@@ -5,13 +5,13 @@ Every mistake in a configuration is refused here, before the first file is writt
 
 import functools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 from absl import logging
 from clu.metrics import Collection
@@ -33,7 +33,8 @@ from vit_at.training import objectives, phases
 from vit_at.training.masking import Masking
 from vit_at.training.step import Step, TrainState, init_state, train_step
 from vit_at.workdir import registry
-from vit_at.workdir.checkpoint import load_trained, preferred
+from vit_at.workdir.checkpoint import Trained, load_trained, preferred
+from vit_at.workdir.exported import load_exported
 from vit_at.workdir.files import is_export, is_workdir, read_config
 
 StepFn = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Collection]]
@@ -60,7 +61,9 @@ class Setup(NamedTuple):
     def fingerprint(self) -> dict[str, Any]:
         """The configuration and the training images as JSON values: what checkpoints belong to."""
         config = json.loads(json.dumps(self.config.to_dict()))
-        data = {"name": self.train_set.name, "images": len(self.train_set)}
+        data: dict[str, Any] = {"name": self.train_set.name, "images": len(self.train_set)}
+        if contents := self.train_set.contents:
+            data["contents"] = contents
         if self.extra is not None:
             data |= {"extra": self.extra.examples.name, "extra_images": len(self.extra.examples)}
         return {"config": config, "data": data}
@@ -123,6 +126,11 @@ def _extra(
     """The set of ``data.extra``, of the classes and image size of the training set; None: none."""
     options = config.data.extra
     if not options.name:
+        if options.fraction:
+            raise UserError(
+                f"data.extra.fraction is {options.fraction:g}, but data.extra.name is '', so there "
+                "are no extra images; name their set, or set the fraction to 0"
+            )
         return None
     count = round(options.fraction * config.batch_size)
     if not 0 < count < config.batch_size:
@@ -173,14 +181,9 @@ def initial_state(
     config, model = setup.config, setup.model
     key = jax.random.key(config.seed)
     if config.model.pretrained and not replaced:
-        source, scale = os.path.expanduser(config.model.pretrained), config.model.qk_scale
+        source = os.path.expanduser(config.model.pretrained)
         if source.isidentifier():  # a packaged model's name, unless a directory has it
             source = str(registry.place(source))
-        if scale and is_export(epath.Path(source)):
-            raise UserError(
-                f"model.pretrained is {source}, an export, which has its attention scale in its "
-                f"weights, and model.qk_scale is {scale:g}; set --config.model.qk_scale=0"
-            )
         params = _pretrained(source, config.data, model)
     else:
         params = jax.jit(functools.partial(models.init_params, model))(key)
@@ -189,27 +192,50 @@ def initial_state(
 
 
 def _pretrained(source: str, data: ConfigDict, model: Any) -> Any:
-    """Parameters of a work directory, or of a source that ``weights.read`` takes."""
-    workdir = epath.Path(source)
-    if processes.agree(not source.startswith(weights.HUB_PREFIX) and is_workdir(workdir)):
-        which = preferred(workdir, read_config(workdir))
-        trained = load_trained(workdir, which)  # Orbax reads with all processes
-        return weights.from_timm(weights.to_timm(trained.params, trained.model), model)
+    """Parameters of a work directory, an export, or a source that ``weights.read`` takes."""
+    path = epath.Path(source)
+    if processes.agree(not source.startswith(weights.HUB_PREFIX) and is_workdir(path)):
+        which = preferred(path, read_config(path))
+        return _adapted(load_trained(path, which), source, model)  # Orbax: all processes read
     shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
-    return processes.from_first(lambda: weights.from_timm(_of_file(source, data), model), shapes)
+    return processes.from_first(lambda: _of_file(source, data, model), shapes)
 
 
-def _of_file(source: str, data: ConfigDict) -> dict[str, np.ndarray]:
-    """{timm name: array} of a file or the hub.
+def _adapted(trained: Trained, source: str, model: Any) -> Any:
+    """The parameters of a trained model for another one.
 
-    Its own normalisation is not used, as a run normalises by ``data``; a message says so.
+    UserError: their shapes differ, or what of the attention no shape shows.
     """
+    params = weights.from_timm(weights.to_timm(trained.params, trained.model), model)
+    if model.num_heads != trained.model.num_heads:
+        raise UserError(
+            f"model.num_heads is {model.num_heads}, but the weights of {source} are of "
+            f"{trained.model.num_heads}; set --config.model.num_heads={trained.model.num_heads}"
+        )
+    own, theirs = (
+        m.qk_scale or (m.embed_dim // m.num_heads) ** -0.5 for m in (model, trained.model)
+    )
+    if not math.isclose(own, theirs, rel_tol=1e-5):
+        raise UserError(
+            f"model.qk_scale is {model.qk_scale:g}, or {own:.4g}, but the weights of {source} need "
+            f"{theirs:.4g}; set --config.model.qk_scale={trained.model.qk_scale}"
+        )
+    return params
+
+
+def _of_file(source: str, data: ConfigDict, model: Any) -> Any:
+    """Parameters of an export, a file or the hub.
+
+    Their own normalisation is not used, as a run normalises by ``data``; a message says so.
+    """
+    if not source.startswith(weights.HUB_PREFIX) and is_export(path := epath.Path(source)):
+        return _adapted(load_exported(path), source, model)
     loaded = weights.read(source)
     if own := loaded.mean + loaded.std:
         logging.info(
             "this run normalises by %s, the weights' file by %s", data.mean + data.std, own
         )
-    return loaded.arrays
+    return weights.from_timm(loaded.arrays, model)
 
 
 def compile_steps(

@@ -29,7 +29,7 @@ from vit_at.distributed.sharding import SPLIT, WHOLE
 from vit_at.training import awp
 from vit_at.training.attack import Draws, Start, draw, perturb, reach, worst
 from vit_at.training.masking import Masking, keep_probability
-from vit_at.training.objectives import CLEAN, OBJECTIVES, training_loss
+from vit_at.training.objectives import CLEAN, OBJECTIVES, folded, training_loss
 from vit_at.training.optim import learning_rate
 
 Array = jax.Array
@@ -276,10 +276,12 @@ def loss_and_gradient(
         if adversarial is None:
             fixed = models.cast_kernels(apply, jax.lax.stop_gradient(params))
             adversarial = attacked(step, fixed, balls, part, clean)
-        each = part.images, part.targets, part.keys, clean
+        each = part.images, part.targets, clean
         copies = jax.tree.map(lambda x: jnp.concatenate([x] * len(adversarial)), each)
-        images, targets, keys, clean = copies
-        options = {"beta": step.config.beta, "rngs": {"drop_path": keys}, "clean_logits": clean}
+        images, targets, clean = copies
+        others = [folded(part.keys, ball) for ball in range(1, len(adversarial))]
+        rngs = {"drop_path": jnp.concatenate([part.keys, *others])}
+        options = {"beta": step.config.beta, "rngs": rngs, "clean_logits": clean}
         attacked_images = jnp.concatenate(adversarial)
         value, aux = training_loss(
             objective, apply, params, images, attacked_images, targets, **options

@@ -219,7 +219,7 @@ class Checkpoints:
 
         def read(step):
             values = self.last.values(step)
-            changes = differences(_of_today(values.get("run") or {}), run or {})
+            changes = differences(_of_today(values.get("run") or {}, run or {}), run or {})
             if changes and "run" in values and run:
                 raise UserError(
                     f"the checkpoints in {self._root / 'last'} are of another run "
@@ -380,6 +380,9 @@ def load_trained(workdir: str | epath.Path, which: str = "", dtype: str = "float
     return Trained(config, model, params, values, which)
 
 
-def _of_today(run: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of its run, with the fields that its configuration did not have."""
-    return run | {"config": with_added(run["config"])} if "config" in run else run
+def _of_today(run: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its run, with what earlier versions did not say."""
+    if "config" not in run:
+        return run
+    contents = {k: v for k, v in now.get("data", {}).items() if k == "contents"}
+    return run | {"config": with_added(run["config"]), "data": contents | run.get("data", {})}
