@@ -8,7 +8,7 @@ import pytest
 import runs
 from PIL import Image
 
-from vit_at.data import cache, sources
+from vit_at.data import backends, cache, sources
 from vit_at.errors import UserError
 
 
@@ -52,6 +52,36 @@ def test_the_contents_of_a_folder_are_known_by_classes_names_and_sizes(
     (folder / "train/a/03.png").rename(folder / "train/b/3.png")
     assert contents(folder) != before
     assert runs.examples(5).contents == ""
+
+
+def test_the_contents_of_an_array_are_its_pixels(tmp_path):
+    """A corruption that is computed again has the same size and labels."""
+
+    def contents(split, **changes):
+        pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8), np.uint8)
+        pixels[7] = changes.get("pixel", 0)
+        np.save(tmp_path / "noise.npy", pixels)
+        np.save(tmp_path / "labels.npy", np.arange(10) % changes.get("classes", 3))
+        return sources.load(data_sets.config(f"npy:{tmp_path / 'noise.npy'}"), split).contents
+
+    before = contents("test")
+    assert contents("test") == before
+    assert contents("test", pixel=1) != before
+    assert contents("test", classes=4) != before
+    assert contents("test[:5]") == contents("test[:5]", pixel=1)
+
+
+def test_a_version_stored_in_another_format_is_another_set(tmp_path):
+    """TFDS says the size of each split: CIFAR-10 of JPEG files is not that of PNG files."""
+    found = [backends.open_tfds("digits", "", "test")]
+    for name, size in (("copy", "57301"), ("other", "57302")):
+        shutil.copytree(backends.PACKAGED / "digits", tmp_path / name)
+        info = next((tmp_path / name).rglob("dataset_info.json"))
+        assert "57301" in info.read_text()
+        info.write_text(info.read_text().replace("57301", size))
+        found.append(backends.open_tfds(name, str(tmp_path), "test"))
+    assert found[0].contents() == found[1].contents() != found[2].contents()
+    assert found[1].fingerprint() != found[2].fingerprint()
 
 
 def test_a_relative_folder_begins_in_the_data_directory(folder):

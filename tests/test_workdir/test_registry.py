@@ -12,6 +12,7 @@ import runs
 import vit_at
 from vit_at import weights
 from vit_at.data import sources
+from vit_at.errors import UserError
 from vit_at.evaluation.protocol import weights_digest
 from vit_at.reporting import list_models
 from vit_at.training.setup import initial_state
@@ -39,7 +40,9 @@ def test_evaluation_gives_the_recorded_outcome_of_each_image(name, tmp_path):
     )
     stored, found = Results(registry.PACKAGED / name), Results(tmp_path)
     for record in records:
-        (places, expected), (own, correct) = stored.outcomes(record), found.outcomes(record)
+        of_then = {k: v for k, v in record["protocol"].items() if k != "contents"}
+        places, expected = stored.outcomes(record | {"protocol": of_then})
+        own, correct = found.outcomes(record)
         np.testing.assert_array_equal(own, places)
         # Another processor rounds differently, which may decide an image on the boundary.
         assert (correct != expected).sum() <= 1, record["attack"]
@@ -85,6 +88,33 @@ def test_a_run_starts_from_a_packaged_model():
     exported = runs.tiny_setup(model__pretrained=str(registry.PACKAGED / DIGITS))
     state = initial_state(exported._replace(model=loaded.model), runs.optimizer_of(setup))
     assert weights_digest(state.params) == weights_digest(loaded.params)
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (np.zeros((2, 8, 8, 1), np.uint8), "images are uint8; divide them by 255"),
+        (np.full((2, 8, 8, 1), 200.0), r"range from 200 to 200; they must be in \[0, 1\]"),
+        (np.full((2, 8, 8, 1), np.nan), "range from nan to nan"),
+        (np.zeros((2, 1, 8, 8)), r"shape \(2, 1, 8, 8\); the model takes \[B, 8, 8, 1\]"),
+        (np.zeros((2, 8, 8, 3)), r"the model takes \[B, 8, 8, 1\]"),
+        (np.zeros((8, 8, 1)), r"the model takes \[B, 8, 8, 1\]"),
+        (np.zeros((0, 8, 8, 1)), r"\[B, 8, 8, 1\], B > 0"),
+        (0.5, r"shape \(\); the model takes"),
+    ],
+)
+def test_a_loaded_model_refuses_other_images(images, said):
+    loaded = vit_at.load(DIGITS)
+    with pytest.raises(UserError, match=said):
+        loaded(images)
+
+
+def test_a_loaded_model_is_traced():
+    loaded, images = vit_at.load(DIGITS), np.full((2, 8, 8, 1), 0.5, np.float32)
+    logits = jax.jit(lambda x: loaded(x))(images)
+    np.testing.assert_allclose(logits, loaded(images), atol=1e-4)
+    with pytest.raises(UserError, match="images are uint8"):
+        jax.jit(lambda x: loaded(x))(np.zeros((2, 8, 8, 1), np.uint8))
 
 
 def test_the_best_model_of_a_recipe_has_a_name_of_its_own(capsys):

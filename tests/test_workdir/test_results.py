@@ -139,9 +139,16 @@ def test_the_command_writes_curves_unions_and_transfer_matrices(export, tmp_path
     assert evaluate.main([str(export), *few, "--eps=0,0.05,0.1"]) == 0
     printed = capsys.readouterr()
     assert [line.split()[0] for line in printed.out.splitlines()[1:]] == ["clean", "pgd-2", "pgd-2"]
-    assert "curves/pgd-2_linf.csv" in printed.err
-    assert (tmp_path / "curves" / "pgd-2_linf.csv").read_text().startswith("attack,norm,eps,")
-    assert (tmp_path / "curves" / "pgd-2_linf.png").read_bytes().startswith(b"\x89PNG")
+    assert "curves/pgd-2_linf_digits-1.0.0-test-48.csv" in printed.err
+    curve = tmp_path / "curves" / "pgd-2_linf_digits-1.0.0-test-48.csv"
+    assert curve.read_text().startswith("attack,norm,eps,")
+    assert curve.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    before = curve.read_text()
+    assert (
+        evaluate.main([str(export), *few, "--eps=0.05,0.1", "--split=train"]) == 0
+    )  # of other images
+    assert curve.with_name("pgd-2_linf_digits-1.0.0-train.csv").exists()
+    assert curve.read_text() == before
     assert evaluate.main([str(export), *few, "--norm=linf,l2", "--eps=0.1,0.5"]) == 0
     assert "pgd-2-union" in capsys.readouterr().out.splitlines()[-1]
     shutil.copytree(export, tmp_path / "other")

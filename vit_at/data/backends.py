@@ -6,6 +6,7 @@ data sets are read from array_record files, without TensorFlow. They must be pre
 """
 
 import contextlib
+import hashlib
 import io
 import os
 import re
@@ -39,10 +40,8 @@ class Encoded(NamedTuple):
     where: Callable[[int], str]  # row -> the image's name in an error message
     names: Callable[[], list[str]]  # 'CLASS/FILE' of every row
     origin: list[tuple[str, np.ndarray]]  # (split on disk, positions in it) of all rows
-    # Of all files that are read, to recognise a change; '' where they never change.
-    fingerprint: Callable[[], str] = str
-    # A digest of the images' classes, names and sizes, equal for a copy; '' likewise.
-    contents: Callable[[], str] = str
+    fingerprint: Callable[[], str]  # of all files that are read, to recognise a change
+    contents: Callable[[], str]  # a digest of what tells the images from others, equal for a copy
     source: str = ""  # where the splits lie, however the configuration spells it
 
 
@@ -59,6 +58,11 @@ def headers(encoded: Encoded, count: int = 32) -> list[tuple[int, int, str]]:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 found.append((*image.size, image.mode))
     return found
+
+
+def digest(text: str) -> str:
+    """Twelve hexadecimal digits that tell a text from others."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def split_rows(split: str, lengths: dict[str, int], name: str) -> list[tuple[str, np.ndarray]]:
@@ -212,7 +216,7 @@ def open_tfds(name: str, data_dir: str, split: str) -> Encoded:
         )
     lengths = {key: value.num_examples for key, value in info.splits.items()}
     origin = split_rows(split, lengths, info.full_name)
-    indices = np.concatenate([rows for _, rows in origin])
+    indices, used = np.concatenate([rows for _, rows in origin]), [name for name, _ in origin]
     # The image stays encoded: `sources.decode` decodes it, and only the formats that it allows.
     # Other features are not decoded at all.
     example = tfds.features.FeaturesDict({"image": image, "label": label})
@@ -225,6 +229,11 @@ def open_tfds(name: str, data_dir: str, split: str) -> Encoded:
             example.deserialize_example_np(r, decoders=skip) for r in records.__getitems__(rows)
         ]
         return [(record["image"], record["label"]) for record in found]
+
+    def contents() -> str:  # the images of a version may be stored as PNG or JPEG
+        found = [(name, info.splits[name]) for name in used]
+        sizes = [(name, about.num_examples, int(about.num_bytes)) for name, about in found]
+        return digest(f"{info.full_name} {sizes}")
 
     def names() -> list[str]:
         if not isinstance(features.get("file_name"), tfds.features.Text):
@@ -245,5 +254,7 @@ def open_tfds(name: str, data_dir: str, split: str) -> Encoded:
         where=lambda row: f"image {indices[row]} of {info.full_name} {split}",
         names=names,
         origin=origin,
+        fingerprint=contents,
+        contents=contents,
         source=info.full_name,
     )

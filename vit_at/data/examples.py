@@ -57,8 +57,9 @@ class Examples:
 
     @functools.cached_property
     def contents(self) -> str:
-        """A digest of the classes, names and sizes of all images that were opened, also of those
-        that were not taken, where they may change; else ''.
+        """A digest of all images that were opened, also of those that were not taken: of a folder,
+        of their classes, names and sizes; of a TFDS data set, of the sizes of its splits; of an
+        array, of its pixels. '' of images made in memory.
         """
         return self._contents()
 

@@ -1,16 +1,18 @@
 """The CSV and PNG files of curves over eps and of transfer matrices, in a work directory.
 
-curves/pgd-20_linf.csv, .png              of each attack and norm
-transfer/pgd-20_linf_0.15.csv, .png       rows: made for this model; columns: given to this one
+curves/pgd-20_linf_digits-1.0.0-test.csv, .png   of each attack, norm and set of images
+transfer/pgd-20_linf_0.15.csv, .png              rows: made for this model; columns: given to this
 """
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
+from vit_at.data.examples import file_name
 from vit_at.evaluation.transfer import Matrix, matrices
 from vit_at.reporting import robustness
 from vit_at.reporting.study import attack_name
@@ -26,7 +28,8 @@ def write(results: Results, records: Sequence[dict[str, Any]]) -> list[epath.Pat
     written = []
     directory = results.workdir / CURVES_DIRECTORY
     for curve in eps_curves(results.measured(records)):
-        path = directory / f"{curve.attack}_{curve.norm}"
+        images = re.sub(r"[^\w.]+", "-", curve.points[0].about[0]).strip("-")
+        path = directory / file_name(f"{curve.attack}_{curve.norm}_", images, "")
         title = f"{attack_name(curve.attack)}, {curve.robust.shape[1]} images"
         chart = robustness.over_eps(title, {"": curve})
         written.append(_write(path, curve.csv(), chart.png()))

@@ -12,6 +12,8 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -26,13 +28,15 @@ from vit_at.workdir.results import read_records
 
 PACKAGED = epath.Path(__file__).parent / "packaged"
 NAMES = tuple(sorted(path.parent.name for path in PACKAGED.glob(f"*/{DESCRIPTION_FILE}")))
+_ROUNDING = 1e-3
 BEST = {"cifar10_small_at": "cifar10_convit_128x5_conv"}
 
 
 class Loaded(functools.partial):
     """A model with its weights, called as ``logits = loaded(images)``.
 
-    images [B, H, W, C] float32 in [0, 1]; logits [B, classes]. As a ``functools.partial`` of
+    images [B, H, W, C] float32 in [0, 1]; logits [B, classes]. UserError: of another shape, type or
+    range, the last outside of jit only. As a ``functools.partial`` of
     ``models.Classifier`` with the parameters it can be given to ``pgd_attack`` and
     ``autoattack.run``, which then take the parameters as arguments of compiled programs.
 
@@ -45,6 +49,10 @@ class Loaded(functools.partial):
     config: ConfigDict
     class_names: tuple[str, ...]
     record: list[dict[str, Any]]
+
+    def __call__(self, images: Any) -> jax.Array:
+        _check_images(images, self.model)
+        return super().__call__(images)
 
     @property
     def model(self) -> Any:
@@ -59,6 +67,26 @@ class Loaded(functools.partial):
     def __repr__(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         return f"<vit_at model {self.config.name}: {self.config.model.name}, {count:,} parameters>"
+
+
+def _check_images(images: Any, model: Any) -> None:
+    """UserError unless they are what a model takes; of traced images, the range is not known."""
+    side, channels = model.image_size, model.in_channels
+    shape, dtype = np.shape(images), jnp.result_type(images)
+    if shape[1:] != (side, side, channels) or not shape[0]:
+        raise UserError(
+            f"images have the shape {shape}; the model takes [B, {side}, {side}, {channels}], B > 0"
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(f"images are {dtype}; divide them by 255 to bring them into [0, 1]")
+    if isinstance(images, jax.core.Tracer):
+        return
+    low, high = float(jnp.min(images)), float(jnp.max(images))
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # of resizing; NaN is neither
+        raise UserError(
+            f"images range from {low:g} to {high:g}; they must be in [0, 1]: the model normalises "
+            "them itself"
+        )
 
 
 def place(source: str | epath.PathLike) -> epath.Path:
