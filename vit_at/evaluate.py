@@ -55,13 +55,14 @@ def fractions(text: str) -> tuple[float, ...]:
 def norms(text: str) -> str:
     """The same text, if it is '', a norm, or several with commas."""
     for name in text.split(",") if text else ():
-        if name not in NORMS:
+        if name.lower() not in NORMS:
             raise argparse.ArgumentTypeError(
                 f"invalid choice: '{name}' (choose from {', '.join(NORMS)})"
             )
     return text
 
 
+@arguments.checked
 def evaluate(
     source: epath.PathLike = "",
     attacks: str = "clean,pgd-20",
@@ -113,8 +114,9 @@ def evaluate(
       image_size, mean, std: of weights and functions; 0 and (): the file's or the data set's.
       num_examples: the first so many images of it; 0: all.
       norm, eps, step_size: of the attacks, in pixel units of images in [0, 1]; '' and None: as in
-        ``eval.threat``, with steps in proportion to eps. Several eps give a curve, in which 0 is
-        clean images. Several norms, comma-separated, with one eps for each, give their union.
+        ``eval.threat``, with steps in proportion to eps. Several eps, also as an array, give a
+        curve, in which 0 is clean images. Several norms, comma-separated, with one eps for each,
+        give their union.
       restarts: random starts of PGD and CW, at most 1000; an image counts as robust if all fail.
       batch_size: over all devices; 0: the configuration's.
       precision: of float32 products on an NVIDIA GPU, see docs/evaluate.md.
@@ -133,7 +135,6 @@ def evaluate(
       UserError: a directory, file, data set or option that can't be used.
     """
     given = locals()
-    arguments.check(given, inspect.signature(evaluate))
     subject = arguments.subject(given)
     config = subject.config
     config.eval.batch_size = batch_size or config.eval.batch_size
@@ -146,6 +147,7 @@ def evaluate(
     labels_file = pathlib.Path(os.path.expanduser(write_labels))
     if write_labels:
         pseudo_labels.check_file(labels_file)
+        arguments.make_writable(labels_file.parent, "--write_labels")
     models = transfer.subjects(subject, from_runs, checkpoint, parsed, data) if from_runs else {}
     threads = config.data.threads
     examples = sources.load(
@@ -158,21 +160,18 @@ def evaluate(
         directory /= transfer.TRANSFER_DIRECTORY
     else:
         evaluator = Evaluator(subject.apply, examples, parsed, mesh, **options)
-    with disk_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        with locked(directory, "evaluation"):
-            results = Results(directory)
-            if models:
-                records = transfer.evaluate_transfer(
-                    models, examples, parsed, mesh, results, **options
-                )
-            else:
-                about: dict[str, Any] = {"seed": seed, "weights": subject.weights}
-                records = evaluate_and_store(evaluator, subject.params, examples, results, **about)
-            if "," in norm:
-                records += curves.store_unions(records, results, examples)
-            if jax.process_index() == 0 and (models or len(threats) > 1):
-                _write_tables(results, records)
+    arguments.make_writable(directory, "--workdir")
+    with disk_errors(directory), locked(directory, "evaluation"):
+        results = Results(directory)
+        if models:
+            records = transfer.evaluate_transfer(models, examples, parsed, mesh, results, **options)
+        else:
+            about: dict[str, Any] = {"seed": seed, "weights": subject.weights}
+            records = evaluate_and_store(evaluator, subject.params, examples, results, **about)
+        if "," in norm:
+            records += curves.store_unions(records, results, examples)
+        if jax.process_index() == 0 and (models or len(threats) > 1):
+            _write_tables(results, records)
     if write_labels:
         (clean,) = parse_attacks("clean", threats[0], precision=precision)
         options = {"batch_size": config.eval.batch_size, "threads": threads}

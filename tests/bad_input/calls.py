@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 
+import numpy as np
 import runs
 from bad_input.case import Case
 from etils import epath
@@ -129,7 +130,13 @@ CALLS = {
     "half an example": call("num_examples is 2.5; it must be a whole", num_examples=2.5),
     "examples as a switch": call("num_examples is True; it must be a whole", num_examples=True),
     "norm as a number": call("norm is 2; it must be a string", norm=2),
-    "norm by a wrong word": call("linff", norm="linff", eps=0.1),
+    "norm by a wrong word": call(
+        "--norm is linff, where 'linff' is unknown; name one of linf", norm="linff", eps=0.1
+    ),
+    "norm with a comma at its end": call("where '' is unknown", norm="linf,", eps=[0.1, 0.1]),
+    "eps as a table": call(r"eps is \[\[0.5\]\]; it must be", eps=np.array([[0.5]])),
+    "eps with a switch": call(r"eps is \[True, 0.1\]; it must be", eps=(True, 0.1)),
+    "several step sizes": call("step_size is .*; it must be a number", step_size=[0.1, 0.2]),
     "eps as text": call("eps is '8/255'; it must be a number", eps="8/255"),
     "eps as a list of texts": call("eps is .*'0.1'.*; it must be a number", eps=["0.1"]),
     "complex eps": call("eps is 1j; it must be a number", eps=1j),

@@ -42,7 +42,9 @@ CASES = {
     "AutoAttack's rand": _command("--attacks=autoattack-rand", says="is unknown"),
     "attacks by semicolon": _command("--attacks=clean;pgd-2", says="'clean;pgd-2' is unknown"),
     "eps in 255ths": _command("--eps=8", says="eval.threat.eps is 8; .* did you mean 8/255"),
-    "eps of 0": _command("--eps=0", says="--eps is 0; it must be over 0"),
+    "eps of 0": _command(
+        "--eps=0", says="--eps is 0, which is the clean images; use --attacks=clean"
+    ),
     "negative eps": _command("--eps=-0.1", says="--eps is -0.1; it must be over 0"),
     "eps not a number": _command("--eps=nan", says="--eps is nan"),
     "eps infinite": _command("--eps=inf", says="eps is inf"),
@@ -94,6 +96,17 @@ CASES = {
     "from Python: unknown attack": _call("attack 'pgd20' is unknown", "pgd20"),
     "from Python: negative seed": _call("seed is -1", "pgd-2", seed=-1),
     "from Python: no restarts": _call("--restarts is 0", "pgd-2", restarts=0),
-    "from Python: eps of 0": _call("--eps is 0", "pgd-2", eps=0.0),
+    "eps of 0 twice": _command("--eps=0,0", says="use --attacks=clean without --eps"),
+    "eps of 0 for one of two norms": _command(
+        "--norm=linf,l2", "--eps=0,0.5", says="--eps is 0; it must be over 0"
+    ),
+    "from Python: eps of 0": _call("use --attacks=clean without", "pgd-2", eps=0.0),
+    "from Python: results in /proc": _call(
+        "no file can be written to /proc/foo .*; choose another --workdir", workdir="/proc/foo"
+    ),
+    "from Python: labels in /proc": _call(
+        "no file can be written to /proc .*choose another --write_labels",
+        write_labels="/proc/labels.npz",
+    ),
     "from Python: too many images": _call("10000 examples are asked for", num_examples=10_000),
 }

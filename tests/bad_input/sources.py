@@ -14,7 +14,15 @@ from bad_input.weights import arrays
 from vit_at.workdir.registry import PACKAGED
 
 MODEL = "--model=deit_tiny_patch16_224"
-MODULE = "def f(images):\n    return images\nNUMBER = 3\n"
+MODULE = """
+def f(images):
+    return images
+def not_finite(images):
+    return images.mean((1, 2)) / 0
+def of_batch(images):
+    return images.mean((1, 2)) - images.mean()
+NUMBER = 3
+"""
 
 
 def wrapped(prefix: str = "", **more: np.ndarray) -> Callable[[pathlib.Path], Any]:
@@ -25,6 +33,12 @@ def wrapped(prefix: str = "", **more: np.ndarray) -> Callable[[pathlib.Path], An
         safetensors.numpy.save_file(content, folder / "w.safetensors")
 
     return prepare
+
+
+def grey(folder: pathlib.Path) -> None:
+    """Writes the weights of a small DeiT for grey images."""
+    kernel = arrays()["patch_embed.proj.weight"].mean(1, keepdims=True)
+    wrapped(**{"patch_embed.proj.weight": kernel})(folder)
 
 
 def file(says: str, *options: str, prepare: Callable[[pathlib.Path], Any] | None = None) -> Case:
@@ -84,6 +98,12 @@ CASES = {
     "a mean of two channels": file(
         "take images of 3 channels, and --mean has 2", "--num_heads=2", "--mean=0.5,0.5"
     ),
+    "weights of one channel without a mean": file(
+        "take images of 1 channel, and ImageNet's normalisation, .*'digits', has 3 .*--mean and",
+        "--num_heads=2",
+        "--data=digits",
+        prepare=grey,
+    ),
     "a mean of 0 to 255": file("data.mean is", "--num_heads=2", "--mean=120,120,120"),
     "a mean of words": file("invalid fraction value: 'a'", "--mean=a,b,c"),
     "a normalisation other than the file's": file(
@@ -113,7 +133,7 @@ CASES = {
     ),
     "unknown data": file("TFDS has no data set 'cifar11'", "--num_heads=2", "--data=cifar11"),
     "results below a file": file(
-        "its path is a file: choose another --workdir",
+        "no file can be written to w.safetensors .File exists.; choose another --workdir",
         "--num_heads=2",
         "--data=npy:x.npy",
         "--workdir=w.safetensors",
@@ -130,6 +150,12 @@ CASES = {
     "a function that is not there": function("has no function 'g'", "pixels:g"),
     "a number as a function": function("has no function 'NUMBER'", "pixels:NUMBER"),
     "a function without logits": function(r"gives \(8, 32, 32, 3\)", "pixels:f"),
+    "a function of NaN": function(
+        "'pixels:not_finite', which gives NaN or infinity for 8 of 8", "pixels:not_finite"
+    ),
+    "a function of batch statistics": function(
+        "'pixels:of_batch', but the logits of an image depend on the other", "pixels:of_batch"
+    ),
     "images that are no bytes": npy(
         "x.npy holds float64", np.zeros((4, 8, 8, 3)), np.zeros(4, int)
     ),

@@ -1,4 +1,4 @@
-"""Evaluation of weights of other people, functions and other data, by the command."""
+"""Evaluation of weights of other people and of other data, by the command."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ from PIL import Image
 from vit_at import evaluate, models, weights
 from vit_at.configs import default
 from vit_at.errors import UserError
-from vit_at.evaluation.subject import of_file, of_function
+from vit_at.evaluation.subject import of_file
 from vit_at.reporting.exported import describe, export
 from vit_at.weights.architecture import sizes_of
 from vit_at.workdir.checkpoint import Trained
@@ -176,43 +176,6 @@ def test_weights_under_another_models_name_name_the_right_one(of, under, said):
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=f"are not those of {under}; .*{said}"):
         weights.architecture.arguments_for(broadcast(of), under)
-
-
-# --- Functions --------------------------------------------------------------------------------
-
-MODULE = """
-import jax.numpy as jnp
-SIGN = {sign}
-def logits(images):
-    grey = images.mean((1, 2, 3))
-    return SIGN * jnp.stack([grey - 0.4, 0.5 - grey, 0 * grey], -1)
-def features(images):
-    return images
-def two(images):
-    return images[:2, 0, 0]
-def on_host(images):
-    return float(images[0, 0, 0, 0])
-"""
-
-
-def test_the_command_evaluates_a_function_of_a_module_here(here, monkeypatch):
-    monkeypatch.syspath_prepend(str(here))
-    digests = set()
-    for name, sign in (("mine", 1), ("theirs", -1)):
-        (here / f"{name}.py").write_text(MODULE.format(sign=sign))
-        arguments = [f"--function={name}:logits", "--image_size=16", *OPTIONS[1:]]
-        assert evaluate.main([*arguments, "--attacks=clean,pgd-1", "--workdir=there"]) == 0
-        subject = of_function(f"{name}:logits", default.get_config().unlock(), 16)
-        correct = (logits_of(subject).argmax(-1) == np.load("labels.npy")).sum()
-        clean, _ = results(here / "there")[-2:]
-        assert clean["correct"] == correct
-        assert clean["protocol"]["weights"]["source"] == f"{name}:logits"
-        digests.add(clean["protocol"]["weights"]["digest"])
-    assert len(digests) == 2
-    for name, said in (("features", "gives"), ("two", "gives"), ("on_host", "JAX can't trace")):
-        with pytest.raises(UserError, match=f"'mine:{name}', which {said}"):
-            of_function(f"mine:{name}", default.get_config().unlock(), 16)
-    assert not (here / "runs").exists()
 
 
 # --- Other data -------------------------------------------------------------------------------

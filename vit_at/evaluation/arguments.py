@@ -1,32 +1,41 @@
 """The arguments of ``vit_at.evaluate``: whether they are right, and what they name.
 
-check     types, choices and ranges
-subject   the model that they name, with its data
+checked         a decorator that checks types, choices and ranges
+subject         the model that they name, with its data
+make_writable   creates a directory of results
 """
 
+import functools
 import inspect
+import numbers
 import os
+import tempfile
 import types
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import jax
+import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from vit_at.config import CHECKPOINTS
 from vit_at.configs import default
-from vit_at.errors import UserError
-from vit_at.evaluation.subject import Subject, of_directory, of_file, of_function
+from vit_at.errors import UserError, in_one_line
+from vit_at.evaluation.functions import of_function
+from vit_at.evaluation.subject import Subject, of_directory, of_file
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _PATH = ((str, os.PathLike), "the path of a directory")
 _TYPES: dict[Any, tuple[Any, str]] = {
     str: (str, "a string"),
     int: (int, "a whole number"),
     float | None: ((int, float, types.NoneType), "a number"),
     float | Sequence[float] | None: (
-        (int, float, tuple, list, types.NoneType),
+        (int, float, list, types.NoneType),
         "a number, or a tuple of numbers",
     ),
-    tuple[float, ...]: ((tuple, list), "a tuple of numbers"),
+    tuple[float, ...]: (list, "a tuple of numbers"),
 }
 _TAKERS = {  # the sources that take an option
     "checkpoint": ("WORKDIR",),
@@ -39,13 +48,42 @@ _TAKERS = {  # the sources that take an option
 _MOST_RESTARTS = 1000  # their starts are in memory together
 
 
-def check(given: dict[str, Any], signature: inspect.Signature) -> None:
-    """Checks types and choices, for calls from Python, and ranges."""
+def checked(function: _F) -> _F:
+    """The function with checks of types and choices, for calls from Python, and of ranges.
+
+    It is given Python's numbers and lists for fractions and for those of NumPy and JAX.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def with_checks(*args: Any, **options: Any) -> Any:
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        given = {name: _as_python(value) for name, value in bound.arguments.items()}
+        _check(given, signature)
+        return function(**given)
+
+    return with_checks  # type: ignore[return-value]
+
+
+def _as_python(value: Any) -> Any:
+    """A number or array as a float, an integer or a list; anything else as it is."""
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return value.tolist()
+    if isinstance(value, (tuple, list)):
+        return [_as_python(item) for item in value]
+    if isinstance(value, numbers.Real) and not isinstance(value, int):
+        return float(value)
+    return value
+
+
+def _check(given: dict[str, Any], signature: inspect.Signature) -> None:
     for name, parameter in signature.parameters.items():
         kind, words = _TYPES.get(parameter.annotation, _PATH)
-        fits = isinstance(given[name], kind) and not isinstance(given[name], bool)
-        if isinstance(given[name], (tuple, list)):
-            fits = all(isinstance(number, (int, float)) for number in given[name])
+        values = given[name] if isinstance(given[name], list) else [given[name]]
+        fits = isinstance(given[name], kind) and not any(isinstance(v, bool) for v in values)
+        if isinstance(given[name], list):
+            fits = fits and all(isinstance(v, (int, float)) for v in values)
         if not fits:
             raise UserError(f"{name} is {given[name]!r}; it must be {words}")
     if given["checkpoint"] not in ("", *CHECKPOINTS):
@@ -115,3 +153,20 @@ def _set_data(config: ConfigDict, given: dict[str, Any]) -> None:
         "test_split": given["split"] or whole,
     }
     config.data.update({field: value for field, value in fields.items() if value})
+
+
+def make_writable(directory: epath.PathLike, option: str) -> None:
+    """Creates a directory, unless it is there; UserError if no file can be written to it.
+
+    option: the one that names it.
+    """
+    try:
+        epath.Path(directory).mkdir(parents=True, exist_ok=True)
+        if os.path.isdir(directory) and jax.process_index() == 0:  # it is local
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+    except OSError as error:
+        raise UserError(
+            f"no file can be written to {directory} ({error.strerror or in_one_line(error)}); "
+            f"choose another {option}"
+        ) from error

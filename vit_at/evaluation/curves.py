@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vit_at.attacks import Threat
+from vit_at.attacks import NORMS, Threat
 from vit_at.config import evaluation_threat, validate
 from vit_at.data.examples import Examples
 from vit_at.errors import UserError
@@ -31,16 +31,26 @@ def threats(
       UserError: a threat that can't be, or that the options leave open.
     """
     before = evaluation_threat(config)
-    norms = [name.strip() for name in norm.split(",")] if norm else [before.norm]
+    norms = [name.strip().lower() for name in norm.split(",")] if norm else [before.norm]
+    if unknown := [name for name in norms if name not in NORMS]:
+        raise UserError(
+            f"--norm is {norm}, where '{unknown[0]}' is unknown; name one of {', '.join(NORMS)}, "
+            "or several with commas"
+        )
     if norms != [before.norm] and not eps:
         raise UserError(
             f"--norm is {norm}, but the run is evaluated under {before.norm}, whose eps means "
             "something else; give --eps too"
         )
+    if eps and not any(eps):
+        raise UserError(
+            "--eps is 0, which is the clean images; use --attacks=clean without --eps, or give an "
+            "eps over 0, too, such as --eps=0,8/255"
+        )
     if len(norms) > 1:
         pairs = _pairs(norms, eps, step_size)
     elif len(eps) > 1:
-        pairs = [(norms[0], size) for size in sorted(set(eps) - {0})] or [(norms[0], 0.0)]
+        pairs = [(norms[0], size) for size in sorted(set(eps) - {0})]
     else:
         pairs = [(norms[0], eps[0] if eps else before.eps)]
     found = []

@@ -1,17 +1,14 @@
-"""What is evaluated: a work directory, an export, a weight file, or a function.
+"""What is evaluated: a work directory, an export, or a weight file; ``functions`` adds functions.
 
 Subject        the function from images to logits, and what data, threat and records need to know
 of_directory   that of a work directory, an export or a packaged model
 of_file        that of a weight file of somebody else, or of a name on the hub
-of_function    that of a function MODULE:NAME
 in_classes_of  examples with the labels of the model's classes
 """
 
 import dataclasses
-import importlib
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +22,7 @@ from ml_collections import ConfigDict
 from vit_at import models, weights
 from vit_at.configs import common, default
 from vit_at.data.examples import Examples
-from vit_at.errors import UserError, in_one_line
+from vit_at.errors import UserError
 from vit_at.evaluation.protocol import weights_digest
 from vit_at.weights.architecture import arguments_for
 from vit_at.weights.forms import in_words
@@ -35,7 +32,6 @@ from vit_at.workdir.files import DESCRIPTION_FILE, is_export
 # Of weight files, functions and models that lie in no directory of the user's, each in a folder of
 # its name.
 RESULTS_DIRECTORY = "runs/evaluate"
-_PROBES = 8  # images that identify a function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +74,7 @@ def of_directory(source: epath.PathLike, checkpoint: str, *, of_others: bool = F
         trained.params,
         config,
         {"checkpoint": trained.which, "step": values["step"]},
-        directory if own else _results_directory(str(source).rpartition("/")[2]),
+        directory if own else results_directory(str(source).rpartition("/")[2]),
         trained.model.num_classes,
         tuple(values.get("class_names", ())),
     )
@@ -136,7 +132,7 @@ def of_file(
     about = {"source": shown, "model": name} | arguments | {"mean": mean, "std": std}
     params = weights.from_timm(loaded.arrays, model)
     about["digest"] = weights_digest({"params": params, "about": json.dumps(about)})
-    place = _results_directory(shown.rpartition("/")[2] if on_hub else epath.Path(shown).stem)
+    place = results_directory(shown.rpartition("/")[2] if on_hub else epath.Path(shown).stem)
     apply = models.classifier(model, mean, std)
     return Subject(apply, params, config, about, place, model.num_classes)
 
@@ -162,9 +158,12 @@ def _normalisation(
         if len(values) == 1 and channels == 3:
             values *= 3
         if len(values) != channels:
+            whose = f"{known[2]} normalisation, the usual one for '{data}',"
+            whose = option if given else "the file's normalisation" if own else whose
             raise UserError(
-                f"the weights take images of {channels} channels, and {option} has {len(values)} "
-                f"({in_words(values)}); give one number a channel by --mean and --std"
+                f"the weights take images of {channels} channel{'s' * (channels > 1)}, and {whose} "
+                f"has {len(values)} ({in_words(values)}); give one number a channel by --mean and "
+                "--std"
             )
         found.append(values)
     if not (loaded.mean or (mean and std)):
@@ -176,71 +175,8 @@ def _normalisation(
     return found[0], found[1]
 
 
-def of_function(name: str, config: ConfigDict, image_size: int = 0) -> Subject:
-    """That of 'MODULE:NAME', a function of images [B, H, W, C] in [0, 1] to logits [B, K].
-
-    JAX must be able to trace it. MODULE is imported, also from the current directory. A function
-    has no parameters to hash. Its logits on a few fixed images take their place, so its digest
-    changes with the function's weights; it also differs between kinds of device, which round
-    differently.
-
-    Raises:
-      UserError: there is no such function, or it does not map images to logits.
-    """
-    config.data.image_size = image_size or config.data.image_size
-    if config.data.name == "digits":
-        config.data.mean, config.data.std = config.data.mean[:1], config.data.std[:1]
-    function = _imported(name)
-    shape = (_PROBES, *[config.data.image_size] * 2, len(config.data.mean))
-    images = np.random.default_rng(0).random(shape, np.float32)
-    try:
-        logits = jax.jit(function)(images)
-    except Exception as error:  # of a function of the user's
-        reason = f"{type(error).__name__}: {in_one_line(error, 200)}"
-        raise UserError(
-            f"--function is '{name}', which JAX can't trace on images {list(shape)} ({reason}); "
-            "give a function of images [B, H, W, C] in [0, 1] to logits [B, K], and --image_size"
-        ) from error
-    if getattr(logits, "shape", ())[:-1] != (_PROBES,):
-        raise UserError(
-            f"--function is '{name}', which gives {np.shape(logits)} for images {list(shape)}; it "
-            "must give logits [B, K]"
-        )
-    return Subject(
-        lambda params, images01: function(images01),
-        {"logits": logits},
-        config,
-        {"source": name},
-        _results_directory(name.replace(":", ".")),
-        logits.shape[-1],
-    )
-
-
-def _imported(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The function of 'MODULE:NAME'."""
-    module, _, attribute = name.partition(":")
-    if not re.fullmatch(r"[\w.]+:\w+", name):
-        raise UserError(f"--function is '{name}'; write MODULE:NAME, such as mymodel:logits")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:  # of a module of the user's
-        reason = f"{type(error).__name__}: {in_one_line(error, 200)}"
-        raise UserError(
-            f"--function is '{name}', but module '{module}' can't be imported ({reason}); run the "
-            "command where it lies, or correct it"
-        ) from error
-    function = getattr(found, attribute, None)
-    if not callable(function):
-        raise UserError(
-            f"--function is '{name}', but module '{module}' has no function '{attribute}'; name "
-            "one that it has"
-        )
-    return function
-
-
-def _results_directory(name: str) -> epath.Path:
+def results_directory(name: str) -> epath.Path:
+    """Where results of what lies in no directory of the user's are stored."""
     return epath.Path(RESULTS_DIRECTORY) / name
 
 

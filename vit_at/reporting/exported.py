@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from vit_at import weights
 from vit_at.config import differences, with_added
+from vit_at.data import sources
 from vit_at.errors import UserError
 from vit_at.evaluation.protocol import weights_digest
 from vit_at.reporting.extras import IMAGES_FILE, STABLEHLO_FILE, program, test_images
@@ -264,7 +265,21 @@ def export_workdir(
     metadata = describe(trained, registry.records_of(directory))
     extras = {}
     if images:
+        _check_count(trained.config, images, data_dir)
         extras[IMAGES_FILE] = test_images(trained.config, images, data_dir)
     if stablehlo:
         extras[STABLEHLO_FILE] = program(trained)
     return export(trained.params, trained.model, path, metadata, extras)
+
+
+def _check_count(config: ConfigDict, images: int, data_dir: str) -> None:
+    """Checks that there are so many test images, before they are decoded."""
+    data = config.data.copy_and_resolve_references().unlock()
+    data.dir = data_dir or data.dir
+    encoded = sources.open_encoded(data, data.test_split)
+    most = len(encoded.indices)
+    if not 0 <= images <= most:
+        raise UserError(
+            f"--images is {images}, but {encoded.name} has {most}; ask for at most these, or leave "
+            "it out to export none"
+        )
