@@ -14,7 +14,7 @@ CASES = {
     "empty eps in a list": _command("--eps=0,,0.1", says="invalid fraction value: ''"),
     "eps by semicolons": _command("--eps=1/255;2/255", says="invalid fraction value"),
     "a negative eps in a list": _command("--eps=0.1,-0.1", says="--eps is -0.1; it must be over 0"),
-    "a list of zeros": _command("--eps=0,0", says="--eps is 0; it must be over 0"),
+    "a list of zeros": _command("--eps=0,0", says="--eps is 0, which is the clean images"),
     "a list in 255ths": _command("--eps=0,8", says="eval.threat.eps is 8; .* did you mean 8/255"),
     "a step too long for the smallest eps": _command(
         "--eps=0.01,0.1", "--step_size=0.05", says="at most twice eval.threat.eps"

@@ -54,7 +54,7 @@ def attack(seed=0, **options):
     ],
 )
 def test_runs_of_an_image_are_the_official_ones_unless_given(options, name, restarts, targets):
-    method = methods.make(name, Settings(**options), num_classes=100)
+    method = methods.make(name, Settings(**{"eps": 0.1} | options), num_classes=100)
     assert (method.restarts, method.targets, method.runs) == (restarts, targets, restarts * targets)
     assert [method.rank(run) for run in range(method.runs)] == [
         target for target in range(targets) for _ in range(restarts)

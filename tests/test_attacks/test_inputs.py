@@ -25,21 +25,42 @@ def logits_fn(images):
         ({"eps": 0}, "eps is 0"),
         ({"eps": float("nan")}, "eps is nan"),
         ({"eps": "8/255"}, "eps is the text '8/255'; give a number"),
+        ({"eps": jnp.float32(8)}, "eps is 8; .* 8/255, say, not 8"),
+        ({"eps": jnp.float32("nan")}, "eps is nan"),
+        ({"eps": [0.1, 0.2]}, r"eps is \[0.1, 0.2\]; give a number"),
+        ({"norm": "l2"}, "norm is 'l2' and eps is not given; give one"),
+        ({"norm": "L1", "eps": None}, "norm is 'l1' and eps is not given"),
         ({"step_size": "2/255"}, "step_size is the text"),
-        ({"steps": 0}, "steps is 0; it must be 1 or more"),
+        ({"step_size": 0}, "step_size is 0; it is in pixel units"),
+        ({"step_size": -0.1}, "step_size is -0.1"),
+        ({"step_size": 2}, "step_size is 2; .* at most 1"),
+        ({"step_size": float("nan")}, "step_size is nan"),
+        ({"steps": 0}, "steps is 0; it must be an integer, 1 or more"),
+        ({"steps": 2.5}, "steps is 2.5; it must be an integer"),
+        ({"steps": "5"}, "steps is '5'; it must be an integer"),
+        ({"steps": None}, "steps is None; it must be an integer"),
     ],
 )
 def test_a_threat_that_is_none_is_refused(options, said):
     with pytest.raises(UserError, match=said):
         pgd_attack(logits_fn, IMAGES, LABELS, jax.random.key(0), Threat(**options))
-    if options.keys() & {"norm", "eps"}:
+    if options.keys() <= {"norm", "eps"}:
         with pytest.raises(UserError, match=said):
             autoattack.run(logits_fn, IMAGES, LABELS, **options)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "LINF", "L2", "l2", "L1"])
 def test_a_norm_is_known_in_any_case(norm):
-    assert Threat(norm).norm == Settings(norm).norm == norm.lower()
+    assert Threat(norm, 0.5).norm == Settings(norm, 0.5).norm == norm.lower()
+
+
+def test_one_of_many_eps_is_refused():
+    eps = np.full((5, 1, 1, 1), 0.1)
+    eps[3] = 8
+    with pytest.raises(UserError, match="eps is 8"):
+        pgd_attack(logits_fn, IMAGES, LABELS, jax.random.key(0), Threat(eps=jnp.asarray(eps)))
+    with pytest.raises(UserError, match=r"eps has the shape \(2,\); give one number"):
+        autoattack.run(logits_fn, IMAGES, LABELS, eps=np.array([0.1, 0.2]))
 
 
 @pytest.mark.parametrize(
@@ -71,22 +92,45 @@ def test_images_and_labels_that_are_none_are_refused_by_every_attack(images, lab
         ({"loss": "dlr"}, "loss 'dlr' is unknown; use one of ce, cw"),
         ({"key": None}, "give a key"),
         ({"restarts": 0}, "restarts is 0"),
+        ({"restarts": 2.0}, "restarts is 2.0; it must be an integer"),
+        ({"key": 0}, r"key is 0, which is no key; give jax.random.key\(0\)"),
         ({"init": np.zeros((5, 8, 8, 3))}, r"init has the shape .* \[restarts, "),
+        ({"init": np.zeros((0, 5, 8, 8, 3))}, "at least one restart"),
+        ({"init": np.full((1, 5, 8, 8, 3), np.nan)}, "init holds NaN"),
+        ({"init": [[0.0], [0.0, 0.0]]}, "init can't be read as an array"),
         ({"logits_fn": lambda x: x}, "logits_fn gives"),
+        ({"logits_fn": lambda x: np.asarray(x).mean((1, 2))}, "can't be traced by JAX .Tracer"),
     ],
 )
 def test_other_arguments_of_pgd(options, said):
     defaults = {"logits_fn": logits_fn, "key": jax.random.key(0)}
     options = defaults | options
     first = (options.pop("logits_fn"), IMAGES, LABELS, options.pop("key"), Threat())
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as caught:
         pgd_attack(*first, **options)
+    assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("seed", [-1, 2**40])
-def test_a_seed_out_of_range_is_refused(seed):
-    with pytest.raises(UserError, match=f"seed is {seed}; it must be from 0 to"):
+def test_pgd_takes_lists_and_an_eps_for_each_image():
+    eps = jnp.linspace(0.01, 0.05, 5)[:, None, None, None]
+    key, init = jax.random.key(0), np.zeros((1, *IMAGES.shape))
+    for options in ({}, {"init": init}):
+        expected = pgd_attack(logits_fn, IMAGES, LABELS, key, Threat(eps=eps), **options)
+        lists = (IMAGES.tolist(), LABELS.tolist(), key, Threat(eps=np.asarray(eps)))
+        found = pgd_attack(logits_fn, *lists, **{name: x.tolist() for name, x in options.items()})
+        np.testing.assert_array_equal(found, expected)
+        assert np.all(np.abs(expected - IMAGES) <= eps + 1e-6)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**40, None, 1.5, True])
+def test_a_seed_that_is_none_is_refused(seed):
+    with pytest.raises(UserError, match=f"seed is {seed}; it must be an integer from 0 to"):
         autoattack.run(logits_fn, IMAGES, LABELS, batch_size=8, seed=seed)
+
+
+def test_attacks_that_are_none_are_refused():
+    with pytest.raises(UserError, match="attacks is None; use standard, plus, rand or a list of"):
+        autoattack.run(logits_fn, IMAGES, LABELS, batch_size=8, attacks=None)
 
 
 def test_pgd_works_on_traced_arrays():

@@ -9,12 +9,15 @@ import sys
 import textwrap
 import time
 
+import jax
+import jax.numpy as jnp
 import linear_problem
 import numpy as np
 import pytest
-from linear_problem import attack, median_eps, problem
+from linear_problem import attack, linear, median_eps, problem
 
-from vit_at.attacks.autoattack import cascade, ledger
+from vit_at.attacks import autoattack
+from vit_at.attacks.autoattack import Budget, cascade, ledger
 from vit_at.attacks.autoattack.ledger import LEDGER_FILE
 from vit_at.errors import UserError
 
@@ -44,6 +47,70 @@ def test_a_ledger_of_something_else_is_refused(tmp_path):
     (tmp_path / LEDGER_FILE).write_bytes(b"PK nonsense")
     with pytest.raises(UserError, match="can't be read"):
         again(params, images, labels, eps=0.05)
+
+
+def quantised(surrogate, params, images):
+    """Pixels in 16 levels, whose gradient is 0; with a surrogate, that of the identity (BPDA)."""
+    levels = jnp.round(15 * images) / 15
+    if surrogate:
+        levels = images + jax.lax.stop_gradient(levels - images)
+    return linear(params, levels)
+
+
+def test_another_gradient_of_the_same_logits_is_another_evaluation(tmp_path):
+    params, images, labels = problem(8)
+    images = np.round(15 * images).astype(np.float32) / 15
+
+    def run(surrogate, **options):
+        model = functools.partial(quantised, surrogate, params)
+        options = {"attacks": ["apgd-ce"], "workdir": tmp_path, "budget": Budget(5)} | options
+        return autoattack.run(model, images, labels, eps=0.1, **options)
+
+    first = run(False, batch_size=8)
+    assert run(False, batch_size=4).columns.keys() == first.columns.keys()
+    with pytest.raises(UserError, match="its input gradient differs"):
+        run(True, batch_size=8)
+    old = dict(np.load(tmp_path / LEDGER_FILE))
+    assert old.pop("gradient").shape == images.shape
+    np.savez(tmp_path / LEDGER_FILE, **old)  # as before the gradient was kept
+    np.testing.assert_array_equal(run(True, batch_size=8).adversarial, first.adversarial)
+    options = {"attacks": ["square"], "workdir": tmp_path / "square", "batch_size": 8}
+    for surrogate in (False, True):  # Square takes logits only
+        run(surrogate, **options)
+
+
+def test_a_randomised_model_is_recognised(tmp_path):
+    params, images, labels = problem(8)
+
+    def noisy(scale, images, key):
+        noise = 0.01 * jax.random.normal(key, images.shape)
+        straight = images + jax.lax.stop_gradient(noise)
+        return linear(params, scale * straight + jax.lax.stop_gradient((1 - scale) * straight))
+
+    def run(scale):
+        options = {"attacks": "rand", "workdir": tmp_path, "budget": Budget(2, samples=2)}
+        model = functools.partial(noisy, scale)
+        return autoattack.run(model, images, labels, eps=0.1, batch_size=8, **options)
+
+    np.testing.assert_array_equal(run(1.0).adversarial, run(1.0).adversarial)
+    with pytest.raises(UserError, match="its input gradient differs"):
+        run(0.5)
+
+
+def test_a_workdir_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatch):
+    params, images, labels = problem(8)
+    run = functools.partial(attack, params, images, labels, eps=0.05, attacks=["apgd-ce"])
+    (tmp_path / "file").touch()
+    for workdir, said in ((tmp_path / "file" / "below", "its path is a file"), ("/proc/aa", "")):
+        with pytest.raises(UserError, match=f"{workdir} could not be written.*{said}") as caught:
+            run(workdir=workdir)
+        assert len(str(caught.value).splitlines()) == 1
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run(workdir="")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    run(workdir="~/aa")
+    assert (tmp_path / "aa" / LEDGER_FILE).exists()
 
 
 def test_a_finished_ledger_is_not_run_again(tmp_path):

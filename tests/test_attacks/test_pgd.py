@@ -11,7 +11,7 @@ import reference_steps as ref
 
 from vit_at import models
 from vit_at.attacks import Threat, losses, pgd_attack
-from vit_at.attacks.norms import NORMS
+from vit_at.attacks.norms import NORMS, largest_size, sizes
 
 META = json.loads(str(ref.arrays("eval")["meta"]))
 
@@ -165,6 +165,30 @@ def test_an_example_that_is_wrong_from_the_start_is_not_moved():
     start = jnp.full((1, 4, 4, 4, 1), 0.01)
     adversarial = pgd_attack(linear, x, wrong, None, Threat(eps=0.1), init=start)
     np.testing.assert_allclose(adversarial, 0.51, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.05), ("l2", 0.3), ("l1", 1.0)])
+def test_starts_outside_of_the_ball_are_projected(norm, eps):
+    """Of wrong examples, which are not moved, and right ones."""
+    x = jnp.asarray(np.random.default_rng(1).uniform(size=(12, 4, 4, 1)), jnp.float32)
+    labels = jnp.argmax(linear(x), -1).at[:6].add(1) % 3
+    starts = np.random.default_rng(2).normal(size=(2, *x.shape))
+    adversarial = pgd_attack(linear, x, labels, None, Threat(norm, eps), init=starts)
+    assert np.all(sizes(np.asarray(adversarial - x), norm) <= largest_size(eps, 16, norm))
+    assert 0 <= adversarial.min() <= adversarial.max() <= 1
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.15), ("l2", 0.8)])
+def test_the_default_step_reaches_the_edge_of_any_ball(norm, eps):
+    """Of a model that no perturbation fools, so that every step is taken."""
+
+    def never_fooled(images):
+        return linear(images) / 100 + jnp.array([10, 0, 0])
+
+    x = jnp.full((4, 4, 4, 1), 0.5)
+    labels, start = jnp.zeros(4, int), jnp.zeros((1, *x.shape))
+    adversarial = pgd_attack(never_fooled, x, labels, None, Threat(norm, eps), init=start)
+    np.testing.assert_allclose(sizes(np.asarray(adversarial - x), norm), eps, rtol=1e-4)
 
 
 def test_more_restarts_never_leave_more_images_correct():

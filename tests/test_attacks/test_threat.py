@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from vit_at.attacks.norms import NORMS, largest_size, resize, resize_as_official, sizes
-from vit_at.attacks.threat import Threat, ascend, into_image_range, random_start
+from vit_at.attacks.threat import Threat, ascend, into_ball, into_image_range, random_start
 from vit_at.configs import default
 
 SHAPE = (3, 4, 4, 2)
@@ -155,3 +155,41 @@ def test_a_threat_reads_the_configuration_and_scales():
     threat = Threat.of(default.get_config().threat)
     assert threat == Threat("linf", 8 / 255, 2 / 255, 10)
     assert threat.scaled(0.5) == Threat("linf", 4 / 255, 1 / 255, 10)
+
+
+def test_a_step_is_a_quarter_of_eps_unless_it_is_given():
+    assert Threat() == Threat("linf", 8 / 255, 2 / 255, 10)
+    assert Threat("l2", eps=0.8).step_size == 0.2
+    assert Threat(eps=0.8, step_size=0.1).step_size == 0.1
+    eps = jnp.array([0.1, 0.2])
+    np.testing.assert_array_equal(Threat(eps=eps).step_size, eps / 4)
+    step_size = jax.jit(lambda eps: Threat("l1", eps).step_size)(2.0)
+    assert step_size == 0.5
+
+
+def test_a_threat_is_a_tree_of_its_two_sizes():
+    threat = Threat("l2", 0.5, steps=3)
+    assert jax.tree.leaves(threat) == [0.5, 0.125]
+    paths, structure = jax.tree_util.tree_flatten_with_path(threat)
+    assert [jax.tree_util.keystr(path) for path, _ in paths] == [".eps", ".step_size"]
+    assert structure == jax.tree.structure(Threat("l2", 0.8, 0.1, 3))
+    assert structure != jax.tree.structure(Threat("l2", 0.8, 0.1, 4))
+    for marker in (None, object(), "text"):
+        marked = jax.tree.map(lambda _, marker=marker: marker, threat)
+        assert (marked.norm, marked.steps) == ("l2", 3)
+        assert marked.eps is marked.step_size is marker
+    assert jax.jit(lambda t: t.scaled(2.0))(threat) == threat.scaled(2.0)
+    many = jax.vmap(lambda eps: Threat("l2", eps))(jnp.array([0.4, 0.8]))
+    np.testing.assert_allclose(many.step_size, [0.1, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(lambda t: t.eps)(many), [0.4, 0.8])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@given(eps=EPS, seed=st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_what_is_in_the_ball_stays_and_the_rest_is_projected(norm, eps, seed):
+    threat = Threat(norm, eps)
+    start = random_start(jax.random.key(seed), SHAPE, threat)
+    np.testing.assert_array_equal(into_ball(start, threat), start)
+    moved = into_ball(100 * start, threat)
+    np.testing.assert_array_equal(moved, NORMS[norm].project(100 * start, eps))

@@ -1,5 +1,8 @@
-"""What every attack requires of images and labels; traced arrays are checked by shape alone."""
+"""What every attack requires of its input and of the model; traced arrays are checked by shape
+alone.
+"""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,25 +11,66 @@ import numpy as np
 
 from vit_at.attacks.norms import NORMS
 from vit_at.attacks.threat import Threat
-from vit_at.errors import UserError
+from vit_at.errors import UserError, in_one_line
 
 _CHANNELS = (1, 3, 4)
+_ROUNDING = 1e-6  # of an eps in float32
+
+
+def as_array(name: str, values: Any) -> Any:
+    """An array, or an object with ``shape`` and ``dtype``, as it is; lists as a NumPy array."""
+    if hasattr(values, "shape"):
+        return values
+    try:
+        return np.asarray(values)
+    except Exception as error:  # NumPy and the values' own types raise many
+        raise UserError(
+            f"{name} can't be read as an array ({in_one_line(error, 200)}); give a NumPy or JAX "
+            "array"
+        ) from error
 
 
 def check_threat(threat: Threat, count: int) -> None:
-    """Checks eps and steps, so far as they are no traced arrays; count: values of an image.
+    """Checks eps, step size and steps, so far as they are not traced; count: values of an image.
 
     Raises:
-      UserError: eps is 0, or larger than the image range lets any perturbation be.
+      UserError: a size is not over 0, or larger than the image range lets any perturbation be; or
+        steps is no positive integer.
     """
     largest = NORMS[threat.norm].diameter(count)
-    if not isinstance(threat.eps, jax.Array) and not 0 < threat.eps <= largest:
+    for name, value in (("eps", threat.eps), ("step_size", threat.step_size)):
+        if isinstance(value, jax.core.Tracer):
+            continue
+        values = np.asarray(value, float).reshape(-1)
+        wrong = values[~((values > 0) & (values <= largest * (1 + _ROUNDING)))]
+        if len(wrong):
+            raise UserError(
+                f"{name} is {wrong[0]:g}; it is in pixel units of images in [0, 1] and must be "
+                f"over 0 and at most {largest:g}: 8/255, say, not 8"
+            )
+    steps = threat.steps
+    if not isinstance(steps, jax.core.Tracer):
+        check_count("steps", np.asarray(steps)[()] if isinstance(steps, jax.Array) else steps)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises UserError for what is no integer, 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise UserError(f"{name} is {value!r}; it must be an integer, 1 or more")
+
+
+def output_shape(logits_fn: Callable[..., Any], *arguments: Any) -> Any:
+    """What the model gives, as shapes; UserError if JAX can't trace it."""
+    try:
+        return jax.eval_shape(logits_fn, *arguments)
+    except UserError:
+        raise
+    except Exception as error:  # the model is a user's program
+        reason = (str(error) or repr(error)).strip().splitlines()[0]
         raise UserError(
-            f"eps is {threat.eps:g}; it is in pixel units of images in [0, 1] and must be over 0 "
-            f"and at most {largest:g}: 8/255, say, not 8"
-        )
-    if not isinstance(threat.steps, jax.Array) and threat.steps < 1:
-        raise UserError(f"steps is {threat.steps}; it must be 1 or more")
+            f"logits_fn can't be traced by JAX ({type(error).__name__}: {reason}); it must be "
+            "a JAX function of images [b, H, W, C], not of NumPy or PyTorch arrays"
+        ) from error
 
 
 def check_shapes(images: Any, labels: Any) -> None:

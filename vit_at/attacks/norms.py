@@ -214,6 +214,6 @@ def sizes(delta: np.ndarray, norm: str) -> np.ndarray:
     return np.asarray(NORMS[norm].size(flat, np))[:, 0]
 
 
-def largest_size(eps: float, count: int, norm: str) -> float:
+def largest_size(eps: float | Array, count: int, norm: str) -> float | Array:
     """The norm that a perturbation of ``count`` values in the ball may have after rounding."""
     return eps * (1 + 1e-6) + _PIXEL_ROUNDING * NORMS[norm].diameter(count)

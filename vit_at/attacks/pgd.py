@@ -13,10 +13,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from vit_at.attacks import inputs, losses
-from vit_at.attacks.threat import Threat, ascend, into_image_range, random_start
+from vit_at.attacks.threat import Threat, ascend, into_ball, into_image_range, random_start
 from vit_at.errors import UserError
 
 Array = jax.Array
@@ -88,7 +89,9 @@ def pgd_attack(
       logits_fn: images [b, H, W, C] in [0, 1] -> logits [b, K].
       labels: [b] integers.
       key: for the uniform random starts; unused if ``init`` is given.
-      init: [restarts, b, H, W, C] initial perturbations in pixel units, to fix the randomness.
+      threat: its numbers may be arrays that broadcast against the images, such as [b, 1, 1, 1].
+      init: [restarts, b, H, W, C] initial perturbations in pixel units, to fix the randomness; what
+        is outside of the ball is projected onto it.
 
     Returns:
       Adversarial images [b, H, W, C] in [0, 1], within the ball of the threat; in float32 if the
@@ -97,12 +100,12 @@ def pgd_attack(
     Raises:
       UserError: an argument is not allowed; values are checked only outside of jit.
     """
+    images, labels = inputs.as_array("images", images), inputs.as_array("labels", labels)
+    init = None if init is None else inputs.as_array("init", init)
     num_classes = _check(logits_fn, images, labels, threat, loss, restarts, init)
-    images = losses.at_least_float32(images)
+    images, labels = losses.at_least_float32(images), jnp.asarray(labels)
     if init is None:
-        if key is None:
-            raise UserError("give a key for the random starts, or the starts themselves as init")
-        starts = [random_start(k, images.shape, threat) for k in jax.random.split(key, restarts)]
+        starts = [random_start(k, images.shape, threat) for k in _keys(key, restarts)]
         init = jnp.stack(starts)
     attack = functools.partial(_one_restart, logits_fn, images, labels, num_classes, threat, loss)
     if len(init) == 1:  # the score is not needed, so XLA removes the pass that computes it
@@ -128,18 +131,35 @@ def _check(logits_fn, images, labels, threat, loss, restarts, init) -> int:
     inputs.check_range(images)
     if loss not in LOSSES:
         raise UserError(f"loss '{loss}' is unknown; use one of {', '.join(LOSSES)}")
-    if restarts < 1:
-        raise UserError(f"restarts is {restarts}; it must be 1 or more")
-    if init is not None and init.shape[1:] != images.shape:
-        raise UserError(
-            f"init has the shape {init.shape}; it must be [restarts, *{images.shape}], one start "
-            "for each restart and image"
-        )
-    logits = jax.eval_shape(logits_fn, images)
+    inputs.check_count("restarts", restarts)
+    if init is not None:
+        _check_starts(init, images.shape)
+    logits = inputs.output_shape(logits_fn, images)
     if getattr(logits, "shape", ())[:-1] != labels.shape:
         raise UserError(f"logits_fn gives {logits}; it must give logits [{len(images)}, classes]")
     inputs.check_classes(labels, logits.shape[1])
     return logits.shape[1]
+
+
+def _check_starts(init, shape) -> None:
+    if init.shape[1:] != shape or not len(init):
+        raise UserError(
+            f"init has the shape {init.shape}; it must be [restarts, *{shape}], one start for each "
+            "restart and image, and at least one restart"
+        )
+    if not isinstance(init, jax.core.Tracer) and not np.isfinite(np.asarray(init, float)).all():
+        raise UserError("init holds NaN or infinity; give finite perturbations in pixel units")
+
+
+def _keys(key, restarts) -> Array:
+    """One key for each restart; UserError if ``key`` is none."""
+    if key is None:
+        raise UserError("give a key for the random starts, or the starts themselves as init")
+    try:
+        return jax.random.split(key, restarts)
+    except (TypeError, ValueError) as error:
+        shown = " ".join(repr(key).split())[:80]
+        raise UserError(f"key is {shown}, which is no key; give jax.random.key(0), say") from error
 
 
 def _one_restart(logits_fn, images, labels, num_classes, threat, loss, start):
@@ -169,7 +189,7 @@ def _one_restart(logits_fn, images, labels, num_classes, threat, loss, start):
         moved = ascend(delta, losses.finite_or_zero(gradient), images, threat)
         return step + 1, jnp.where(active[:, None, None, None], moved, delta), active
 
-    delta = into_image_range(start, images)
+    delta = into_image_range(into_ball(start, threat), images)
     carry = (jnp.zeros((), jnp.int32), delta, jnp.ones_like(labels, bool))
     _, delta, _ = lax.while_loop(unfinished, attack_step, carry)
     values, correct = losses_at(delta)

@@ -82,7 +82,7 @@ def _check_logits(name: str, function: Function, images: np.ndarray, logits: np.
             "return the logits, before the softmax",
             file=sys.stderr,
         )
-    if found := flags._hidden_state(function, images):
+    if found := flags.hidden_state(function, images):
         print(
             f"--function is '{name}', which gives other logits whenever JAX traces it ({found}): "
             "no result can be reproduced; draw no random numbers in it, or use a fixed "
@@ -97,7 +97,7 @@ def _check_logits(name: str, function: Function, images: np.ndarray, logits: np.
         return np.asarray(jax.jit(function)(batch), np.float32)[: len(places)]
 
     try:
-        checks._check_independence(logits_at, logits)
+        checks.check_independence(logits_at, logits)
     except UserError as error:
         raise UserError(f"--function is '{name}', but {error}") from None
 

@@ -19,7 +19,13 @@ from jax.sharding import Mesh
 
 from vit_at.attacks.autoattack import cost
 from vit_at.attacks.autoattack.settings import Settings
-from vit_at.attacks.inputs import check_classes, check_range, check_threat
+from vit_at.attacks.inputs import (
+    check_classes,
+    check_count,
+    check_range,
+    check_threat,
+    output_shape,
+)
 from vit_at.attacks.threat import Threat
 from vit_at.distributed import processes, sharding
 from vit_at.errors import UserError
@@ -36,14 +42,14 @@ def check_settings(settings: Settings, count: int) -> None:
     for name, value in numbers.items():
         if value is None and name in unset:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise UserError(f"{name} is {value!r}; it must be an integer, 1 or more")
+        check_count(name, value)
     if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 <= rho <= 1:
         raise UserError(
             f"rho is {rho!r}; it must be a share, from 0 to 1; the official one is 0.75"
         )
-    if not 0 <= settings.seed < 2**32:
-        raise UserError(f"seed is {settings.seed}; it must be from 0 to {2**32 - 1}")
+    seed = settings.seed
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed!r}; it must be an integer from 0 to {2**32 - 1}")
     sharding.check_batch_size("batch_size", settings.batch_size, settings.mesh)
 
 
@@ -103,16 +109,7 @@ class Classifier:
                 f"logits_fn can't be called with {wanted} ({error}); for a randomised model use "
                 "attacks='rand' and a function of (images, key)"
             ) from error
-        try:
-            out = jax.eval_shape(self.model, *arguments)
-        except UserError:
-            raise
-        except Exception as error:  # the model is a user's program
-            reason = (str(error) or repr(error)).strip().splitlines()[0]
-            raise UserError(
-                f"logits_fn can't be traced by JAX ({type(error).__name__}: {reason}); it must be "
-                "a JAX function of images [b, H, W, C], not of NumPy or PyTorch arrays"
-            ) from error
+        out = output_shape(self.model, *arguments)
         if getattr(out, "ndim", 0) != 2 or out.shape[0] != 1 or out.shape[1] < 2:
             raise UserError(
                 f"logits_fn gives {out} for one image; it must give logits [1, classes], 2 classes "
@@ -217,12 +214,12 @@ def survey(
         )
     check_classes(labels, probe.shape[1])
     if not classify.randomised:
-        _check_independence(logits_at, of_first)
+        check_independence(logits_at, of_first)
     digest = hashlib.sha256(labels.astype(np.int32).tobytes() + digests.tobytes())
     return Survey(np.concatenate(ranking), probe, digest.hexdigest()[:16])
 
 
-def _check_independence(logits_at: Callable[[np.ndarray], np.ndarray], logits: np.ndarray) -> None:
+def check_independence(logits_at: Callable[[np.ndarray], np.ndarray], logits: np.ndarray) -> None:
     """Checks that an image's logits do not depend on the other images of the batch.
 
     logits_at: places [n] -> logits [n, K] of these images; logits: those of the first batch.

@@ -55,7 +55,7 @@ def check_model(
     labels: [n].
     """
     images = images.astype(np.float32, copy=False)
-    if not classify.randomised and (found := _hidden_state(classify.model, images)):
+    if not classify.randomised and (found := hidden_state(classify.model, images)):
         return {"randomised": found}
     flags, sums = {}, np.abs(logits.sum(1) - 1)
     if logits.min() > -_PROBABILITY and max(logits.max() - 1, sums.max()) < _PROBABILITY:
@@ -65,7 +65,7 @@ def check_model(
     return flags
 
 
-def _hidden_state(model: Any, images: np.ndarray) -> str:
+def hidden_state(model: Any, images: np.ndarray) -> str:
     """How much the logits of two programs differ that JAX makes of the model; '': they are equal.
 
     Programs are compared before they are run: two traces of a pure function are equal.
@@ -92,6 +92,17 @@ def _input_gradient(model: Any, randomised: bool, images: Array, keys: Any, cota
         return as_batch_function(model, randomised)(x, keys)
 
     return jax.vjp(logits, images)[1](cotangent)[0]
+
+
+def input_gradient(classify: Classifier, images: np.ndarray, cotangent: np.ndarray) -> np.ndarray:
+    """The gradient [n, H, W, C] of sum(cotangent * logits) by the images [n, H, W, C], on the host.
+
+    cotangent: [n, K]. A randomised model draws the same in each call.
+    """
+    keys = jax.random.split(jax.random.key(0), len(images))
+    return sharding.gather(
+        _input_gradient(classify.model, classify.randomised, images, keys, cotangent)
+    )
 
 
 # The loss is compiled separately. XLA would fuse it with a multiplication at the model's end and
@@ -122,13 +133,8 @@ def _check_gradients(
     logits_there = classify(begin, settings.batch_size, np.arange(len(images)))
 
     def vanishes(points, logits):
-        gradients = _loss_gradients(logits, labels)
-        by_points = (
-            sharding.gather(
-                _input_gradient(classify.model, classify.randomised, points, keys, gradient)
-            )
-            for gradient in map(np.asarray, gradients)
-        )
+        gradients = map(np.asarray, _loss_gradients(logits, labels))
+        by_points = (input_gradient(classify, points, gradient) for gradient in gradients)
         return [(g == 0).all((1, 2, 3)) for g in by_points]
 
     of_both = zip(vanishes(images, logits), vanishes(begin, logits_there), strict=True)

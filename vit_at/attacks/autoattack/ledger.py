@@ -12,6 +12,7 @@ The states have two names in turn, so that those of the ledger on disk stay. Whe
 found, as after another number of processes, the runs in progress begin again.
 """
 
+import contextlib
 import io
 import json
 from collections.abc import Iterator
@@ -24,9 +25,9 @@ from etils import epath
 from vit_at.attacks.autoattack.packing import Snapshot
 from vit_at.config import differences
 from vit_at.distributed import processes
-from vit_at.errors import UserError
+from vit_at.errors import UserError, in_one_line
 from vit_at.schema import Count, check_array, parse_json, read_arrays
-from vit_at.workdir.files import write_atomically
+from vit_at.workdir.files import disk_errors, write_atomically
 
 LEDGER_FILE, PER_EXAMPLE_FILE = "ledger.npz", "per_example.npz"
 _PART_FILE, _SLOTS_FILE = "adversarial_{:05d}.npz", "slots_{}_{}-of-{}.npz"
@@ -39,6 +40,7 @@ _SAVED |= {"norm": "floats"}
 _RUNNING = dict.fromkeys(("image", "run", "steps"), ("integers", (-1,)))
 _RUNNING |= {"waiting": ("integers", (-1, 2)), "work": ("integers", (2,))}
 _SAME_LOGITS = 1e-3  # allowed difference, relative to the largest: devices round differently
+_SAME_GRADIENT = 1e-2  # and of the gradient's norm, which adds up more rounding
 
 
 class Ledger:
@@ -114,11 +116,19 @@ class Store:
     """Reads and writes a ledger and its adversarial images; in memory if there is no directory.
 
     protocol: of the evaluation, as JSON values; logits: [n, K], of the first clean images, to
-    recognise another model.
+    recognise another model; gradient: [m, H, W, C], by the first of them, to recognise another
+    backward pass of the same logits; None: not compared.
     """
 
-    def __init__(self, directory: epath.Path | None, protocol: dict[str, Any], logits: np.ndarray):
+    def __init__(
+        self,
+        directory: epath.Path | None,
+        protocol: dict[str, Any],
+        logits: np.ndarray,
+        gradient: np.ndarray | None = None,
+    ):
         self._directory, self._protocol, self._logits = directory, protocol, logits
+        self._gradient = gradient
         self._parts, self._slots = 0, _NO_SLOTS
         self._in_memory: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -135,9 +145,15 @@ class Store:
         """Reads the ledger from disk; False if there is none.
 
         Raises:
-          UserError: it belongs to another model, data or protocol, or can't be read.
+          UserError: it belongs to another model, data or protocol, or can't be read; or the
+            directory can't be made.
         """
-        if self._directory is None or not processes.agree((self._directory / LEDGER_FILE).exists()):
+        if self._directory is None:
+            return False
+        if not jax.process_index():
+            with _writing(self._directory):  # fails now, not after the first attack
+                pass
+        if not processes.agree((self._directory / LEDGER_FILE).exists()):
             return False
         saved = self._read(LEDGER_FILE)
         self._check(saved)
@@ -197,6 +213,8 @@ class Store:
             "work": np.array(json.dumps(ledger.work)),
         }
         arrays |= {name: getattr(ledger, name) for name in _SAVED}
+        if self._gradient is not None:
+            arrays["gradient"] = self._gradient
         self._write(LEDGER_FILE, arrays | running)
         if ledger.progress is None and not jax.process_index():
             for path in self._directory.glob(_SLOTS_FILE.format("*", "*", "*")):
@@ -228,11 +246,26 @@ class Store:
             or np.abs(theirs - self._logits).max(initial=0) > _SAME_LOGITS * scale
         ):
             changes = ["its logits on the same images differ, so it is of another model"]
+        if not changes and self._gradient_differs(saved):
+            changes = [
+                "its logits on the same images are the same, but its input gradient differs, so it "
+                "is of another backward pass"
+            ]
         if changes:
             raise UserError(
                 f"{self._directory / LEDGER_FILE} belongs to another evaluation "
                 f"({'; '.join(changes[:4])}); choose another workdir, or delete it to start over"
             )
+
+    def _gradient_differs(self, saved: dict[str, np.ndarray]) -> bool:
+        """On the images that both hold: a smaller batch has fewer, and an older ledger none."""
+        if self._gradient is None or "gradient" not in saved:
+            return False
+        shape = (-1, *self._gradient.shape[1:])
+        pair = self._gradient, self._array(saved, "gradient", "floats", shape)
+        ours, theirs = (x[: min(map(len, pair))].astype(np.float64) for x in pair)
+        scale = max(np.linalg.norm(ours), np.linalg.norm(theirs))
+        return bool(np.linalg.norm(ours - theirs) > _SAME_GRADIENT * scale)
 
     def _read(self, name: str) -> dict[str, np.ndarray]:
         return read_arrays(self._directory / name, self._remedy)
@@ -260,7 +293,20 @@ class Store:
     def _write(self, name: str, arrays: dict[str, np.ndarray], *, by_each: bool = False) -> None:
         if jax.process_index() and not by_each:
             return
-        self._directory.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
         np.savez(content, **arrays)
-        write_atomically(self._directory / name, content.getvalue())
+        with _writing(self._directory):
+            write_atomically(self._directory / name, content.getvalue())
+
+
+@contextlib.contextmanager
+def _writing(directory: epath.Path) -> Iterator[None]:
+    """Makes the directory; turns what the disk raises into a UserError."""
+    try:
+        with disk_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            yield
+    except OSError as error:  # such as a directory in /proc
+        raise UserError(
+            f"{directory} could not be written ({in_one_line(error)}); choose another workdir"
+        ) from error

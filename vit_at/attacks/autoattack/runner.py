@@ -13,12 +13,17 @@ from jax.sharding import Mesh
 
 from vit_at.attacks.autoattack import checks, methods
 from vit_at.attacks.autoattack.cascade import Cascade
-from vit_at.attacks.autoattack.flags import check_model, in_words, judge_outcomes
+from vit_at.attacks.autoattack.flags import (
+    check_model,
+    in_words,
+    input_gradient,
+    judge_outcomes,
+)
 from vit_at.attacks.autoattack.functions import as_function
 from vit_at.attacks.autoattack.ledger import Ledger, Store
 from vit_at.attacks.autoattack.packing import Source
 from vit_at.attacks.autoattack.settings import TARGETS, Budget, Settings, for_classes, parse
-from vit_at.attacks.inputs import check_shapes
+from vit_at.attacks.inputs import as_array, check_shapes
 from vit_at.console import Progress
 from vit_at.distributed import sharding
 from vit_at.distributed.precision import check_precision, products
@@ -26,6 +31,7 @@ from vit_at.distributed.precision import check_precision, products
 Array = jax.Array
 _FORMAT = 2
 _CHECKED = 64  # images on which the model itself is checked
+_COMPARED = 8  # of them, whose input gradient a ledger keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +98,7 @@ def run(
     labels: np.ndarray,
     *,
     norm: str = "linf",
-    eps: float = 8 / 255,
+    eps: float | None = None,
     attacks: str | Sequence[str] = "standard",
     batch_size: int = 256,
     seed: int = 0,
@@ -114,11 +120,12 @@ def run(
       images: [N, H, W, C] in [0, 1], or an object with ``shape`` and ``dtype`` for which
         ``images[places]`` returns rows; rows are read when they are needed.
       labels: [N] integers.
-      norm: 'linf', 'l2' or 'l1'; eps: in pixel units.
+      norm: 'linf', 'l2' or 'l1'. eps: in pixel units; None: 8/255 in linf, while another norm
+        needs one.
       attacks: 'standard', 'plus', 'rand', or a list of ``settings.NAMES``, in order.
       batch_size: over all devices.
       seed: the random numbers of an image follow from it and the image's index.
-      workdir: directory of the ledger; the same call resumes from it.
+      workdir: directory of the ledger; the same call resumes from it. None or '': in memory.
       progress: called with a line every now and then; True: a bar or lines on standard error.
       budget: iterations, queries, restarts, targets, EOT samples and rho; the default is the
         official one.
@@ -135,15 +142,14 @@ def run(
     mesh = mesh or sharding.make_mesh()
     check_precision("precision", precision, mesh)
     how = (individually, keep, mesh, precision)
-    settings = Settings(norm, eps, attacks, batch_size, seed, budget, *how)
+    settings = Settings(norm, eps, attacks, batch_size, seed, budget, *how)  # type: ignore[arg-type]
     with products(precision), contextlib.closing(_bar(progress)) as bar:
         return _run(logits_fn, images, labels, settings, workdir, bar)
 
 
 def _run(logits_fn, images, labels, settings, workdir, bar) -> Result:
     began, names = time.monotonic(), parse(settings.attacks)
-    images = images if hasattr(images, "shape") else np.asarray(images)
-    labels = np.asarray(labels)
+    images, labels = as_array("images", images), np.asarray(as_array("labels", labels))
     check_shapes(images, labels)
     checks.check_settings(settings, int(np.prod(images.shape[1:])))
     model = sharding.replicate(as_function(logits_fn), settings.mesh)
@@ -152,15 +158,18 @@ def _run(logits_fn, images, labels, settings, workdir, bar) -> Result:
     clean = checks.survey(classify, images, labels, settings.batch_size, 1 + targets)
     num_classes, labels = clean.probe.shape[1], labels.astype(np.int32)
     names, notes = for_classes(names, num_classes, targets)
-    directory = None if workdir is None else epath.Path(workdir)
-    store = Store(directory, _protocol(settings, names, clean.digest), clean.probe)
+    first = np.arange(min(_CHECKED, settings.batch_size, len(labels)))
+    own = (checks.read(images, first), clean.probe[first], labels[first])
+    directory = epath.Path(workdir).expanduser() if workdir else None
+    compared = directory is not None and names != ("square",)  # which needs no gradient
+    gradient = _gradient(classify, own[0], num_classes) if compared else None
+    protocol = _protocol(settings, names, clean.digest)
+    store = Store(directory, protocol, clean.probe, gradient)
     ledger = Ledger(names, len(labels), settings.individually)
     if not store.load(ledger):
         ledger.clean = clean.ranking[:, 0] == labels
     source = Source(images, labels, clean.ranking)
     attacks = [methods.make(name, settings, num_classes) for name in names]
-    first = np.arange(min(_CHECKED, settings.batch_size, len(labels)))
-    own = (checks.read(images, first), clean.probe[first], labels[first])
     flags = check_model(classify, *own, settings)
     cascade = Cascade(attacks, source, classify, ledger, store, settings, bar)
     cascade.run()
@@ -179,6 +188,17 @@ def _run(logits_fn, images, labels, settings, workdir, bar) -> Result:
         _images=images,
         _store=store,
     )
+
+
+def _gradient(classify: checks.Classifier, images: np.ndarray, num_classes: int) -> np.ndarray:
+    """By the first images [n, H, W, C], of a fixed random combination of the logits.
+
+    Computed of all of them: ``check_model`` runs the same program.
+    """
+    combination = np.random.default_rng(0).normal(size=num_classes).astype(np.float32)
+    cotangent = np.tile(combination, (len(images), 1))
+    gradient = input_gradient(classify, images, cotangent)[:_COMPARED]
+    return np.nan_to_num(gradient, nan=0, posinf=0, neginf=0)
 
 
 def _protocol(settings: Settings, names: tuple[str, ...], digest: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What an AutoAttack evaluation runs: the attacks and versions by name, and their settings."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 from jax.sharding import Mesh
 
 from vit_at.attacks.threat import Threat
@@ -44,11 +45,12 @@ class Budget:
 class Settings:
     """The settings of an evaluation, as for ``autoattack.run``. mesh: default, all devices.
 
-    UserError: the norm, eps, keep or individually is not allowed.
+    eps: None: 8/255 in linf, while another norm needs one. UserError: the norm, eps, keep or
+    individually is not allowed.
     """
 
     norm: str = "linf"
-    eps: float = 8 / 255
+    eps: float = None  # type: ignore[assignment]  # never None afterwards
     attacks: str | Sequence[str] = "standard"
     batch_size: int = 256
     seed: int = 0
@@ -60,8 +62,13 @@ class Settings:
 
     def __post_init__(self):
         threat = Threat(self.norm, self.eps)  # checks both
+        if np.ndim(threat.eps):
+            raise UserError(
+                f"eps has the shape {np.shape(threat.eps)}; give one number for all images, such "
+                "as 8 / 255"
+            )
         object.__setattr__(self, "norm", threat.norm)
-        object.__setattr__(self, "eps", float(self.eps))
+        object.__setattr__(self, "eps", float(threat.eps))
         if self.keep not in KEEP:
             raise UserError(f"keep is {self.keep!r}; use one of {', '.join(KEEP)}")
         if not isinstance(self.individually, bool):
@@ -110,6 +117,11 @@ def parse(attacks: str | Sequence[str]) -> tuple[str, ...]:
         if attacks in VERSIONS:
             return VERSIONS[attacks]
         attacks = [name.strip() for name in attacks.split(",")]
+    if not isinstance(attacks, Iterable):
+        raise UserError(
+            f"attacks is {attacks!r}; use {', '.join(VERSIONS)} or a list of {', '.join(NAMES)}"
+        )
+    attacks = tuple(attacks)
     for name in attacks:
         if name not in NAMES:
             choices = (*VERSIONS, *NAMES)
@@ -119,7 +131,7 @@ def parse(attacks: str | Sequence[str]) -> tuple[str, ...]:
             )
     if not attacks or len(set(attacks)) < len(attacks):
         raise UserError("the attacks must be at least one, each named once; change the list")
-    return tuple(attacks)
+    return attacks
 
 
 def for_classes(
