@@ -299,10 +299,13 @@ def test_tests_run_on_four_devices():
     assert "device_count=4" in os.environ["XLA_FLAGS"]
 
 
+@pytest.mark.parametrize("which", ["best", "last"])
 def test_a_run_that_overfits_to_its_attack_stops_and_keeps_the_best_weights(
-    tmp_path, monkeypatch, capfd
+    tmp_path, monkeypatch, capfd, which
 ):
-    """Validation accuracy is made up; rerunning the command does not train on."""
+    """Validation accuracy is made up; rerunning the command does not train on. The best weights are
+    tested, whichever would be otherwise.
+    """
     robust = iter([0.6, 0.7, 0.3, 0.9, 0.9])
 
     def made_up(evaluator, params, progress=False):
@@ -311,7 +314,7 @@ def test_a_run_that_overfits_to_its_attack_stops_and_keeps_the_best_weights(
 
     monkeypatch.setattr("vit_at.training.loop.Evaluator.__call__", made_up)
     options = runs.QUICK | {"epochs": 5, "eval__attacks": "clean", "eval__num_examples": 0}
-    config = runs.smoke(**options, eval__stop_if_overfitted=True)
+    config = runs.smoke(**options, eval__stop_if_overfitted=True, eval__checkpoint=which)
     records = train(config, str(tmp_path))
     assert "fell from 70.0% to 30.0%: catastrophic overfitting" in capfd.readouterr().err
     last = lines_of(tmp_path)[-1]
@@ -323,6 +326,7 @@ def test_a_run_that_overfits_to_its_attack_stops_and_keeps_the_best_weights(
     assert train(config, str(tmp_path)) == records
     assert lines_of(tmp_path)[-1] == last
     assert next(robust) == 0.9
+    assert load_trained(tmp_path).which == "best"
 
 
 def test_a_state_is_saved_after_the_best_weights_that_it_names(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from vit_at.training.objectives import OBJECTIVES
 from vit_at.training.setup import Setup, StepFn, compile_steps, initial_state
 from vit_at.training.signals import Interrupted, Signals
 from vit_at.training.step import TrainState
-from vit_at.workdir.checkpoint import Checkpoints, check_store, has_checkpoint
+from vit_at.workdir.checkpoint import Checkpoints, check_store, has_checkpoint, tested
 from vit_at.workdir.files import check_config, disk_errors, locked, write_atomically, write_config
 from vit_at.workdir.results import Results
 
@@ -100,7 +100,7 @@ def _run(
         state = loop.run(state, wandb, opened)
     if jax.process_count() > 1:  # JAX's preemption service no longer needs SIGTERM
         processes.end_on_sigterm()
-    params, weights = _tested_weights(setup, state, checkpoints)
+    params, weights = _tested_weights(setup, state, checkpoints, workdir)
     checkpoints.close()
     return _final_evaluation(setup, params, weights, workdir)
 
@@ -288,11 +288,12 @@ def _evaluator(setup: Setup, attacks: str, examples: Any) -> Evaluator:
 
 
 def _tested_weights(
-    setup: Setup, state: TrainState, checkpoints: Checkpoints
+    setup: Setup, state: TrainState, checkpoints: Checkpoints, workdir: epath.Path
 ) -> tuple[Any, dict[str, Any]]:
     """The weights for the final evaluation, and what its records say of them."""
     evaluated = state.weights(evaluated_weights(setup.config))
-    if setup.config.eval.checkpoint == "best":
+    checkpoints.wait()
+    if tested(workdir, setup.config) == "best":
         restored = checkpoints.restore_best(evaluated, setup.mesh)
         if restored is not None:
             params = sharding.replicate(restored[0], setup.mesh)

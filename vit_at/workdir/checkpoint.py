@@ -325,9 +325,16 @@ def _reason(error: Exception) -> str:
     return in_one_line((type(error) is Exception and error.__cause__) or error, 200)
 
 
+def tested(workdir: epath.Path, config: Any) -> str:
+    """The checkpoint that a run tests: ``eval.checkpoint``; 'best' if it overfitted and stopped."""
+    if config["eval"]["stop_if_overfitted"] and (last_values(workdir) or {}).get("stopped"):
+        return "best"
+    return config["eval"]["checkpoint"]
+
+
 def preferred(workdir: epath.Path, config: Any) -> str:
-    """``eval.checkpoint`` of a run, or 'last' where it has no such checkpoint yet."""
-    which = config["eval"]["checkpoint"]
+    """The checkpoint that a run tests, or 'last' where it has no such checkpoint yet."""
+    which = tested(workdir, config)
     with _opened(workdir, which) as series:
         return which if series and series.latest_step() is not None else "last"
 
@@ -336,8 +343,7 @@ def load_trained(workdir: str | epath.Path, which: str = "", dtype: str = "float
     """The weights of a work directory.
 
     which: of ``config.CHECKPOINTS``; 'last' are those that the run evaluates, such as the averaged
-      ones, 'last-raw', 'last-ema' and 'last-swa' those of this name. '': that of the run's
-      ``eval.checkpoint``.
+      ones, 'last-raw', 'last-ema' and 'last-swa' those of this name. '': see ``tested``.
 
     Raises:
       UserError: no work directory, no such checkpoint, or a corrupt one.
@@ -345,7 +351,7 @@ def load_trained(workdir: str | epath.Path, which: str = "", dtype: str = "float
     workdir = epath.Path(workdir)
     check_store(workdir)
     config = read_config(workdir)
-    which = which or config.eval.checkpoint
+    which = which or tested(workdir, config)
     kind, _, average = which.partition("-")
     with _opened(workdir, kind) as series:
         step = series and series.latest_step()
