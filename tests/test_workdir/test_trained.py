@@ -54,7 +54,7 @@ def test_arrays_cut_short_are_one_sentence(workdir):
 
 
 def test_the_last_weights_stand_in_for_best_ones_that_are_not_there_yet(tmp_path):
-    best, last = ({"eval": {"checkpoint": name}} for name in ("best", "last"))
+    best, last = (runs.resolved(eval__checkpoint=name) for name in ("best", "last"))
     workdir = epath.Path(tmp_path)
     checkpoints = Checkpoints(workdir)
     checkpoints.last.save(3, state_of(3).trees, {"step": 3})

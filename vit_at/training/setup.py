@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from absl import logging
 from clu.metrics import Collection
@@ -198,7 +199,13 @@ def _pretrained(source: str, data: ConfigDict, model: Any) -> Any:
         which = preferred(path, read_config(path))
         return _adapted(load_trained(path, which), source, model)  # Orbax: all processes read
     shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
-    return processes.from_first(lambda: _of_file(source, data, model), shapes)
+
+    def read() -> Any:
+        if not source.startswith(weights.HUB_PREFIX) and is_export(path):
+            return _adapted(load_exported(path), source, model)
+        return weights.from_timm(_of_file(source, data), model)
+
+    return processes.from_first(read, shapes)
 
 
 def _adapted(trained: Trained, source: str, model: Any) -> Any:
@@ -223,19 +230,17 @@ def _adapted(trained: Trained, source: str, model: Any) -> Any:
     return params
 
 
-def _of_file(source: str, data: ConfigDict, model: Any) -> Any:
-    """Parameters of an export, a file or the hub.
+def _of_file(source: str, data: ConfigDict) -> dict[str, np.ndarray]:
+    """{timm name: array} of a file or the hub.
 
-    Their own normalisation is not used, as a run normalises by ``data``; a message says so.
+    Its own normalisation is not used, as a run normalises by ``data``; a message says so.
     """
-    if not source.startswith(weights.HUB_PREFIX) and is_export(path := epath.Path(source)):
-        return _adapted(load_exported(path), source, model)
     loaded = weights.read(source)
     if own := loaded.mean + loaded.std:
         logging.info(
             "this run normalises by %s, the weights' file by %s", data.mean + data.std, own
         )
-    return weights.from_timm(loaded.arrays, model)
+    return loaded.arrays
 
 
 def compile_steps(
