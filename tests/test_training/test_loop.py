@@ -377,7 +377,7 @@ def test_what_goes_beyond_the_paper_resumes_bit_exactly(row, tmp_path, monkeypat
         "awp__gamma": gamma,
         "data__extra__name": extra,
         "data__extra__split": "train[160:320]",
-        "data__extra__fraction": 0.5,
+        "data__extra__fraction": 0.5 if extra else 0.0,
         "accumulate_steps": parts,
         "sharding": sharding,
         "phases": "1 threat.steps=1 threat.eps=1/20" if grows else "",
